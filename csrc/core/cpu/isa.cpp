@@ -1,0 +1,85 @@
+#include "tome_core/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace tome {
+namespace {
+
+bool machine_has(Isa isa) {
+#ifdef TOME_HAS_X86_KERNELS
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    return isa == Isa::kPortable || (isa == Isa::kAvx2 && avx2) || (isa == Isa::kAvx512 && avx512);
+#else
+    return isa == Isa::kPortable;
+#endif
+}
+
+Isa initial_isa() {
+    const Isa best = best_isa();
+    const char* asked = std::getenv("TOME_ISA");
+    if (asked == nullptr) return best;
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+        if (std::strcmp(asked, isa_name(isa)) == 0 && isa <= best) return isa;
+    }
+    return best;
+}
+
+std::atomic<Isa>& current() {
+    static std::atomic<Isa> isa{initial_isa()};
+    return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+    static const Isa best = machine_has(Isa::kAvx512) ? Isa::kAvx512
+                            : machine_has(Isa::kAvx2) ? Isa::kAvx2
+                                                      : Isa::kPortable;
+    return best;
+}
+
+Isa active_isa() { return current().load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+    if (!machine_has(isa)) return false;
+    current().store(isa, std::memory_order_relaxed);
+    return true;
+}
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx512:
+            return "avx512";
+        case Isa::kAvx2:
+            return "avx2";
+        case Isa::kPortable:
+            break;
+    }
+    return "portable";
+}
+
+const Kernels& active_kernels() {
+#ifdef TOME_HAS_X86_KERNELS
+    switch (active_isa()) {
+        case Isa::kAvx512:
+            return kAvx512Kernels;
+        case Isa::kAvx2:
+            return kAvx2Kernels;
+        case Isa::kPortable:
+            break;
+    }
+#endif
+    return kPortableKernels;
+}
+
+}  // namespace tome

@@ -1,0 +1,64 @@
+// The kernels that exist once per instruction set, behind one table.
+//
+//   match.cpp, merge.cpp      entry points: check, split over threads       (compiled once)
+//   match.inl, merge.inl      the arithmetic, on vectors of simd.inl        (compiled per set)
+//   kernels_<set>.cpp         names a set and includes the .inl files
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "tome_core/isa.h"
+#include "tome_core/match.h"
+#include "tome_core/merge.h"
+
+namespace tome {
+
+struct Kernels {
+    // The nearest B token of every A token of one image, and how similar it is.
+    //   nearest    (num_a) out: index within set B
+    //   similarity (num_a) out: double for float64 metrics, else float
+    void (*nearest)(const MatchParams& params, int64_t image, const Threads& threads,
+                    int32_t* nearest, void* similarity);
+
+    // Output rows [begin, end) of the flattened (batch, rows).
+    void (*merge_rows)(const MergeParams& params, int64_t begin, int64_t end);
+    void (*merge_backward_rows)(const MergeBackwardParams& params, int64_t begin, int64_t end);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TOME_HAS_X86_KERNELS 1
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// Those of active_isa().
+const Kernels& active_kernels();
+
+// Where the two sets lie: set A holds the even positions behind the prefix, set B the odd ones.
+struct Sets {
+    int64_t first_a, first_b;  // tokens first_a, first_a + 2, ... and first_b, first_b + 2, ...
+    int64_t num_a, num_b;
+};
+
+constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
+    const int64_t first_a = prefix + prefix % 2;
+    const int64_t first_b = prefix + 1 - prefix % 2;
+    return {first_a, first_b, tokens > first_a ? (tokens - first_a + 1) / 2 : 0,
+            tokens > first_b ? (tokens - first_b + 1) / 2 : 0};
+}
+
+// Rows of no bytes may come with null pointers, which memcpy and memset must not be given.
+inline void copy_row(void* to, const void* from, int64_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+inline void clear_row(void* row, int64_t bytes) {
+    if (bytes > 0) std::memset(row, 0, static_cast<size_t>(bytes));
+}
+
+// The plan of one image; see PlanParams. `assign` has been checked.
+void plan_image(const int32_t* assign, int64_t tokens, int64_t rows, int32_t* members,
+                int32_t* offsets);
+
+}  // namespace tome

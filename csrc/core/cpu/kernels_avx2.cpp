@@ -1,0 +1,26 @@
+#include "kernel_includes.h"
+
+#ifdef TOME_HAS_X86_KERNELS
+// After the standard headers, so that none of their functions is compiled for a machine that may
+// not be there: the linker keeps one copy of each for all.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define TOME_ISA_NAMESPACE avx2
+#define TOME_VECTOR_BYTES 32
+#define TOME_TILE_ROWS 6
+#define TOME_F16C 1
+
+#include "match.inl"
+#include "merge.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const tome::Kernels tome::kAvx2Kernels = {tome::avx2::nearest, tome::avx2::merge_rows,
+                                          tome::avx2::merge_backward_rows};
+#endif

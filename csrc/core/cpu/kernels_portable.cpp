@@ -1,0 +1,12 @@
+// The baseline of the target machine: SSE2 on x86, NEON on Arm.
+#include "kernel_includes.h"
+
+#define TOME_ISA_NAMESPACE portable
+#define TOME_VECTOR_BYTES 16
+#define TOME_TILE_ROWS 4
+
+#include "match.inl"
+#include "merge.inl"
+
+const tome::Kernels tome::kPortableKernels = {tome::portable::nearest, tome::portable::merge_rows,
+                                              tome::portable::merge_backward_rows};

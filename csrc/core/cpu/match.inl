@@ -1,0 +1,339 @@
+// The nearest B token of every A token: a matrix product that keeps only its row maxima.
+//
+//                 set B, packed in panels:           One tile of kTileRows A tokens passes over
+//                 (dim, kPanel) each, L2             all panels of a chunk. Its sums live in
+//              +--------+--------+--------+          registers; when a panel is done, each lane
+//   set A      | panel  | panel  | panel  |          keeps the largest sum it has seen and the
+//   +------+   |        |        |        |          column it came from. The scores themselves
+//   | tile | x |        |        |        |          are never written.
+//   +------+   +--------+--------+--------+
+//   (kTileRows, dim), L1
+//
+// Every score is one chain of multiply-adds over dim, whatever tile or panel it falls in, so equal
+// tokens score equally and an image's result does not depend on its neighbours or the threads.
+#ifndef TOME_MATCH_INL
+#define TOME_MATCH_INL
+
+#include "simd.inl"
+
+namespace tome::TOME_ISA_NAMESPACE {
+
+constexpr int kTileRows = TOME_TILE_ROWS;
+constexpr int kPanelVectors = 2;
+constexpr int64_t kTokensAhead = 2;  // of the same set: enough to cover the latency of memory
+
+template <class T>
+constexpr int64_t kPanel = kPanelVectors * Vector<T>::kLanes;
+
+// The sum of a vector's lanes, by halves.
+template <class V>
+TOME_INLINE auto total(V v) {
+    constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+    decltype(v[0] + v[0]) lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+}
+
+// Rows whose squares overflow, vanish, or are not numbers. Returns false, and zeros, for the last.
+template <class T>
+bool normalise_extreme(T* row, int64_t dim) {
+    T largest = 0;
+    bool finite = true;
+    for (int64_t d = 0; d < dim; ++d) {
+        finite &= std::isfinite(row[d]);
+        largest = std::max(largest, std::abs(row[d]));
+    }
+    if (!finite || largest == 0) {
+        std::fill(row, row + dim, T(0));
+        return finite;
+    }
+    T square = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+        row[d] /= largest;
+        square += row[d] * row[d];
+    }
+    for (int64_t d = 0; d < dim; ++d) row[d] /= std::sqrt(square);
+    return true;
+}
+
+// Asks for a token's metric ahead of its use: tokens of a packed qkv lie pages apart, where the
+// hardware does not look by itself.
+template <class In>
+TOME_INLINE void prefetch_token(const In* x, int64_t heads, int64_t stride_head, int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(In);
+    for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(x + h * stride_head + d);
+    }
+}
+
+// One token's metric at length 1 (a zero vector stays zero). Returns false, and zeros, where it
+// holds NaN or infinity.
+//   x   (heads, dim)  the token's metric in every head
+//   row (dim) out     mean over heads, normalised
+template <class In, class T>
+bool load_unit_row(const In* x, int64_t heads, int64_t stride_head, int64_t dim, T* row) {
+    using V = typename Vector<T>::Type;
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    constexpr int kBlock = 8;  // vectors summed side by side: every head is read in long runs
+    const V share = broadcast<V>(T(1) / T(heads));
+    V squares[kBlock] = {};
+    int64_t d = 0;
+    for (; d + kBlock * kLanes <= dim; d += kBlock * kLanes) {
+        V sum[kBlock];
+        for (int u = 0; u < kBlock; ++u) sum[u] = load(x + d + u * kLanes);
+        for (int64_t h = 1; h < heads; ++h) {
+            const In* head = x + h * stride_head + d;
+            for (int u = 0; u < kBlock; ++u) sum[u] += load(head + u * kLanes);
+        }
+        for (int u = 0; u < kBlock; ++u) {
+            const V mean = sum[u] * share;
+            squares[u] += mean * mean;
+            store(row + d + u * kLanes, mean);
+        }
+    }
+    for (; d < dim; d += kLanes) {
+        const int64_t part = dim - d < kLanes ? dim - d : kLanes;
+        V sum = load_part(x + d, part);
+        for (int64_t h = 1; h < heads; ++h) sum += load_part(x + h * stride_head + d, part);
+        sum *= share;
+        squares[0] += sum * sum;
+        store_part(row + d, sum, part);
+    }
+    const T square = total(((squares[0] + squares[1]) + (squares[2] + squares[3])) +
+                           ((squares[4] + squares[5]) + (squares[6] + squares[7])));
+    // Between these, neither the squares nor their rounding are in danger.
+    constexpr T kLow = sizeof(T) == 8 ? T(1e-280) : T(1e-28);
+    constexpr T kHigh = sizeof(T) == 8 ? T(1e300) : T(1e36);
+    if (!(square > kLow && square < kHigh)) return normalise_extreme(row, dim);
+    const V by = broadcast<V>(T(1) / std::sqrt(square));
+    for (d = 0; d + kLanes <= dim; d += kLanes) store(row + d, load(row + d) * by);
+    for (; d < dim; ++d) row[d] *= by[0];
+    return true;
+}
+
+// rows (lanes, dim) -> out (dim, kPanel): one vector of B tokens becomes a column of vectors.
+template <class T>
+void transpose_into_panel(const T* rows, int64_t dim, T* out) {
+    using V = typename Vector<T>::Type;
+    using Int = typename Vector<T>::Int;
+    constexpr int kLanes = Vector<T>::kLanes;
+    int64_t d = 0;
+#if !defined(__clang__)
+    // log2(lanes) rounds of interleaving vector i with vector i + lanes/2 transpose the square.
+    Int low{}, high{};
+    for (int lane = 0; lane < kLanes; ++lane) {
+        low[lane] = lane / 2 + lane % 2 * kLanes;
+        high[lane] = low[lane] + kLanes / 2;
+    }
+    for (; d + kLanes <= dim; d += kLanes) {
+        V square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load(rows + i * dim + d);
+        for (int round = 1; round < kLanes; round *= 2) {
+            V next[kLanes];
+            for (int i = 0; i < kLanes / 2; ++i) {
+                next[2 * i] = __builtin_shuffle(square[i], square[i + kLanes / 2], low);
+                next[2 * i + 1] = __builtin_shuffle(square[i], square[i + kLanes / 2], high);
+            }
+            for (int i = 0; i < kLanes; ++i) square[i] = next[i];
+        }
+        for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kPanel<T>, square[i]);
+    }
+#endif
+    for (; d < dim; ++d) {
+        for (int i = 0; i < kLanes; ++i) out[d * kPanel<T> + i] = rows[i * dim + d];
+    }
+}
+
+// Columns [begin, end) of one image's set B.
+template <class T>
+struct PackedColumns {
+    T* values;  // (panels, dim, kPanel)
+    T* bias;    // (panels, kPanel): 0, or -inf where no token is or its metric is not finite
+    int64_t begin, end;
+
+    int64_t panels() const { return (end - begin + kPanel<T> - 1) / kPanel<T>; }
+};
+
+template <class In, class T>
+void pack_panel(const MatchParams& p, int64_t image, const Sets& sets,
+                const PackedColumns<T>& packed, int64_t panel, T* rows) {
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
+    T* values = packed.values + panel * p.dim * kPanel<T>;
+    for (int64_t lane = 0; lane < kPanel<T>; lane += kLanes) {
+        const int64_t column = packed.begin + panel * kPanel<T> + lane;
+        if (column >= packed.end && lane > 0) break;  // nobody reads a panel's empty second half
+        for (int64_t i = 0; i < kLanes; ++i) {
+            bool usable = false;
+            if (column + i < packed.end) {
+                const int64_t token = sets.first_b + 2 * (column + i);
+                const int64_t ahead = std::min(token + 2 * kTokensAhead, p.tokens - 1);
+                prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
+                usable = load_unit_row<In, T>(metric + token * p.stride_token, p.heads,
+                                              p.stride_head, p.dim, rows + i * p.dim);
+            } else {
+                std::fill(rows + i * p.dim, rows + (i + 1) * p.dim, T(0));
+            }
+            packed.bias[panel * kPanel<T> + lane + i] =
+                usable ? T(0) : -std::numeric_limits<T>::infinity();
+        }
+        transpose_into_panel(rows, p.dim, values + lane);
+    }
+}
+
+// The best column so far of every lane, for the rows of one tile.
+template <class T>
+struct TileBest {
+    typename Vector<T>::Type score[kTileRows];
+    typename Vector<T>::Int column[kTileRows];
+};
+
+template <class T, int kRows, int kVectors>
+TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* bias,
+                             int64_t first_column, TileBest<T>& best) {
+    using V = typename Vector<T>::Type;
+    using Int = typename Vector<T>::Int;
+    constexpr int kLanes = Vector<T>::kLanes;
+    V sum[kRows][kVectors] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+        V b[kVectors];
+        for (int v = 0; v < kVectors; ++v) b[v] = load(panel + d * kPanel<T> + v * kLanes);
+        for (int i = 0; i < kRows; ++i) {
+            const V value = broadcast<V>(a[i * dim + d]);
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+        }
+    }
+    Int column = lane_numbers<Int>() + broadcast<Int>(first_column);
+    for (int v = 0; v < kVectors; ++v) {
+        const V add = load(bias + v * kLanes);
+        for (int i = 0; i < kRows; ++i) {
+            const V score = sum[i][v] + add;
+            // Strictly greater: among equals the earlier column stays.
+            const Int better = score > best.score[i];
+            best.score[i] = select<V>(better, score, best.score[i]);
+            best.column[i] = (column & better) | (best.column[i] & ~better);
+        }
+        column += kLanes;
+    }
+}
+
+// A tile of `rows` <= kRows A tokens against all packed columns. The instantiation for exactly
+// `rows` runs, so that a short last tile costs what it holds.
+template <class T, int kRows>
+void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& packed,
+                TileBest<T>& best) {
+    if constexpr (kRows > 1) {
+        if (rows < kRows) return score_tile<T, kRows - 1>(a, rows, dim, packed, best);
+    }
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    for (int64_t panel = 0; panel < packed.panels(); ++panel) {
+        const int64_t column = packed.begin + panel * kPanel<T>;
+        const T* values = packed.values + panel * dim * kPanel<T>;
+        const T* bias = packed.bias + panel * kPanel<T>;
+        if (packed.end - column > kLanes) {
+            score_panel<T, kRows, kPanelVectors>(a, dim, values, bias, column, best);
+        } else {
+            score_panel<T, kRows, 1>(a, dim, values, bias, column, best);
+        }
+    }
+}
+
+// Rows [begin, begin + rows) of set A against the packed columns, joined with what earlier chunks
+// of columns left in nearest and similarity.
+template <class In, class T>
+void match_tile(const MatchParams& p, int64_t image, const Sets& sets,
+                const PackedColumns<T>& packed, int64_t begin, int64_t rows, T* tile,
+                int32_t* nearest, T* similarity) {
+    constexpr int kLanes = Vector<T>::kLanes;
+    constexpr T kNever = -std::numeric_limits<T>::infinity();
+    const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
+    bool usable[kTileRows];
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t token = sets.first_a + 2 * (begin + i);
+        const int64_t ahead = std::min(token + 2 * kTokensAhead, p.tokens - 1);
+        prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
+        usable[i] = load_unit_row<In, T>(metric + token * p.stride_token, p.heads, p.stride_head,
+                                         p.dim, tile + i * p.dim);
+    }
+    TileBest<T> best;
+    for (int i = 0; i < kTileRows; ++i) {
+        best.score[i] = broadcast<typename Vector<T>::Type>(kNever);
+        best.column[i] = typename Vector<T>::Int{};
+    }
+    score_tile<T, kTileRows>(tile, rows, p.dim, packed, best);
+    for (int64_t i = 0; i < rows; ++i) {
+        if (packed.begin == 0) {
+            nearest[begin + i] = 0;
+            similarity[begin + i] = kNever;
+        }
+        if (!usable[i]) continue;
+        T score[kLanes];
+        std::remove_reference_t<decltype(best.column[i][0])> column[kLanes];
+        __builtin_memcpy(score, &best.score[i], sizeof(score));
+        __builtin_memcpy(column, &best.column[i], sizeof(column));
+        for (int half = kLanes / 2; half > 0; half /= 2) {  // without branches to mispredict
+            for (int lane = 0; lane < half; ++lane) {
+                const int other = lane + half;
+                const bool take = (score[other] > score[lane]) |
+                                  ((score[other] == score[lane]) & (column[other] < column[lane]));
+                score[lane] = take ? score[other] : score[lane];
+                column[lane] = take ? column[other] : column[lane];
+            }
+        }
+        if (score[0] > similarity[begin + i]) {
+            similarity[begin + i] = score[0];
+            nearest[begin + i] = static_cast<int32_t>(column[0]);
+        }
+    }
+}
+
+template <class In>
+void nearest_of(const MatchParams& p, int64_t image, const Threads& threads, int32_t* nearest,
+                void* similarity) {
+    using T = typename Accumulate<In>::Type;
+    const Sets sets = split_sets(p.tokens, p.num_prefix_tokens);
+    const int64_t chunk = std::min<int64_t>(tuning::columns_per_chunk(p.dim, sizeof(T), kPanel<T>),
+                                            (sets.num_b + kPanel<T> - 1) / kPanel<T> * kPanel<T>);
+    const Scratch<T> values(chunk * p.dim);
+    const Scratch<T> bias(chunk);
+    const int64_t tiles = (sets.num_a + kTileRows - 1) / kTileRows;
+    for (int64_t begin = 0; begin < sets.num_b; begin += chunk) {
+        const PackedColumns<T> packed{values.get(), bias.get(), begin,
+                                      std::min(begin + chunk, sets.num_b)};
+        threads.parallel_for(packed.panels(), 1, [&](int64_t first, int64_t last) {
+            const Scratch<T> rows(Vector<T>::kLanes * p.dim);
+            for (int64_t panel = first; panel < last; ++panel) {
+                pack_panel<In, T>(p, image, sets, packed, panel, rows.get());
+            }
+        });
+        threads.parallel_for(tiles, 1, [&](int64_t first, int64_t last) {
+            const Scratch<T> tile(kTileRows * p.dim);
+            for (int64_t t = first; t < last; ++t) {
+                match_tile<In, T>(p, image, sets, packed, t * kTileRows,
+                                  std::min<int64_t>(kTileRows, sets.num_a - t * kTileRows),
+                                  tile.get(), nearest, static_cast<T*>(similarity));
+            }
+        });
+    }
+}
+
+void nearest(const MatchParams& params, int64_t image, const Threads& threads, int32_t* nearest,
+             void* similarity) {
+    switch (params.dtype) {
+        case DType::kFloat32:
+            return nearest_of<float>(params, image, threads, nearest, similarity);
+        case DType::kFloat16:
+            return nearest_of<Half>(params, image, threads, nearest, similarity);
+        case DType::kBFloat16:
+            return nearest_of<BFloat>(params, image, threads, nearest, similarity);
+        case DType::kFloat64:
+            return nearest_of<double>(params, image, threads, nearest, similarity);
+    }
+}
+
+}  // namespace tome::TOME_ISA_NAMESPACE
+
+#endif  // TOME_MATCH_INL

@@ -1,0 +1,20 @@
+// The instruction sets the CPU kernels are compiled for, and which one runs.
+#pragma once
+
+namespace tome {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The best one that both this build and this machine have.
+Isa best_isa();
+
+// The one in use: best_isa(), unless the environment variable TOME_ISA (portable, avx2, avx512)
+// or set_isa asked for a lower one. What the machine lacks is never used.
+Isa active_isa();
+
+// For tests and benchmarks. Returns false, changing nothing, when this machine lacks `isa`.
+bool set_isa(Isa isa);
+
+const char* isa_name(Isa isa);
+
+}  // namespace tome

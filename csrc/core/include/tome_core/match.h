@@ -1,0 +1,42 @@
+// Bipartite soft matching (ToMe, arXiv 2210.09461, section 3) and the merge plan it writes.
+#pragma once
+
+#include <cstdint>
+
+#include "tome_core/types.h"
+
+namespace tome {
+
+// Strides are in elements. The last dimension of `metric` is contiguous.
+struct MatchParams {
+    const void* metric;  // (batch, heads, tokens, dim): averaged over heads
+    DType dtype;
+    int64_t batch, heads, tokens, dim;
+    int64_t stride_batch, stride_head, stride_token;
+    int64_t r;                  // tokens to remove; see cut_r
+    int64_t num_prefix_tokens;  // leading tokens that never merge
+    int32_t* assign;            // (batch, tokens) out
+    int32_t* members;           // (batch, tokens) out
+    int32_t* offsets;           // (batch, tokens - cut_r + 1) out
+};
+
+// How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
+constexpr int64_t cut_r(int64_t tokens, int64_t r, int64_t num_prefix_tokens) {
+    const int64_t free = tokens > num_prefix_tokens ? tokens - num_prefix_tokens : 0;
+    return r <= 0 ? 0 : r < free / 2 ? r : free / 2;
+}
+
+void match(const MatchParams& params, const Threads& threads);
+
+// Groups tokens by output row: a stable counting sort of `assign`.
+struct PlanParams {
+    const int32_t* assign;  // (batch, tokens), -1 for a dropped token
+    int64_t batch, tokens, rows;
+    int32_t* members;  // (batch, tokens) out: by row, ascending within a row, dropped ones last
+    int32_t* offsets;  // (batch, rows + 1) out
+};
+
+// Checks `assign` first and writes nothing if an entry is out of range.
+Status plan(const PlanParams& params, const Threads& threads);
+
+}  // namespace tome

@@ -1,0 +1,55 @@
+// Merging tokens into rows, its adjoint, and copying rows back to tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "tome_core/types.h"
+
+namespace tome {
+
+enum class Reduce : int32_t { kMean, kSum, kAmax };
+
+// Strides are in elements. The last dimension of x is contiguous, as are all other arrays.
+struct MergeParams {
+    const void* x;  // (batch, tokens, channels)
+    DType dtype;
+    int64_t batch, tokens, rows, channels;
+    int64_t stride_batch, stride_token;
+    const float* size;       // (batch, tokens), or nullptr for ones
+    const int32_t* members;  // (batch, tokens)
+    const int32_t* offsets;  // (batch, rows + 1)
+    Reduce reduce;
+    void* out;        // (batch, rows, channels) out
+    float* out_size;  // (batch, rows) out
+};
+
+// Each of the three checks the plan first and writes nothing if it is refused.
+Status merge(const MergeParams& params, const Threads& threads);
+
+// The adjoint of merge in x, for kMean and kSum: gradients of rows to gradients of tokens.
+struct MergeBackwardParams {
+    const void* grad;  // (batch, rows, channels)
+    DType dtype;
+    int64_t batch, tokens, rows, channels;
+    int64_t stride_batch, stride_row;
+    const float* size;       // (batch, tokens), or nullptr for ones
+    const int32_t* members;  // (batch, tokens)
+    const int32_t* offsets;  // (batch, rows + 1)
+    Reduce reduce;
+    void* out;  // (batch, tokens, channels) out
+};
+
+Status merge_backward(const MergeBackwardParams& params, const Threads& threads);
+
+struct UnmergeParams {
+    const void* x;  // (batch, rows, channels)
+    DType dtype;
+    int64_t batch, tokens, rows, channels;
+    int64_t stride_batch, stride_row;
+    const int32_t* assign;  // (batch, tokens), -1 for a dropped token
+    void* out;              // (batch, tokens, channels) out: dropped tokens get 0
+};
+
+Status unmerge(const UnmergeParams& params, const Threads& threads);
+
+}  // namespace tome

@@ -1,0 +1,318 @@
+// match(): against an oracle in double precision that follows the method's description.
+
+#include <algorithm>
+
+#include "helpers.h"
+
+namespace tome_test {
+namespace {
+
+struct Shape {
+    int64_t batch, heads, tokens, dim;
+};
+
+// A metric (batch, heads, tokens, dim) somewhere in memory.
+struct Metric {
+    DType dtype;
+    Shape shape;
+    const void* data;
+    int64_t stride_batch, stride_head, stride_token;
+
+    double at(int64_t b, int64_t h, int64_t n, int64_t d) const {
+        return load(dtype, data, b * stride_batch + h * stride_head + n * stride_token + d);
+    }
+};
+
+Metric contiguous(const Array& x, const Shape& s) {
+    return {x.dtype(), s, x.data(), s.heads * s.tokens * s.dim, s.tokens * s.dim, s.dim};
+}
+
+Plan run_match(const Metric& m, int64_t r, int64_t prefix, const Threads& threads) {
+    const Shape& s = m.shape;
+    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(s.tokens, r, prefix), {}, {}, {}};
+    plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), -77);
+    plan.members.assign(static_cast<size_t>(s.batch * s.tokens), -77);
+    plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), -77);
+    tome::match(
+        {m.data, m.dtype, s.batch, s.heads, s.tokens, s.dim, m.stride_batch, m.stride_head,
+         m.stride_token, r, prefix, plan.assign.data(), plan.members.data(), plan.offsets.data()},
+        threads);
+    return plan;
+}
+
+struct Oracle {
+    Plan plan;
+    double margin = kInf;  // how far the nearest decision is from going the other way
+};
+
+// One image of the oracle: which token every token joins.
+std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t prefix,
+                                  double& margin) {
+    const Shape& s = m.shape;
+    std::vector<std::vector<double>> unit(static_cast<size_t>(s.tokens));
+    std::vector<bool> finite(static_cast<size_t>(s.tokens), true);
+    std::vector<int64_t> joins, set_a, set_b;
+    for (int64_t n = 0; n < s.tokens; ++n) {
+        joins.push_back(n);
+        if (n >= prefix) (n % 2 == 0 ? set_a : set_b).push_back(n);
+        double squares = 0;
+        for (int64_t d = 0; d < s.dim; ++d) {
+            double mean = 0;
+            for (int64_t h = 0; h < s.heads; ++h) mean += m.at(b, h, n, d) / double(s.heads);
+            unit[n].push_back(mean);
+            squares += mean * mean;
+            if (!std::isfinite(mean)) finite[n] = false;
+        }
+        for (double& value : unit[n]) value = squares > 0 ? value / std::sqrt(squares) : 0.0;
+    }
+    struct Best {
+        double score;
+        int64_t from, to;
+    };
+    std::vector<Best> best;
+    for (int64_t i : set_a) {
+        Best top{-kInf, i, set_b.empty() ? i : set_b[0]};
+        double second = -kInf;
+        for (int64_t j : set_b) {
+            double score = finite[i] && finite[j] ? 0.0 : -kInf;
+            for (int64_t d = 0; score != -kInf && d < s.dim; ++d) score += unit[i][d] * unit[j][d];
+            second = std::max(second, std::min(score, top.score));
+            if (score > top.score) top = {score, i, j};
+        }
+        if (second != -kInf) margin = std::min(margin, top.score - second);
+        best.push_back(top);
+    }
+    std::stable_sort(best.begin(), best.end(),
+                     [](const Best& x, const Best& y) { return x.score > y.score; });
+    for (int64_t k = 0; k < r; ++k) joins[best[k].from] = best[k].to;
+    if (r > 0 && r < int64_t(best.size()) && best[r].score != -kInf) {
+        margin = std::min(margin, best[r - 1].score - best[r].score);
+    }
+    return joins;
+}
+
+Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
+    const Shape& s = m.shape;
+    r = std::max<int64_t>(0, std::min(r, std::max<int64_t>(0, s.tokens - prefix) / 2));
+    Oracle out;
+    std::vector<int32_t> assign(static_cast<size_t>(s.batch * s.tokens));
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const std::vector<int64_t> joins = oracle_joins(m, b, r, prefix, out.margin);
+        int32_t* row_of = assign.data() + b * s.tokens;
+        int32_t row = 0;
+        // Rows: prefix, A tokens that stay, B tokens. Without merging: the identity.
+        for (int group = 0; group < 3; ++group) {
+            for (int64_t n = 0; n < s.tokens; ++n) {
+                const int of = n < prefix || r == 0 ? 0 : n % 2 == 0 ? 1 : 2;
+                if (of == group && joins[n] == n) row_of[n] = row++;
+            }
+        }
+        for (int64_t n = 0; n < s.tokens; ++n) row_of[n] = row_of[joins[n]];
+    }
+    out.plan = plan_of(assign, s.batch, s.tokens, s.tokens - r);
+    return out;
+}
+
+// Random tokens whose every decision is clear by far more than float32 rounding.
+Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix) {
+    for (unsigned seed = 1; seed < 200; ++seed) {
+        Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
+        if (oracle_match(contiguous(x, s), r, prefix).margin > 3e-6) return x;
+    }
+    throw std::runtime_error("no tie-free data for this shape");
+}
+
+class MatchTest : public PerDType {};
+INSTANTIATE_TEST_SUITE_P(DTypes, MatchTest, ::testing::ValuesIn(kDTypes),
+                         [](const auto& info) { return dtype_name(info.param); });
+
+struct Case {
+    Shape shape;
+    int64_t r, prefix;
+};
+
+TEST_P(MatchTest, AgreesWithOracle) {
+    const Case cases[] = {
+        {{1, 1, 197, 64}, 16, 1},  {{5, 3, 50, 33}, 8, 2},   {{3, 1, 17, 7}, 100, 0},
+        {{2, 12, 65, 64}, 20, 5},  {{2, 2, 31, 5}, 1, 0},    {{1, 1, 90, 130}, 45, 3},
+        {{3, 2, 12, 2}, 4, 1},     {{1, 1, 258, 16}, 60, 1}, {{7, 1, 40, 31}, 19, 2},
+        {{1, 1, 1200, 256}, 9, 0},  // more of set B than is packed at a time, split over threads
+    };
+    for (const auto& [shape, r, prefix] : cases) {
+        SCOPED_TRACE(::testing::Message() << "tokens " << shape.tokens << " dim " << shape.dim);
+        const Array x = tie_free(GetParam(), shape, r, prefix);
+        const Plan want = oracle_match(contiguous(x, shape), r, prefix).plan;
+        for_each_isa([&] {
+            EXPECT_EQ(run_match(contiguous(x, shape), r, prefix, Threads::serial()), want);
+            EXPECT_EQ(run_match(contiguous(x, shape), r, prefix, pool()), want);
+        });
+    }
+}
+
+TEST_P(MatchTest, ReadsTheKeysOfPackedQkvInPlace) {
+    const Shape s{2, 3, 37, 16};
+    const Array keys = tie_free(GetParam(), s, 9, 1);
+    // (batch, tokens, 3, heads, dim): q and v hold NaN, so that reading them would show.
+    Array qkv(GetParam(), s.batch * s.tokens * 3 * s.heads * s.dim);
+    for (int64_t i = 0; i < qkv.count(); ++i) qkv.set(i, kNaN);
+    Metric view{
+        GetParam(),         s, qkv.at(s.heads * s.dim), s.tokens * 3 * s.heads * s.dim, s.dim,
+        3 * s.heads * s.dim};
+    for (int64_t b = 0; b < s.batch; ++b) {
+        for (int64_t h = 0; h < s.heads; ++h) {
+            for (int64_t n = 0; n < s.tokens; ++n) {
+                for (int64_t d = 0; d < s.dim; ++d) {
+                    qkv.set((((b * s.tokens + n) * 3 + 1) * s.heads + h) * s.dim + d,
+                            contiguous(keys, s).at(b, h, n, d));
+                }
+            }
+        }
+    }
+    for_each_isa([&] {
+        EXPECT_EQ(run_match(view, 9, 1, pool()), oracle_match(contiguous(keys, s), 9, 1).plan);
+    });
+}
+
+TEST_P(MatchTest, TiesGoToTheLowerIndex) {
+    // Unit vectors along axes: every score is exactly 0 or 1 in any order of summation.
+    for (int64_t dim : {1, 4, 19, 64}) {
+        const Shape s{2, 1, 83, dim};
+        Array x(GetParam(), s.batch * s.tokens * dim);
+        std::mt19937 engine(3);
+        for (int64_t i = 0; i < s.batch * s.tokens; ++i) {
+            const auto axis = int64_t(engine() % uint64_t(std::min<int64_t>(dim, 5)));
+            for (int64_t d = 0; d < dim; ++d) x.set(i * dim + d, d == axis ? 2.0 : 0.0);
+        }
+        for (int64_t r : {1, 10, 41}) {
+            const Plan want = oracle_match(contiguous(x, s), r, 1).plan;
+            for_each_isa([&] { EXPECT_EQ(run_match(contiguous(x, s), r, 1, pool()), want); });
+        }
+    }
+}
+
+TEST_P(MatchTest, EqualTokensTieWhereverTheyAre) {
+    // A vector whose squares do not sum exactly, at every place of a tile and a panel.
+    const Shape s{1, 2, 151, 37};
+    Array x(GetParam(), s.heads * s.tokens * s.dim);
+    const Array token = random_array(GetParam(), s.heads * s.dim, 5);
+    for (int64_t h = 0; h < s.heads; ++h) {
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            for (int64_t d = 0; d < s.dim; ++d) {
+                x.set((h * s.tokens + n) * s.dim + d, token[h * s.dim + d]);
+            }
+        }
+    }
+    std::vector<int32_t> assign(151);  // tokens 0, 2, .. 2 (r - 1) join token 1
+    const int32_t r = 30, first_b = 76 - r;
+    for (int32_t n = 0; n < 151; ++n) {
+        assign[static_cast<size_t>(n)] = n % 2 ? first_b + n / 2 : n < 2 * r ? first_b : n / 2 - r;
+    }
+    const Plan want = plan_of(assign, 1, 151, 151 - r);
+    for_each_isa([&] { EXPECT_EQ(run_match(contiguous(x, s), r, 0, pool()), want); });
+}
+
+TEST_P(MatchTest, BadTokensDoNotCorruptOthers) {
+    const Shape s{3, 2, 60, 24};
+    for (int64_t r : {5, 25, 29}) {
+        Array x = tie_free(GetParam(), s, r, 2);
+        const auto spoil = [&](int64_t b, int64_t n, double value) {
+            x.set(((b * s.heads + 1) * s.tokens + n) * s.dim + 7, value);
+        };
+        spoil(0, 0, kNaN);  // a prefix token
+        spoil(0, 10, kNaN);
+        spoil(0, 11, kInf);
+        spoil(0, 59, -kInf);
+        for (int64_t n = 0; n < s.tokens; ++n) spoil(1, n, n % 4 == 3 ? kInf : kNaN);
+        for (int64_t h = 0; h < s.heads; ++h) {
+            for (int64_t d = 0; d < s.dim; ++d) {
+                for (int64_t n : {20, 31}) x.set(((2 * s.heads + h) * s.tokens + n) * s.dim + d, 0);
+            }
+        }
+        const Plan want = oracle_match(contiguous(x, s), r, 2).plan;
+        for_each_isa([&] { EXPECT_EQ(run_match(contiguous(x, s), r, 2, pool()), want); });
+    }
+}
+
+TEST_P(MatchTest, ZeroVectorsScoreZero) {
+    const Shape s{1, 1, 12, 3};
+    Array x(GetParam(), 36);
+    for (int64_t i = 0; i < 36; ++i) x.set(i, 0.0);
+    // B tokens 1 and 3 point one way, A tokens 0 and 2 the other: both prefer the zero token 5.
+    for (int64_t n : {1, 3}) x.set(n * 3, 1.0);
+    for (int64_t n : {0, 2}) x.set(n * 3, -1.0);
+    for_each_isa([&] {
+        const Plan got = run_match(contiguous(x, s), 2, 0, pool());
+        EXPECT_EQ(got, oracle_match(contiguous(x, s), 2, 0).plan);
+        EXPECT_EQ(got.assign[0], got.assign[5]);
+        EXPECT_EQ(got.assign[2], got.assign[5]);
+    });
+}
+
+TEST_P(MatchTest, LengthDoesNotMatter) {
+    const Shape s{1, 1, 64, 40};
+    // Far past where squares overflow or vanish in the arithmetic's own precision.
+    const int exponent = GetParam() == DType::kFloat64   ? 900
+                         : GetParam() == DType::kFloat16 ? 8
+                                                         : 110;
+    const Array x = tie_free(GetParam(), s, 20, 0);
+    const Plan want = oracle_match(contiguous(x, s), 20, 0).plan;
+    const int lowest = GetParam() == DType::kFloat16 ? 0 : -exponent;  // float16 rounds below
+    for (int by : {exponent, lowest}) {
+        Array scaled(GetParam(), x.count());
+        for (int64_t i = 0; i < x.count(); ++i) {
+            scaled.set(i, std::ldexp(x[i], i / s.dim % 3 == 0 ? by : 0));
+        }
+        for_each_isa([&] { EXPECT_EQ(run_match(contiguous(scaled, s), 20, 0, pool()), want); });
+    }
+}
+
+TEST_P(MatchTest, CutsRAndTakesDegenerateShapes) {
+    for (int64_t tokens : {0, 1, 2, 3, 4, 9}) {
+        for (int64_t prefix : {0, 1, 2, 5, 20}) {
+            for (int64_t r : {int64_t{-3}, int64_t{0}, int64_t{1}, int64_t{4},
+                              std::numeric_limits<int64_t>::max()}) {
+                for (int64_t dim : {0, 1, 3}) {
+                    for (int64_t batch : {0, 2}) {
+                        const Shape s{batch, 1, tokens, dim};
+                        Array x(GetParam(), batch * tokens * dim);
+                        for (int64_t i = 0; i < x.count(); ++i) x.set(i, i % 3 == 0 ? 1.0 : 0.0);
+                        const Plan want = oracle_match(contiguous(x, s), r, prefix).plan;
+                        for_each_isa([&] {
+                            EXPECT_EQ(run_match(contiguous(x, s), r, prefix, pool()), want)
+                                << "tokens " << tokens << " prefix " << prefix << " r " << r
+                                << " dim " << dim;
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST_P(MatchTest, AnImageDoesNotDependOnItsBatchOrTheThreads) {
+    const Shape s{5, 2, 99, 48};  // ties and near-ties included: no oracle, the same bits
+    const Array x = random_array(GetParam(), s.batch * s.heads * s.tokens * s.dim, 9);
+    for_each_isa([&] {
+        const Plan all = run_match(contiguous(x, s), 30, 1, Threads::serial());
+        EXPECT_EQ(run_match(contiguous(x, s), 30, 1, pool()), all);
+        for (int64_t b = 0; b < s.batch; ++b) {
+            Metric one = contiguous(x, {1, s.heads, s.tokens, s.dim});
+            one.data = x.at(b * one.stride_batch);
+            const Plan alone = run_match(one, 30, 1, pool());
+            const auto begin = all.assign.begin() + b * s.tokens;
+            EXPECT_EQ(alone.assign, std::vector<int32_t>(begin, begin + s.tokens));
+        }
+    });
+}
+
+TEST(CutR, FollowsItsRule) {
+    static_assert(tome::cut_r(197, 16, 1) == 16);
+    static_assert(tome::cut_r(197, 1000, 1) == 98);
+    static_assert(tome::cut_r(10, 5, 9) == 0);
+    static_assert(tome::cut_r(3, 5, 20) == 0);
+    static_assert(tome::cut_r(10, -1, 0) == 0);
+    EXPECT_EQ(tome::cut_r(0, 1, 0), 0);
+}
+
+}  // namespace
+}  // namespace tome_test
