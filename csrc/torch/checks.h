@@ -1,0 +1,31 @@
+// Argument checks shared by the CPU and CUDA operators: every message says what was expected and
+// what came. Raised as RuntimeError in Python.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "stable.h"
+#include "tome_core/merge.h"
+#include "tome_core/types.h"
+
+namespace tome::torch_layer {
+
+// "(2, 197, 64) float32", as tome_ext.ops.describe shows it.
+std::string describe(const Tensor& x);
+
+// The kernels' dtype, or an error that names the argument.
+DType float_dtype(const Tensor& x, const char* name);
+
+Reduce parse_reduce(const std::string& reduce);
+
+// x itself where its last dimension is contiguous, else a contiguous copy.
+Tensor with_contiguous_last_dim(const Tensor& x);
+
+void check_match(const Tensor& metric, int64_t num_prefix_tokens);
+void check_plan_args(const Tensor& assign, int64_t num_rows);
+void check_merge(const Tensor& x, const char* name, int64_t tokens,
+                 const std::optional<Tensor>& size, const Tensor& members, const Tensor& offsets);
+void check_unmerge(const Tensor& x, const Tensor& assign);
+
+}  // namespace tome::torch_layer

@@ -1,0 +1,67 @@
+"""What every Python test relies on: an installed package with its library, seeds, and GPU rules."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+import tome_ext
+from tome_ext import _library
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_sessionstart() -> None:
+    """The tests are of the installed package; a source folder without a library is none."""
+    if _library.load_error is None:
+        return
+    raise pytest.UsageError(
+        f"the tests need tome_ext with its compiled library, and the one imported, from "
+        f"{_library.FOLDER}, has none: {_library.load_error}\n"
+        "Install it with `pip install '.[test]'` and run `pytest` (not `python -m pytest`, which "
+        "imports from the folder it runs in)."
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests marked ``cuda`` out where there is no GPU, unless TOME_REQUIRE_CUDA=1."""
+    needed = [item for item in items if item.get_closest_marker("cuda")]
+    missing = missing_for_cuda()
+    if missing is None:
+        return
+    if os.environ.get("TOME_REQUIRE_CUDA") == "1":
+        raise pytest.UsageError(f"TOME_REQUIRE_CUDA=1, but {missing}")
+    if needed:
+        items[:] = [item for item in items if item not in needed]
+        config.hook.pytest_deselected(items=needed)
+
+
+def missing_for_cuda() -> str | None:
+    """Why tests on a GPU cannot run here; None if they can."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU"
+    status = _library.cuda_status()
+    return None if status.startswith("loaded") else f"the CUDA library is {status}"
+
+
+def pytest_report_header() -> str:
+    """Which package and library are tested."""
+    return (
+        f"tome_ext {tome_ext.__version__} from {_library.FOLDER}: "
+        f"{_library.build_info()}, CUDA {_library.cuda_status()}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,123 @@
+"""Tiny timm models, and ToMe's forward written out plainly, for the tests of the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import RmsNorm, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from tome_ext import reference
+
+DEPTH = 3
+GRID = 8  # patches per side
+
+# One model per feature of the block, the token sequence or the head. "gated", "unfused" and
+# "distilled" are not options of the constructor; `tiny` builds them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "depth 1": {"depth": 1},
+    "layer scale": {"init_values": 0.5},
+    "registers, layer scale": {"reg_tokens": 4, "init_values": 0.5},
+    "no class token, avg": {"class_token": False, "global_pool": "avg"},
+    "class token, avg": {"global_pool": "avg"},
+    "avg with prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "avgmax": {"global_pool": "avgmax", "reg_tokens": 2},
+    "max": {"global_pool": "max"},
+    "no pooling": {"global_pool": ""},
+    "attention pool": {"class_token": False, "global_pool": "map"},
+    "attention pool after registers": {"reg_tokens": 3, "global_pool": "map"},
+    "no_embed_class": {"no_embed_class": True, "reg_tokens": 1},
+    "pre norm, as CLIP": {"pre_norm": True},
+    "q/k norm": {"qk_norm": True},
+    "scaled norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "rms norm, SwiGLU": {"norm_layer": RmsNorm, "mlp_layer": SwiGLUPacked},
+    "no q/k/v bias": {"qkv_bias": False},
+    "dynamic image size": {"dynamic_img_size": True},
+    "gated": {"gated": True},
+    "unfused": {"unfused": True},
+    "unfused, q/k norm, registers": {"unfused": True, "qk_norm": True, "reg_tokens": 2},
+    "distilled": {"distilled": True},
+}
+
+
+def tiny(
+    gated: bool = False, unfused: bool = False, distilled: bool = False, **options: Any
+) -> VisionTransformer:
+    """A VisionTransformer of 64 patches with weights large enough for attention to matter."""
+    torch.manual_seed(0)
+    settings = {
+        "img_size": 4 * GRID,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "depth": DEPTH,
+        "num_classes": 5,
+        **options,
+    }
+    model = (VisionTransformerDistilled if distilled else VisionTransformer)(**settings)
+    for block in model.blocks:
+        if gated:
+            block.attn = Attention(32, num_heads=4, qkv_bias=True, gated=True)
+        if unfused:
+            block.attn.fused_attn = False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def images(batch: int = 2, side: int = 4 * GRID, seed: int = 0, **options: Any) -> Tensor:
+    """Random images (batch, 3, side, side)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, side, side, generator=generator).to(**options)
+
+
+def paired_images(batch: int = 2, **options: Any) -> Tensor:
+    """Images whose horizontal neighbours among the patches are equal, pair by pair."""
+    half = images(batch, **options).unflatten(3, (GRID, 4))[:, :, :, : GRID // 2]
+    return half.repeat_interleave(2, dim=3).flatten(3)
+
+
+def without_positions(model: VisionTransformer) -> VisionTransformer:
+    """The model without position embeddings, so that equal patches are equal tokens."""
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    return model
+
+
+def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> Tensor:
+    """ToMe as the paper describes it, in explicit PyTorch, on an unpatched float64 model.
+
+    Covers plain attention, LayerScale, register tokens, and the "token" and "avg" heads.
+    """
+    prefix = model.num_prefix_tokens
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    size = x.new_ones(x.shape[:2])
+    for block, r in zip(model.blocks, schedule, strict=True):
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))
+        q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + size.log()[:, None, None, :]
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + block.ls1(attn.proj(attended))
+        assign, _, offsets = reference.match(k.detach(), r, prefix)
+        groups = nn.functional.one_hot(assign.long(), offsets.shape[1] - 1).to(x).mT  # (B, M, N)
+        weighted = groups @ (size.unsqueeze(-1) * x)
+        size = (groups @ size.unsqueeze(-1)).squeeze(-1)
+        x = weighted / size.unsqueeze(-1)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    x = model.norm(x)
+    if model.global_pool == "token":
+        x = x[:, 0]
+    else:
+        x, size = x[:, prefix:], size[:, prefix:]
+        x = (x * size.unsqueeze(-1)).sum(1) / size.sum(1, keepdim=True)
+    return model.head(model.fc_norm(x))

@@ -1,0 +1,121 @@
+"""Test oracles: plain loops for plans and merges, and the one tolerance rule of the test suite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def assert_error_within(result: Tensor, stock: Tensor, exact: Tensor) -> None:
+    """The tolerance rule: at most twice the error of the stock computation in the same dtype.
+
+    Both errors are maxima against the float64 result ``exact``. One rounding of the largest value
+    to the dtype is always allowed: a stock result that happens to be exact proves nothing.
+    """
+    assert result.dtype == stock.dtype, f"{result.dtype} against stock in {stock.dtype}"
+    assert result.shape == exact.shape, f"{tuple(result.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error = (result.double() - exact).abs().max().item()
+    allowed = 2 * (stock.double() - exact).abs().max().item()
+    rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    assert error <= allowed + rounding, f"error {error:.3g}, allowed {allowed:.3g} + {rounding:.3g}"
+
+
+def check_plan(
+    assign: Tensor, members: Tensor, offsets: Tensor, num_tokens: int, num_rows: int
+) -> None:
+    """Every invariant of a merge plan, row by row."""
+    assert assign.dtype == members.dtype == offsets.dtype == torch.int32
+    batch = assign.shape[0]
+    assert assign.shape == members.shape == (batch, num_tokens)
+    assert offsets.shape == (batch, num_rows + 1)
+    for to, member, offset in zip(assign.tolist(), members.tolist(), offsets.tolist(), strict=True):
+        assert sorted(member) == list(range(num_tokens))
+        assert offset[0] == 0
+        for row in range(num_rows):
+            group = member[offset[row] : offset[row + 1]]
+            assert group == sorted(group)
+            assert group == [n for n in range(num_tokens) if to[n] == row]
+        dropped = member[offset[-1] :]
+        assert dropped == [n for n in range(num_tokens) if to[n] == -1]
+
+
+def match_plan(metric: Tensor, r: int, prefix: int) -> tuple[list[list[int]], float]:
+    """Bipartite soft matching by loops in float64.
+
+    Returns the assignment of every image, and the smallest gap between a choice made and the best
+    one refused: where it is below rounding, another choice would have been as right.
+    """
+    rows = metric.double()
+    rows = rows.mean(1) if rows.dim() == 4 else rows
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    num_tokens = rows.shape[1]
+    r = max(0, min(r, max(0, num_tokens - prefix) // 2))
+    a = [n for n in range(min(prefix, num_tokens), num_tokens) if n % 2 == 0]
+    b = [n for n in range(min(prefix, num_tokens), num_tokens) if n % 2 == 1]
+    assigns, gap = [], float("inf")
+    for image in rows:
+        if r == 0:
+            assigns.append(list(range(num_tokens)))
+            continue
+        scores = image[a] @ image[b].T
+        best = []
+        for i, row in enumerate(scores.tolist()):
+            j = max(range(len(b)), key=lambda j: (row[j], -j))
+            best.append((row[j], i, j))
+            others = [s for k, s in enumerate(row) if k != j]
+            gap = min([gap] + [row[j] - s for s in others])
+        ranked = sorted(best, key=lambda entry: (-entry[0], entry[1]))
+        if r < len(ranked):
+            gap = min(gap, ranked[r - 1][0] - ranked[r][0])
+        joins = {a[i]: b[j] for _, i, j in ranked[:r]}
+        order = list(range(prefix)) + [n for n in a if n not in joins] + b
+        row_of = {n: row for row, n in enumerate(order)}
+        assigns.append([row_of[joins.get(n, n)] for n in range(num_tokens)])
+    return assigns, gap
+
+
+def merge_rows(
+    x: Tensor, size: Tensor | None, assign: Tensor, num_rows: int, reduce: str
+) -> tuple[Tensor, Tensor]:
+    """Merge by loops in float64."""
+    x = x.double()
+    size = torch.ones(x.shape[:2]) if size is None else size
+    out = torch.zeros(x.shape[0], num_rows, x.shape[2], dtype=torch.float64)
+    total = torch.zeros(x.shape[0], num_rows, dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for row in range(num_rows):
+            group = (assign[b] == row).nonzero().flatten()
+            total[b, row] = size[b, group].double().sum()
+            if len(group) == 0:
+                continue
+            weight = size[b, group].double().unsqueeze(1)
+            if reduce == "amax":
+                out[b, row] = x[b, group].amax(0)
+            elif reduce == "sum":
+                out[b, row] = (weight * x[b, group]).sum(0)
+            elif weight.sum() == 0:
+                out[b, row] = x[b, group].mean(0)
+            else:
+                out[b, row] = (weight * x[b, group]).sum(0) / weight.sum()
+    return out, total
+
+
+def stock_merge(
+    x: Tensor, size: Tensor | None, assign: Tensor, num_rows: int, reduce: str
+) -> Tensor:
+    """Merge by stock operators in x's own dtype."""
+    size = torch.ones(x.shape[:2]) if size is None else size
+    index = assign.long().unsqueeze(-1).expand_as(x)
+    weight = size.to(x.dtype).unsqueeze(-1)
+    out = x.new_zeros(x.shape[0], num_rows, x.shape[2])
+    if reduce == "amax":
+        return out.scatter_reduce(1, index, x, "amax", include_self=False)
+    out = out.scatter_add(1, index, x * weight)
+    if reduce == "sum":
+        return out
+    total = weight.new_zeros(x.shape[0], num_rows, 1).scatter_add(1, index[..., :1], weight)
+    return out / total

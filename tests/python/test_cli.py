@@ -1,0 +1,225 @@
+"""The tome-ext command: its output, its picture, and one line for every mistake."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import tome_ext
+from tome_ext import _library, cli, demo
+
+SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16, 101 tokens
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without network, and with as few timed rounds as the demo allows."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+    monkeypatch.setattr(demo, "TIMING_BUDGET", 0.0)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run a command that must fail; returns its one line."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as stop:  # of argparse
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("tome-ext")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_demo_prints_the_table_and_writes_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "shown.png"
+    assert (
+        cli.main(
+            ["demo", "--model", SMALL, "--r", "0,4,9", "--batch-size", "2", "--output", str(output)]
+        )
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert "random weights" in out
+    assert "untrained" in out
+    assert "timing" in err  # progress
+    depth = 6
+    table = [line.split() for line in out.splitlines() if re.match(r" *(unpatched|\d+) ", line)]
+    assert [row[0] for row in table] == ["unpatched", "0", "4", "9"]
+    assert [int(row[1]) for row in table] == [101, 101, 101 - 4 * depth, 101 - 9 * depth]
+    assert table[0][3] == "1.00x"
+    assert [float(row[4]) for row in table[:2]] == [1.0, 1.0]
+    assert all(float(row[2]) > 0 and -1 <= float(row[4]) <= 1 for row in table)
+    with Image.open(output) as img:
+        panels, zoom = 3, round(demo.PANEL_PIXELS / 160)  # r = 0 merges nothing to show
+        assert img.width > panels * 160 * zoom
+        assert img.height > 160 * zoom
+        assert img.convert("RGB").getcolors(maxcolors=50) is None
+
+
+def test_demo_of_a_picture_of_the_users_own(tmp_path: Path) -> None:
+    picture = tmp_path / "mine.png"
+    Image.new("L", (300, 200), 128).save(picture)
+    output = tmp_path / "shown.jpg"
+    argv = ["demo", picture, "--model", SMALL, "--r", 5, "--batch-size", 1, "--output", output]
+    assert cli.main([*map(str, argv), "--dtype", "bfloat16"]) == 0
+    with Image.open(output) as img:
+        assert img.format == "JPEG"
+
+
+def test_agreement_compares_with_the_unpatched_model() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(SMALL, num_classes=0).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    rows, merged = demo.measure(model, x, (0, 8), 101)
+    with torch.no_grad():
+        plain = model(x)
+        with tome_ext.patch.timm(model, r=8):
+            other = model(x)
+    expected = torch.cosine_similarity(plain, other).mean().item()
+    assert rows[0].agreement == pytest.approx(1, abs=1e-6)
+    assert rows[1].agreement == pytest.approx(1, abs=1e-6)
+    assert rows[2].agreement == pytest.approx(expected, abs=1e-5)
+    assert expected < 0.9999
+    assert merged[0] is None
+    assert merged[8] is not None
+    assert merged[8].num_output_tokens == rows[2].tokens
+
+
+def test_crops_are_centred_and_keep_their_shape() -> None:
+    frame = demo.Frame(32, 16, 8, 1, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert frame.patches == 8
+    photo = Image.new("RGB", (100, 100), (255, 0, 0))
+    assert frame.box(photo) == (0, 25, 100, 75)
+    crops = frame.crops(photo, 3)
+    assert [crop.size for crop in crops] == [(32, 16)] * 3
+    x = frame.to_tensor(crops[0])
+    assert x.shape == (3, 16, 32)
+    assert torch.equal(x[:, 0, 0], torch.tensor([2.0, -2.0, -2.0]))
+    assert frame.crop(photo, zoom=3).size == (96, 48)
+
+
+def test_pretrained_weights_are_used_when_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    create = timm.create_model
+
+    def create_model(name: str, pretrained: bool, **options: Any) -> Any:
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    _, missing = demo.load_model(SMALL)
+    assert (asked, missing) == ([True], None)
+
+
+def test_random_weights_say_why_and_are_the_same_each_time() -> None:
+    state = torch.get_rng_state()
+    (one, missing), (two, _) = demo.load_model(SMALL), demo.load_model(SMALL)
+    assert missing == "HF_HUB_OFFLINE is set"
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.monotonic()
+    reason = demo.prefer_cache_without_network()
+    assert reason is not None
+    assert "127.0.0.1:9 does not answer" in reason
+    assert constants.HF_HUB_OFFLINE
+    assert time.monotonic() - start < 2 * demo.HUB_WAIT  # no retries
+
+
+def test_mistakes_in_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "can't read the picture" in fails(capsys, "demo", tmp_path / "missing.png")
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    assert "is not a picture that pillow can read" in fails(capsys, "demo", text)
+    assert "can't read the picture" in fails(capsys, "demo", tmp_path)
+    line = fails(capsys, "demo", "--model", "vit_smal_patch16_224")
+    assert "timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224" in line
+    assert "resnet" in fails(capsys, "demo", "--model", "resnet10t").lower()
+    assert "there is no folder" in fails(capsys, "demo", "--output", tmp_path / "no" / "x.png")
+    assert "can't write" in fails(capsys, "demo", "--output", tmp_path / "x.nonsense")
+    assert "can't use the device 'nonsense'" in fails(capsys, "demo", "--device", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--r", "4,x"], "expected numbers of at least 0 .* got '4,x'"),
+        (["--r=-1"], "got '-1'"),
+        (["--batch-size", "0"], "expected a number of at least 1, got '0'"),
+        (["--dtype", "int8"], "invalid choice: '?int8"),
+    ],
+)
+def test_mistakes_in_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message, fails(capsys, "demo", *arguments))
+
+
+def test_r_list() -> None:
+    assert cli.r_list("0,4, 8,4") == (0, 4, 8)
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "DEMO_PACKAGES", ("numpy", "no_such_package"))
+    line = fails(capsys, "demo")
+    assert "the demo needs no_such_package: pip install 'tome_ext[demo]'" in line
+
+
+def test_missing_library_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_library, "load_error", "no _C library lies in /nowhere")
+    line = fails(capsys, "demo", "--model", SMALL, "--output", tmp_path / "x.png")
+    assert "are not available" in line
+
+
+def test_info_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^tome_ext +{re.escape(tome_ext.__version__)}$", out, re.MULTILINE)
+    assert re.search(r"^instruction set +\S+$", out, re.MULTILINE)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert tome_ext.__version__ in capsys.readouterr().out
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    out = capsys.readouterr().out
+    for word in ("PICTURE", "--model", "--r", "--batch-size", "--output", "--device", "--dtype"):
+        assert word in out
+
+
+def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: COMMAND" in fails(capsys)
+
+
+def test_photograph_comes_with_the_package() -> None:
+    with Image.open(demo.PHOTO) as img:
+        assert img.size == (600, 400)
+    assert "CC0" in (demo.PHOTO.parent / "README.md").read_text()

@@ -1,0 +1,242 @@
+"""tome::match and tome::plan against loops, the pure-torch twin, and their stated rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import FLOATS, check_plan, match_plan
+
+import tome_ext
+from tome_ext import reference
+
+# (batch, heads, tokens, dim, r, prefix)
+SHAPES = [
+    (2, 3, 197, 64, 16, 1),
+    (1, 1, 198, 64, 8, 2),
+    (3, 2, 64, 17, 100, 0),
+    (2, 1, 51, 5, 7, 5),
+    (1, 4, 257, 96, 20, 1),
+    (4, 1, 12, 3, 2, 3),
+]
+
+
+def keys_without_near_ties(batch, heads, tokens, dim, r, prefix, dtype):
+    """The key view (B, H, N, D) of a packed qkv tensor, and its plan by loops in float64."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        packed = torch.randn(batch, tokens, 3, heads, dim, generator=generator).to(dtype)
+        metric = packed.permute(2, 0, 3, 1, 4)[1]
+        expected, gap = match_plan(metric, r, prefix)
+        if gap > 1e-6:
+            return metric, expected
+    raise AssertionError("no data free of near ties: is the oracle broken?")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_loops_and_twin(shape, dtype):
+    _batch, _heads, tokens, _dim, r, prefix = shape
+    metric, expected = keys_without_near_ties(*shape, dtype)
+    plan = tome_ext.match(metric, r, prefix)
+    assert plan.assign.tolist() == expected
+    check_plan(*plan, tokens, plan.num_output_tokens)
+    for ours, twin in zip(plan, reference.match(metric, r, prefix), strict=True):
+        assert torch.equal(ours, twin)
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 70),
+    dim=st.integers(1, 40),
+    r=st.integers(-2, 60),
+    prefix=st.integers(0, 6),
+    heads=st.integers(0, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_plan_invariants(batch, tokens, dim, r, prefix, heads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, dim) if heads else (batch, tokens, dim)
+    # Small integers: many exact ties, zero rows among them.
+    metric = torch.randint(-1, 2, shape, generator=generator).float()
+    plan = tome_ext.match(metric, r, prefix)
+    removed = max(0, min(r, max(0, tokens - prefix) // 2))
+    assert plan.num_output_tokens == tokens - removed
+    check_plan(*plan, tokens, tokens - removed)
+    for assign in plan.assign.tolist():
+        assert assign[:prefix] == list(range(min(prefix, tokens)))
+        if removed:
+            assert assign.count(-1) == 0
+            rows_of_prefix = [n for n in range(tokens) if assign[n] < prefix]
+            assert rows_of_prefix == list(range(prefix))  # nothing joined a prefix token
+            odd = [assign[n] for n in range(prefix, tokens) if n % 2 == 1]
+            assert odd == list(range(tokens - removed - len(odd), tokens - removed))
+        else:
+            assert assign == list(range(tokens))
+    for ours, twin in zip(plan, reference.match(metric, r, prefix), strict=True):
+        assert ours.shape == twin.shape
+
+
+def test_ties_go_to_the_lower_index_both_times():
+    # All tokens alike: every A token chooses B token 1, and the first r of A are merged.
+    plan = tome_ext.match(torch.ones(1, 10, 4), 3)
+    assert plan.assign.tolist() == [[2, 2, 2, 3, 2, 4, 0, 5, 1, 6]]
+    # Two B tokens alike, the rest different: the lower of the two is chosen.
+    metric = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0], [0, 1], [1, 0]])[None]
+    assert tome_ext.match(metric, 1).assign[0, 0] == tome_ext.match(metric, 1).assign[0, 3]
+
+
+def test_ties_hold_across_every_tile_edge():
+    """Equal tokens score equally wherever they lie, so rank by index alone decides."""
+    for tokens in (3, 17, 34, 66, 130, 700):
+        plan = tome_ext.match(torch.ones(1, tokens, 7), tokens // 3)
+        removed = tokens // 3
+        merged = [n for n in range(0, tokens, 2) if plan.assign[0, n] == plan.assign[0, 1]]
+        assert merged == list(range(0, 2 * removed, 2)), tokens
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_zero_vectors_have_similarity_zero(dtype):
+    metric = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1]]).to(dtype)[None]
+    # Token 0 scores 0 with both of B; token 2 scores -1 and 0: both choose at 0; ties go low.
+    assert tome_ext.match(metric, 1).assign.tolist() == [[1, 1, 0, 2]]
+    assert tome_ext.match(metric, 2).assign.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_bad_token_does_not_touch_the_others(dtype, bad):
+    metric = torch.randn(1, 60, 16).to(dtype)
+    clean = reference.match_sets(
+        metric, torch.arange(0, 60, 2)[None], torch.arange(1, 60, 2)[None], 30
+    )[0]
+    for token in (10, 11):
+        spoiled = metric.clone()
+        spoiled[0, token, 3] = bad
+        plan = tome_ext.match(spoiled, 20)
+        check_plan(*plan, 60, 40)
+        alone = (plan.assign[0] == plan.assign[0, token]).sum()
+        assert alone == 1, "a bad token joins nobody and nobody joins it"
+        full = tome_ext.match(spoiled, 29 if token == 10 else 30)
+        for n in range(0, 60, 2):
+            if n != token and clean[n] != token:
+                assert full.assign[0, n] == full.assign[0, clean[n]]
+
+
+def test_indices_stay_valid_when_everything_is_bad():
+    for value in (float("nan"), float("inf")):
+        plan = tome_ext.match(torch.full((2, 9, 4), value), 4)
+        check_plan(*plan, 9, 5)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e18, 1e30])
+def test_scale_of_the_metric_does_not_matter(scale):
+    metric = torch.randn(1, 40, 8)
+    plain = tome_ext.match(metric, 10)
+    scaled = tome_ext.match(metric.double() * scale, 10)
+    assert torch.equal(plain.assign, scaled.assign)
+    if 1e-30 < scale < 1e30:  # where float32 holds the values themselves without loss
+        assert torch.equal(plain.assign, tome_ext.match(metric * scale, 10).assign)
+    assert torch.equal(
+        tome_ext.match(metric * scale, 10).assign, reference.match(metric * scale, 10)[0]
+    )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3])
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("r", [-1, 0, 1, 9])
+def test_tiny_inputs(tokens, prefix, r):
+    plan = tome_ext.match(torch.randn(2, tokens, 4), r, prefix)
+    twin = reference.match(
+        torch.zeros(2, tokens, 4) if tokens == 0 else torch.ones(2, tokens, 4), r, prefix
+    )
+    assert plan.num_output_tokens == tokens - max(0, min(r, max(0, tokens - prefix) // 2))
+    assert [tuple(x.shape) for x in plan] == [tuple(x.shape) for x in twin]
+    check_plan(*plan, tokens, plan.num_output_tokens)
+
+
+def test_empty_batch_and_zero_dim():
+    check_plan(*tome_ext.match(torch.randn(0, 9, 4), 3), 9, 6)
+    check_plan(*tome_ext.match(torch.randn(2, 9, 0), 3), 9, 6)
+
+
+def test_strides_do_not_matter():
+    metric = torch.randn(2, 3, 50, 12)
+    plan = tome_ext.match(metric, 9, 1)
+    views = {
+        "transposed": metric.transpose(1, 2).contiguous().transpose(1, 2),
+        "last dimension strided": metric.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded batch": metric[:1].expand(2, -1, -1, -1),
+        "sliced": torch.cat([metric, metric], 3)[..., :12],
+    }
+    for name, view in views.items():
+        expected = tome_ext.match(view.contiguous(), 9, 1)
+        assert torch.equal(tome_ext.match(view, 9, 1).assign, expected.assign), name
+        if name != "expanded batch":
+            assert torch.equal(expected.assign, plan.assign), name
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    metric = torch.randn(5, 2, 197, 64)
+    together = tome_ext.match(metric, 30, 1)
+    for image in range(5):
+        alone = tome_ext.match(metric[image : image + 1], 30, 1)
+        assert all(torch.equal(t[image], a[0]) for t, a in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads):
+    metric = torch.randn(3, 1, 801, 48)
+    expected = tome_ext.match(metric, 300, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for batch in (1, 3):
+            plan = tome_ext.match(metric[:batch], 300, 1)
+            assert torch.equal(plan.assign, expected.assign[:batch])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_metric_in_chunks_agrees_with_twin():
+    # 2,048 columns of 320 do not fit one packed chunk: maxima are joined across chunks.
+    metric = torch.randn(1, 4096, 320)
+    plan = tome_ext.match(metric, 2048)
+    twin = reference.match(metric.double(), 2048)
+    assert (plan.assign != twin[0]).float().mean() < 1e-3  # near ties in float32
+
+
+def test_half_types_are_scored_in_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        metric = torch.randn(2, 197, 64).to(dtype)
+        assert torch.equal(
+            tome_ext.match(metric, 40, 1).assign, tome_ext.match(metric.float(), 40, 1).assign
+        )
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(0, 40),
+    rows=st.integers(0, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_plan_from_any_assignment(batch, tokens, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    assign = torch.randint(-1, max(rows, 0), (batch, tokens), generator=generator)
+    plan = tome_ext.MergePlan.from_assign(assign, rows)
+    check_plan(*plan, tokens, rows)
+    for ours, twin in zip(plan[1:], reference.plan(assign, rows), strict=True):
+        assert torch.equal(ours, twin)
+    assert torch.equal(reference.row_of_token(plan.members, plan.offsets), assign)
+
+
+def test_then_composes():
+    x = torch.randn(2, 41, 6, dtype=torch.float64)
+    first = tome_ext.match(x, 9, 1)
+    once, size = first.merge(x)
+    second = tome_ext.match(once, 7, 1)
+    twice, size = second.merge(once, size)
+    direct, direct_size = first.then(second).merge(x)
+    torch.testing.assert_close(direct, twice)
+    assert torch.equal(direct_size, size)

@@ -1,0 +1,164 @@
+"""What torch and its users rely on: opcheck, errors, determinism, every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tome_ext
+from tome_ext import MergePlan, ops, reference
+
+OPS = torch.ops.tome
+
+
+def samples():
+    """Every operator with arguments of every kind."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        metric = torch.randn(2, 3, 21, 8).to(dtype)
+        yield OPS.match.default, (metric, 4, 1)
+        yield OPS.match.default, (metric[:, 0], 0, 0)
+        plan = tome_ext.match(metric, 4, 1)
+        yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
+        size = torch.rand(2, 21) + 0.5
+        for grad in (False, True):
+            x = torch.randn(2, 21, 6).to(dtype).requires_grad_(grad)
+            rows = torch.randn(2, 17, 6).to(dtype).requires_grad_(grad)
+            for reduce in reference.REDUCTIONS:
+                yield OPS.merge.default, (x, size, plan.members, plan.offsets, reduce)
+            yield OPS.merge.default, (x, None, plan.members, plan.offsets)
+            yield OPS.merge_backward.default, (rows, size, plan.members, plan.offsets, "mean")
+            yield OPS.merge_backward.default, (rows, None, plan.members, plan.offsets, "sum")
+            yield OPS.unmerge.default, (rows, plan.assign)
+
+
+@pytest.mark.parametrize(("op", "args"), list(samples()), ids=lambda v: str(v)[:24])
+def test_opcheck(op, args):
+    torch.library.opcheck(op, args)
+
+
+def test_deterministic_algorithms_change_nothing():
+    x = torch.randn(2, 21, 6, requires_grad=True)
+    plan = tome_ext.match(x.detach(), 5)
+    expected = plan.merge(x)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = tome_ext.match(x.detach(), 5)
+        merged, _ = again.merge(x)
+        again.unmerge(merged).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(merged, expected)
+
+
+def test_outputs_keep_dtype_and_device_under_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        plan = tome_ext.match(torch.empty(2, 3, 197, 64, dtype=torch.bfloat16), 16, 1)
+        merged, size = plan.merge(torch.empty(2, 197, 768, dtype=torch.bfloat16))
+        assert (merged.shape, merged.dtype) == ((2, 181, 768), torch.bfloat16)
+        assert (size.shape, size.dtype) == ((2, 181), torch.float32)
+        assert plan.unmerge(merged).shape == (2, 197, 768)
+    meta = tome_ext.match(torch.empty(2, 9, 4, device="meta"), 2)
+    assert meta.num_output_tokens == 7
+
+
+def test_devices_without_kernels_run_the_twin():
+    for name in ("match", "plan", "merge", "merge_backward", "unmerge"):
+        for key in ops.FALLBACK_KEYS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", key)
+
+
+X = torch.randn(2, 9, 4)
+PLAN = tome_ext.match(X, 3)
+INT = torch.zeros(2, 9, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected", "got"),
+    [
+        (lambda: tome_ext.match(X[0], 1), "(B, N, D) or (B, H, N, D)", "(9, 4) float32"),
+        (lambda: tome_ext.match(INT[..., None], 1), "float32, float16", "(2, 9, 1) int32"),
+        (lambda: tome_ext.match(X, 1, -1), "num_prefix_tokens: expected a number >= 0", "-1"),
+        (lambda: tome_ext.match(X[:, None][:, :0], 1), "at least one head", "(2, 0, 9, 4)"),
+        (lambda: PLAN.merge(X[0]), "x: expected (B, N, C)", "(9, 4) float32"),
+        (lambda: PLAN.merge(X[:, :8]), "members: expected (2, N = 8) int32", "(2, 9) int32"),
+        (lambda: PLAN.merge(X[:1]), "members: expected (1, N = 9)", "(2, 9) int32"),
+        (lambda: PLAN.merge(X, torch.ones(2, 8)), "size: expected (2, N = 9) float32", "(2, 8)"),
+        (lambda: PLAN.merge(X, torch.ones(2, 9).half()), "float32", "(2, 9) float16"),
+        (lambda: PLAN.merge(X, None, "max"), "'mean', 'sum' or 'amax'", "'max'"),
+        (lambda: PLAN.merge(X.int()), "float32, float16", "(2, 9, 4) int32"),
+        (lambda: PLAN.unmerge(X[0]), "x: expected (B, M, C)", "(9, 4) float32"),
+        (lambda: PLAN.unmerge(X[:1]), "assign: expected (1, N) int32", "(2, 9) int32"),
+        (lambda: MergePlan.from_assign(X, 3), "(B, N) int32 or int64", "(2, 9, 4) float32"),
+        (lambda: MergePlan.from_assign(INT, -1), "num_rows: expected a number >= 0", "-1"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(call, expected, got):
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        call()
+    assert expected in str(error.value)
+    assert got in str(error.value)
+
+
+def spoiled(tensor, at, value):
+    tensor = tensor.clone()
+    tensor[at] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (PLAN._replace(members=spoiled(PLAN.members, (1, 2), 9)), "got members[1, 2] = 9"),
+        (PLAN._replace(members=spoiled(PLAN.members, (0, 0), -1)), "got members[0, 0] = -1"),
+        (PLAN._replace(members=INT), "got token 0 again at members[0, 1]"),
+        (PLAN._replace(offsets=spoiled(PLAN.offsets, (1, 0), 1)), "got offsets[1, 0] = 1"),
+        (PLAN._replace(offsets=spoiled(PLAN.offsets, (1, 3), 10)), "got offsets[1, 3] = 10"),
+        (PLAN._replace(offsets=spoiled(PLAN.offsets, (0, 2), 0)), "got offsets[0, 2] = 0"),
+    ],
+)
+def test_a_plan_that_points_outside_is_refused(plan, message):
+    with pytest.raises(RuntimeError) as error:
+        plan.merge(X)
+    assert message in str(error.value)
+    with pytest.raises(RuntimeError):
+        OPS.merge_backward(X[:, :6], None, plan.members, plan.offsets)
+
+
+@pytest.mark.parametrize("value", [-2, 6, 2**31 - 1, -(2**31)])
+def test_an_assignment_that_points_outside_is_refused(value):
+    assign = spoiled(PLAN.assign, (1, 4), value)
+    for call in (lambda: OPS.unmerge(X[:, :6], assign), lambda: MergePlan.from_assign(assign, 6)):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert f"got assign[1, 4] = {value}" in str(error.value)
+
+
+def test_non_integer_r_is_refused():
+    for r in (1.5, "3", None):
+        with pytest.raises((RuntimeError, TypeError)):
+            tome_ext.match(X, r)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The match and merge tests once more with a lower instruction set (the best is the default).
+
+    A set that the machine lacks falls back to its best one, which is then tested twice.
+    """
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + [str(here / "test_match.py"), str(here / "test_merge.py")],
+        env={**os.environ, "TOME_ISA": isa},
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,0 +1,67 @@
+"""Spelling out r."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tome_ext.schedule import parse_r
+
+
+def test_one_number_is_for_every_layer() -> None:
+    assert parse_r(4, 13) == [13, 13, 13, 13]
+    assert parse_r(4, 0) == [0, 0, 0, 0]
+    assert parse_r(0, 5) == []
+
+
+def test_inflection() -> None:
+    assert parse_r(5, (8, 0)) == [8, 8, 8, 8, 8]
+    assert parse_r(5, (8, -1)) == [16, 12, 8, 4, 0]
+    assert parse_r(5, (8, 1.0)) == [0, 4, 8, 12, 16]
+    assert parse_r(5, (8, 0.5)) == [4, 6, 8, 10, 12]
+    assert parse_r(1, (8, -1)) == [8]
+
+
+def test_numbers_between_are_cut() -> None:
+    # 10 to 0 in three steps of 3 1/3
+    assert parse_r(4, (5, -1)) == [10, 6, 3, 0]
+
+
+def test_list_is_per_layer_and_filled_with_zeros() -> None:
+    assert parse_r(4, [3, 1]) == [3, 1, 0, 0]
+    assert parse_r(3, (3, 2, 1)) == [3, 2, 1]
+    assert parse_r(2, []) == [0, 0]
+
+
+@given(st.integers(1, 60), st.integers(0, 100), st.floats(-1, 1))
+def test_linear_schedules_remove_about_r_per_layer(layers: int, r: int, inflection: float) -> None:
+    counts = parse_r(layers, (r, inflection))
+    assert len(counts) == layers
+    assert all(0 <= count <= 2 * r for count in counts)
+    assert r * layers - layers <= sum(counts) <= r * layers
+    rising = sorted(counts, reverse=inflection < 0)
+    assert counts == rising
+
+
+@pytest.mark.parametrize(
+    ("r", "message"),
+    [
+        (-1, "expected an integer >= 0, got -1"),
+        (1.5, r"got 1.5 \(float\)"),
+        (True, r"got True \(bool\)"),
+        ("8", r"got '8' \(str\)"),
+        (None, r"got None \(NoneType\)"),
+        ([4, -1], r"r\[1\]: expected an integer >= 0, got -1"),
+        ([4, 2.0], r"r\[1\].*got 2.0 \(float\)"),
+        ((-2, 0), "got -2"),
+        ((8, "falling"), r"a number as inflection, got 'falling' \(str\)"),
+        ((8, True), r"got True \(bool\)"),
+        ((8, 2), r"inflection in \[-1, 1\], got 2"),
+        ((8, float("nan")), "got nan"),
+        ([1, 1, 1, 1], "at most 3 entries, one per layer, got 4"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(r: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_r(3, r)  # type: ignore[arg-type]

@@ -1,0 +1,51 @@
+"""Checks an installed wheel under another torch than it was built with. Needs torch only.
+
+The operators, not the patches: a CPU torch and timm's torchvision may not go together. Run by
+.ci/run, as ``python tests/second_torch.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import tome_ext
+from tome_ext import _library, reference
+
+
+def check(dtype: torch.dtype) -> None:
+    """Every operator against its pure-torch twin, and torch's own checks of its registration."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 50, 16, generator=generator).to(dtype)
+    x = torch.randn(2, 50, 24, generator=generator).to(dtype)
+    size = torch.randint(1, 4, (2, 50), generator=generator).float()
+
+    plan = tome_ext.match(keys, 12, 1)
+    for got, want in zip(plan, reference.match(keys, 12, 1), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    for reduce in reference.REDUCTIONS:
+        merged = plan.merge(x, size, reduce)
+        wanted = reference.merge(x, size, plan.members, plan.offsets, reduce)
+        for got, want in zip(merged, wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    rows = plan.merge(x, size)[0]
+    torch.testing.assert_close(plan.unmerge(rows), reference.unmerge(rows, plan.assign))
+
+    ops, live = torch.ops.tome, x.clone().requires_grad_()
+    torch.library.opcheck(ops.match.default, (keys, 12, 1))
+    torch.library.opcheck(ops.plan.default, (plan.assign, plan.num_output_tokens))
+    torch.library.opcheck(ops.merge.default, (live, size, plan.members, plan.offsets))
+    torch.library.opcheck(ops.unmerge.default, (rows.detach().requires_grad_(), plan.assign))
+
+
+def main() -> None:
+    """Check all dtypes and print what was checked."""
+    _library.require()
+    built = _library.build_info()["torch"]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        check(dtype)
+    print(f"built with torch {built}, works under torch {torch.__version__}")
+    print(f"CUDA library: {_library.cuda_status()}")
+
+
+if __name__ == "__main__":
+    main()

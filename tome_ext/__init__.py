@@ -1,0 +1,58 @@
+"""Token merging for Vision Transformers (ToMe, arXiv 2210.09461): operators and model patches.
+
+>>> import tome_ext as tome
+>>> tome.patch.timm(model)
+>>> model.r = 13
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import ops, patch, reference, utils
+from ._version import __version__
+from .attention import proportional_attention
+from .matching import (
+    bipartite_soft_matching,
+    kth_bipartite_soft_matching,
+    merge_source,
+    merge_wavg,
+    random_bipartite_soft_matching,
+)
+from .plan import MergePlan, match
+from .schedule import parse_r
+from .utils import info
+
+if TYPE_CHECKING:
+    from . import vis
+    from .vis import make_visualization
+
+__all__ = [
+    "MergePlan",
+    "__version__",
+    "bipartite_soft_matching",
+    "info",
+    "kth_bipartite_soft_matching",
+    "make_visualization",
+    "match",
+    "merge_source",
+    "merge_wavg",
+    "ops",
+    "parse_r",
+    "patch",
+    "proportional_attention",
+    "random_bipartite_soft_matching",
+    "reference",
+    "utils",
+    "vis",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Drawing needs Pillow and NumPy, which the rest does not.
+    if name in ("vis", "make_visualization"):
+        from importlib import import_module
+
+        vis = import_module(".vis", __name__)
+        return vis if name == "vis" else vis.make_visualization
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,348 @@
+"""``tome-ext demo``: a photograph through a timm ViT, with and without merging.
+
+Needs timm, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import patch
+from .plan import MergePlan
+from .utils import synchronize
+from .vis import make_visualization
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["DemoError", "Row", "run"]
+
+PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
+HUB_WAIT = 5.0  # seconds the hub gets to answer before the demo goes on without it
+TIMING_BUDGET = 30.0  # seconds for all timed rounds together
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
+PANEL_PIXELS = 448  # about how wide one panel of the picture is
+PANELS_A_ROW = 4
+
+
+class DemoError(Exception):
+    """A mistake the user can mend; the message says how."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``r`` is None for the model without a patch."""
+
+    r: int | None
+    tokens: int  # left after the last block, prefix tokens included
+    images_per_second: float  # median over the rounds
+    agreement: float  # mean cosine similarity with the features of the model without a patch
+
+
+def run(
+    picture: Path | None = None,
+    model_name: str = "vit_small_patch16_224",
+    r_values: tuple[int, ...] = (0, 4, 8, 13),
+    batch_size: int = 8,
+    output: Path = Path("tome_demo.png"),
+    device_name: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Row]:
+    """Print a table of speed and agreement for every r, and write the picture of merged regions.
+
+    Raises:
+        DemoError: a picture, model, device or output folder that is not there or can't be used.
+    """
+    photo = open_photo(picture or PHOTO)
+    device = find_device(device_name)
+    check_output(output)
+    model, missing = load_model(model_name)
+    weights = "random weights" if missing else "pretrained weights"
+    model = model.eval().to(device, dtype)
+    frame = Frame.of(model)
+    x = torch.stack([frame.to_tensor(crop) for crop in frame.crops(photo, batch_size)])
+    x = x.to(device, dtype)
+
+    print(f"photograph  {picture or 'a cup of coffee, which comes with tome_ext'}")
+    print(f"model       {model_name}, {weights}")
+    print(f"input       {batch_size} crops of {frame.width} x {frame.height} pixels")
+    print(f"running on  {device} in {str(dtype).removeprefix('torch.')}, ", end="")
+    print(f"{torch.get_num_threads()} threads", flush=True)
+    if missing:
+        print(
+            f"\nPretrained weights can't be had ({missing}).\n"
+            "The network is untrained: its agreement and its picture say little about a trained\n"
+            "one. Speed and the number of tokens are those of the trained one."
+        )
+    rows, merged = measure(model, x, r_values, frame.prefix + frame.patches)
+    print("\n" + table(rows))
+    try:
+        figure(photo, frame, merged, f"{model_name}, {weights}").save(output)
+    except OSError as error:
+        raise DemoError(f"can't write {output}: {error.strerror or error}") from None
+    print(f"\nThe photograph with its merged regions after the last block: {output}")
+    return rows
+
+
+def open_photo(path: Path) -> Image.Image:
+    """Read a picture file as RGB."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as img:
+            photo: Image.Image = ImageOps.exif_transpose(img).convert("RGB")
+            return photo
+    except UnidentifiedImageError:
+        raise DemoError(f"{path} is not a picture that pillow can read") from None
+    except OSError as error:
+        raise DemoError(f"can't read the picture {path}: {error.strerror or error}") from None
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place that the picture can't be written to, before the work is done."""
+    from PIL import Image
+
+    if not path.parent.is_dir():
+        raise DemoError(f"can't write {path}: there is no folder {path.parent}")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise DemoError(f"can't write {path}: name it .png, .jpg or the like")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, if it is there and works."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise DemoError(f"can't use the device {name!r}: {reason}") from None
+    return device
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+def load_model(name: str) -> tuple[Any, str | None]:
+    """A timm model that returns pooled features, and why its weights are random if they are."""
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise DemoError(f"timm has no model {name!r}{hint}")
+    print(f"loading {name} ...", file=sys.stderr, flush=True)
+    missing = prefer_cache_without_network()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=0)
+            missing = None
+        except Exception as error:
+            # Whatever keeps the weights away (no network, none published, a full disk), the demo
+            # can go on without them; a model that can't be made at all fails again here.
+            missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
+            torch.manual_seed(0)
+            try:
+                model = timm.create_model(name, pretrained=False, num_classes=0)
+            except Exception as failure:
+                raise DemoError(f"timm can't make the model {name!r}: {failure}") from None
+    try:
+        patch.remove(patch.timm(model))
+    except ValueError as error:
+        raise DemoError(str(error)) from None
+    return model, missing
+
+
+def prefer_cache_without_network() -> str | None:
+    """Ask the hub once, briefly. If it does not answer, use only files that are here already.
+
+    Without this, every file is tried with half a minute of retries. Returns what went wrong.
+    """
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except ImportError:
+        return "huggingface_hub is not installed"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_WAIT)
+    except Exception as error:  # of the HTTP library, which differs between versions of the hub's
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} does not answer, {type(error).__name__}"
+    return None
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a model wants its pictures."""
+
+    width: int
+    height: int
+    patch: int
+    prefix: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Frame:
+        """Read it from a timm model."""
+        from timm.data import config as data
+
+        config = data.resolve_model_data_config(model)
+        _, height, width = config["input_size"]
+        patch = model.patch_embed.patch_size[0]
+        return cls(width, height, patch, model.num_prefix_tokens, config["mean"], config["std"])
+
+    @property
+    def patches(self) -> int:
+        """How many patches a picture has."""
+        return (self.width // self.patch) * (self.height // self.patch)
+
+    def box(self, photo: Image.Image, scale: float = 1.0) -> tuple[float, float, float, float]:
+        """The largest centred box of the frame's shape, times scale: left, top, right, bottom."""
+        unit = scale * min(photo.width / self.width, photo.height / self.height)
+        w, h = unit * self.width, unit * self.height
+        left, top = (photo.width - w) / 2, (photo.height - h) / 2
+        return left, top, left + w, top + h
+
+    def crop(self, photo: Image.Image, scale: float = 1.0, zoom: int = 1) -> Image.Image:
+        """The centre of a photograph, resized to ``zoom`` times the frame."""
+        from PIL import Image
+
+        return photo.resize(
+            (self.width * zoom, self.height * zoom),
+            Image.Resampling.BICUBIC,
+            box=self.box(photo, scale),
+        )
+
+    def crops(self, photo: Image.Image, number: int) -> list[Image.Image]:
+        """The centre crop, then slightly closer ones, so that a batch is not one image copied."""
+        return [self.crop(photo, 1 - 0.3 * i / number) for i in range(number)]
+
+    def to_tensor(self, crop: Image.Image) -> Tensor:
+        """(3, height, width) float32, normalised as the model was trained."""
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+def figure(
+    photo: Image.Image, frame: Frame, merged: dict[int, MergePlan | None], note: str
+) -> Image.Image:
+    """The photograph, and beside it the merged regions for every r that merged anything."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    zoom = max(1, round(PANEL_PIXELS / frame.width))
+    sharp = frame.crop(photo, zoom=zoom)
+    panels = [(sharp, "photograph", f"{frame.patches} patches")]
+    for r, plan in merged.items():
+        if plan is not None:
+            shown = make_visualization(
+                sharp, plan.assign, frame.patch * zoom, num_prefix_tokens=frame.prefix
+            )
+            panels.append((shown, f"r = {r}", f"{plan.num_output_tokens - frame.prefix} regions"))
+
+    unit = sharp.width // 32  # every distance follows the size of a panel
+    big, small = (ImageFont.load_default(size=s * unit) for s in (2, 1.4))
+    columns = min(len(panels), PANELS_A_ROW)
+    step_x, step_y = sharp.width + unit, sharp.height + 4 * unit
+    lines = -(-len(panels) // columns)
+    size = (columns * step_x + unit, lines * step_y + 3 * unit)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (panel, title, detail) in enumerate(panels):
+        left, top = unit + i % columns * step_x, unit + i // columns * step_y
+        canvas.paste(panel, (left, top))
+        baseline = top + sharp.height + 2.5 * unit
+        draw.text((left, baseline), title, "black", big, anchor="ls")
+        draw.text((left + sharp.width, baseline), detail, "#555555", big, anchor="rs")
+    draw.text((unit, size[1] - unit), note, "#888888", small, anchor="ls")
+    return canvas
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def measure(
+    model: Any, x: Tensor, r_values: tuple[int, ...], num_tokens: int
+) -> tuple[list[Row], dict[int, MergePlan | None]]:
+    """Run the model without a patch and with every r.
+
+    Returns the rows of the table, and by r the plan from all tokens to those after the last
+    block, None where nothing was merged.
+    """
+    from tqdm import tqdm
+
+    settings = [None, *r_values]
+    features: dict[int | None, Tensor] = {}
+    merged: dict[int, MergePlan | None] = {}
+    start = time.perf_counter()
+    # Also the warm-up, and what tells how many timed rounds there is time for.
+    for r in tqdm(settings, desc="comparing features", leave=False):
+        with torch.inference_mode(), patched(model, r):
+            features[r] = model(x).double()
+            if r is not None:
+                merged[r] = model.tome.plan
+    rounds = round(TIMING_BUDGET / (time.perf_counter() - start))
+    rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+    times: dict[int | None, list[float]] = {r: [] for r in settings}
+    # One after the other in every round, so that a machine that slows down slows all of them.
+    for r in tqdm(settings * rounds, desc="timing", leave=False):
+        times[r].append(timed(model, x, r))
+
+    rows = []
+    for r in settings:
+        plan = None if r is None else merged[r]
+        rate = len(x) / statistics.median(times[r])
+        agreement = F.cosine_similarity(features[r], features[None], dim=1).mean().item()
+        left = num_tokens if plan is None else plan.num_output_tokens
+        rows.append(Row(r, left, rate, agreement))
+    return rows, merged
+
+
+def patched(model: nn.Module, r: int | None) -> AbstractContextManager[Any]:
+    """The model with r tokens merged in every block; None leaves it as it is."""
+    return nullcontext() if r is None else patch.timm(model, r=r)
+
+
+@torch.inference_mode()
+def timed(model: nn.Module, x: Tensor, r: int | None) -> float:
+    """Seconds of one forward pass."""
+    with patched(model, r):
+        synchronize(x.device)
+        start = time.perf_counter()
+        model(x)
+        synchronize(x.device)
+        return time.perf_counter() - start
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text; the first one is what speed-up is measured against."""
+    lines = [f"{'r':>9}  {'tokens left':>11}  {'images/s':>8}  {'speed-up':>8}  {'agreement':>9}"]
+    for row in rows:
+        name = "unpatched" if row.r is None else str(row.r)
+        speed_up = row.images_per_second / rows[0].images_per_second
+        lines.append(
+            f"{name:>9}  {row.tokens:>11}  {row.images_per_second:>8.1f}  {speed_up:>7.2f}x"
+            f"  {row.agreement:>9.4f}"
+        )
+    lines.append(
+        "\nagreement: mean cosine similarity of the output features with the unpatched ones"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""``torch.ops.tome``: calling, fake kernels, autograd, and the fallback for other devices.
+
+The schemas live in ``csrc/torch/schema.cpp``; the contract of each operator is in the docstrings
+of :func:`tome_ext.match` and :class:`tome_ext.MergePlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+
+__all__ = ["describe", "match", "merge", "plan", "unmerge"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Devices that run the plain PyTorch form. CUDA joins them when its library is not loaded.
+FALLBACK_KEYS = ("MPS", "XPU", "PrivateUse1")
+
+
+def describe(x: object) -> str:
+    """A value as error messages show it: shape, dtype and device of a tensor."""
+    if isinstance(x, Tensor):
+        return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    return f"{x!r} ({type(x).__name__})"
+
+
+# --- calling ------------------------------------------------------------------------------------
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """``tome::match``: assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
+    _library.require()
+    return torch.ops.tome.match(metric, r, num_prefix_tokens)
+
+
+def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """``tome::plan``: members (B, N) and offsets (B, M + 1) of an assignment, int32."""
+    _library.require()
+    return torch.ops.tome.plan(assign, num_rows)
+
+
+def merge(
+    x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """``tome::merge``: merged tokens (B, M, C) and their sizes (B, M) float32."""
+    _library.require()
+    return torch.ops.tome.merge(x, size, members, offsets, reduce)
+
+
+def unmerge(x: Tensor, assign: Tensor) -> Tensor:
+    """``tome::unmerge``: rows (B, M, C) copied back to tokens (B, N, C)."""
+    _library.require()
+    return torch.ops.tome.unmerge(x, assign)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def _fake_match(
+    metric: Tensor, r: int, num_prefix_tokens: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(metric.dim() in (3, 4), lambda: f"metric: got {describe(metric)}")
+    batch, num_tokens = metric.shape[0], metric.shape[-2]
+    rows = num_tokens - reference.cut_r(num_tokens, r, num_prefix_tokens)
+
+    def new(length: Any) -> Tensor:
+        return metric.new_empty((batch, length), dtype=torch.int32)
+
+    return new(num_tokens), new(num_tokens), new(rows + 1)
+
+
+def _fake_plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    batch, num_tokens = assign.shape
+    return (
+        assign.new_empty((batch, num_tokens), dtype=torch.int32),
+        assign.new_empty((batch, num_rows + 1), dtype=torch.int32),
+    )
+
+
+def _fake_merge(
+    x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    batch, rows = x.shape[0], offsets.shape[1] - 1
+    return (
+        x.new_empty((batch, rows, x.shape[2])),
+        x.new_empty((batch, rows), dtype=torch.float32),
+    )
+
+
+def _fake_merge_backward(
+    grad: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], members.shape[1], grad.shape[2]))
+
+
+def _fake_unmerge(x: Tensor, assign: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
+
+
+# merge ("mean", "sum") and merge_backward are adjoint to each other for fixed sizes, so each is
+# the other's derivative, to any order. unmerge is the adjoint of the unweighted sum.
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, size, members, offsets, reduce = inputs
+    ctx.reduce = reduce
+    saved = (x, output[0]) if reduce == "amax" else (None, None)
+    ctx.save_for_backward(size, members, offsets, *saved)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _merge_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    size, members, offsets, x, merged = ctx.saved_tensors
+    grad = grad.contiguous()
+    if ctx.reduce != "amax":
+        grad_x = torch.ops.tome.merge_backward(grad, size, members, offsets, ctx.reduce)
+        return grad_x, None, None, None, None
+    # As torch.amax: the gradient is shared evenly by the members that attain the maximum.
+    spread = torch.ops.tome.merge_backward
+    wins = (x.detach() == spread(merged.detach(), None, members, offsets, "sum")).to(grad.dtype)
+    count, _ = torch.ops.tome.merge(wins, None, members, offsets, "sum")
+    share = grad / count.clamp_min(1)
+    return wins * spread(share, None, members, offsets, "sum"), None, None, None, None
+
+
+def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, size, members, offsets, ctx.reduce = inputs
+    ctx.save_for_backward(size, members, offsets)
+
+
+def _merge_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    size, members, offsets = ctx.saved_tensors
+    back, _ = torch.ops.tome.merge(grad.contiguous(), size, members, offsets, ctx.reduce)
+    return back, None, None, None, None
+
+
+def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, assign = inputs
+    ctx.num_rows = x.shape[1]
+    ctx.save_for_backward(assign)
+
+
+def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (assign,) = ctx.saved_tensors
+    members, offsets = torch.ops.tome.plan(assign, ctx.num_rows)
+    grad_x, _ = torch.ops.tome.merge(grad.contiguous(), None, members, offsets, "sum")
+    return grad_x, None
+
+
+def _register() -> None:
+    fakes: dict[str, Callable[..., Any]] = {
+        "match": _fake_match,
+        "plan": _fake_plan,
+        "merge": _fake_merge,
+        "merge_backward": _fake_merge_backward,
+        "unmerge": _fake_unmerge,
+    }
+    keys = list(FALLBACK_KEYS)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("tome::match", "CUDA") is False:
+        keys.append("CUDA")
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"tome::{name}", fake)
+        for key in keys:
+            torch.library.impl(f"tome::{name}", key, getattr(reference, name))
+    register_autograd = torch.library.register_autograd
+    register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
+    register_autograd(
+        "tome::merge_backward", _merge_backward_backward, setup_context=_merge_backward_setup
+    )
+    register_autograd("tome::unmerge", _unmerge_backward, setup_context=_unmerge_setup)
+
+
+if _library.load_error is None:
+    _register()

@@ -1,0 +1,14 @@
+"""Patches that make models of other libraries merge tokens.
+
+``_engine``, ``_swap`` and ``_model`` are common and know no library; each library has one adapter
+(``_timm``), which says where its blocks, its q/k/v and its residual are. A library is imported
+only when its patch is called.
+"""
+
+from __future__ import annotations
+
+from ._engine import Tokens
+from ._model import remove
+from ._timm import timm
+
+__all__ = ["Tokens", "remove", "timm"]

@@ -1,0 +1,297 @@
+"""What every patched model shares: tokens' sizes on their way through the layers.
+
+Nothing here knows a model library. A host's adapter calls, in each block::
+
+    step = engine.enter(layer, x)       # what is known about these tokens
+    ... attention, which reads step.size and step.mask(...) and sets step.metric to its keys ...
+    x = step.merge(x)                   # between attention and MLP
+    ... MLP ...
+    return step.leave(x)
+
+State travels in two ways. It is recorded on the storage of the tokens that a block returns, where
+the next block finds it, also when gradient checkpointing calls that block again during the backward
+pass, long after the forward. And the last state of a forward is kept per thread, for hosts that
+replace the tensor between two blocks, for pooling, and to look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import reduce_mask
+from ..ops import describe
+from ..plan import MergePlan, match
+from ..schedule import Schedule, parse_r
+
+__all__ = ["Engine", "Step", "Tokens"]
+
+RECORD = "_tome"  # attribute of a storage: (engine, tokens)
+
+
+class Tokens(NamedTuple):
+    """What is known about the tokens before a layer. Immutable; holds no activations.
+
+    Attributes:
+        layer: the layer these tokens go into next.
+        batch_size: B.
+        num_tokens: M, how many tokens there are now.
+        size: (B, M) float32, how many original tokens each stands for; None if none was merged.
+        assigns: per layer passed, its (B, N) int32 assignment, or None if it merged nothing.
+    """
+
+    layer: int
+    batch_size: int
+    num_tokens: int
+    size: Tensor | None
+    assigns: tuple[Tensor | None, ...]
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """The plan from the original tokens to these; None if none was merged."""
+        return self.plan_after(self.layer)
+
+    def plan_after(self, num_layers: int) -> MergePlan | None:
+        """The plan from the original tokens to those after the first ``num_layers`` layers."""
+        merges = [assign for assign in self.assigns[:num_layers] if assign is not None]
+        if not merges:
+            return None
+        # Composed only when asked for, so that a forward that needs sizes only does not pay.
+        total, *rest = merges
+        for assign in rest:
+            rows = assign.gather(1, total.clamp_min(0).to(torch.int64))
+            total = torch.where(total < 0, -1, rows)
+        later = [assign.shape[1] for assign in self.assigns[num_layers:] if assign is not None]
+        return MergePlan.from_assign(total, later[0] if later else self.num_tokens)
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether ``x`` (B, M, C) can be these tokens."""
+        return x.shape[0] == self.batch_size and x.shape[1] == self.num_tokens
+
+
+class Engine:
+    """Settings and state of one patched model, shared by its modules.
+
+    Args:
+        num_layers: number of blocks.
+        num_prefix_tokens: leading tokens that never merge.
+        info: further entries of ``_tome_info``, for code written for the published patch.
+    """
+
+    def __init__(self, num_layers: int, num_prefix_tokens: int, info: dict[str, Any]) -> None:
+        self.num_layers = num_layers
+        self.num_prefix_tokens = num_prefix_tokens
+        self.extra_info = info
+        self.prop_attn = True
+        self.trace_source = False
+        self.local = threading.local()
+        self.r = 0
+
+    @property
+    def r(self) -> Schedule:
+        """Tokens to remove per layer, as it was given; see :func:`tome_ext.schedule.parse_r`."""
+        return self._r
+
+    @r.setter
+    def r(self, r: Schedule) -> None:
+        self.schedule = tuple(parse_r(self.num_layers, r))
+        self._r = list(r) if isinstance(r, list) else r
+        self._find_first_merge()
+
+    def truncate(self, num_layers: int) -> None:
+        """Follow a model that dropped its last layers: the layers that stay keep their numbers."""
+        self.num_layers = num_layers
+        self.schedule = self.schedule[:num_layers]
+        self._r = list(self.schedule)
+        self._find_first_merge()
+
+    def _find_first_merge(self) -> None:
+        merging = (layer for layer, r in enumerate(self.schedule) if r > 0)
+        self.first_merge = next(merging, self.num_layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # State of running forwards belongs to this object's threads, not to copies.
+        return {name: value for name, value in vars(self).items() if name != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.local = threading.local()
+
+    # --- state ----------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> Tokens | None:
+        """The tokens after the last block that ran in this thread; None before the first."""
+        return getattr(self.local, _slot(), None)
+
+    def enter(self, layer: int, x: Tensor) -> Step:
+        """Begin a block: find what is known about its tokens ``x`` (B, M, C)."""
+        return Step(self, self._fresh(0, x) if layer == 0 else self._find(layer, x))
+
+    def leave(self, tokens: Tokens, x: Tensor) -> None:
+        """End a block: ``tokens`` is what is known about ``x``, which it returns."""
+        setattr(self.local, _slot(), tokens)
+        if not torch.compiler.is_compiling():
+            _record(x, self, tokens)
+
+    def attach(self, x: Tensor) -> None:
+        """Say that ``x`` (B, M, C) are the tokens of the last block, say after a final norm."""
+        tokens = self.current
+        if not torch.compiler.is_compiling() and tokens is not None and tokens.fit(x):
+            _record(x, self, tokens)
+
+    def size_of(self, x: Tensor) -> Tensor | None:
+        """Sizes (B, M) of the tokens ``x`` (B, M, C) that a forward returned; None for all 1.
+
+        Raises:
+            RuntimeError: ``x`` does not come from this thread's last forward.
+        """
+        tokens = self._recorded(x)
+        if tokens is None:
+            tokens = self.current
+        if tokens is not None and tokens.fit(x):
+            return tokens.size
+        if self.first_merge == self.num_layers:
+            return None
+        last = None if tokens is None else (tokens.batch_size, tokens.num_tokens)
+        raise RuntimeError(
+            "the sizes of these tokens are not known: expected the tokens of this thread's last "
+            f"forward (batch, tokens) = {last}, got {describe(x)}; call the model's head on what "
+            "forward_features returned"
+        )
+
+    def _fresh(self, layer: int, x: Tensor) -> Tokens:
+        return Tokens(layer, x.shape[0], x.shape[1], None, (None,) * layer)
+
+    def _find(self, layer: int, x: Tensor) -> Tokens:
+        tokens = self._recorded(x)
+        fits = tokens is not None and tokens.layer == layer and tokens.fit(x)
+        if not fits and (tokens is None or tokens.size is None):
+            # As no layer before this one merges, any block may be the first to be called.
+            if layer <= self.first_merge:
+                return self._fresh(layer, x)
+            tokens = self.current if tokens is None else tokens
+        if tokens is None or tokens.layer != layer or not tokens.fit(x):
+            found = (
+                "none"
+                if tokens is None
+                else (f"{(tokens.batch_size, tokens.num_tokens)} for block {tokens.layer}")
+            )
+            raise RuntimeError(
+                f"block {layer} was called without the blocks before it, so the sizes of its "
+                f"tokens are not known: expected what block {layer - 1} returned, got "
+                f"{describe(x)}; tokens known to this thread: {found}"
+            )
+        return tokens
+
+    def _recorded(self, x: Tensor) -> Tokens | None:
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            engine, tokens = getattr(x.untyped_storage(), RECORD, (None, None))
+        except NotImplementedError:  # a functorch or wrapper tensor has no storage
+            return None
+        return tokens if engine is self else None
+
+    def info(self) -> dict[str, Any]:
+        """What the published patch keeps in ``model._tome_info``; sizes as (B, M, 1)."""
+        tokens = self.current
+        size = None if tokens is None or tokens.size is None else tokens.size.unsqueeze(-1)
+        plan = tokens.plan if self.trace_source and tokens is not None else None
+        source = None
+        if plan is not None:
+            rows = torch.arange(plan.num_output_tokens, device=plan.assign.device)
+            source = (plan.assign.unsqueeze(1) == rows[:, None]).to(torch.float32)
+        return {
+            "r": list(self.schedule),
+            "size": size,
+            "source": source,
+            "trace_source": self.trace_source,
+            "prop_attn": self.prop_attn,
+            **self.extra_info,
+        }
+
+
+class Step:
+    """One call of one block.
+
+    Attributes:
+        active: whether attention must be proportional or hand over its keys; if not, the
+            module's own attention is right as it is.
+        size: (B, M) float32 for proportional attention; None if it is off or all are 1.
+        metric: set by attention to its keys (B, H, M, D).
+    """
+
+    def __init__(self, engine: Engine, tokens: Tokens) -> None:
+        self.engine = engine
+        self.tokens = tokens
+        self.metric: Tensor | None = None
+        r = engine.schedule[tokens.layer]
+        self.r = r if tokens.num_tokens - engine.num_prefix_tokens >= 2 else 0
+        self.active = self.r > 0 or tokens.size is not None
+        self.size = tokens.size if engine.prop_attn else None
+
+    def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+        """The caller's mask over original tokens, carried to the present ones.
+
+        ``q`` (B, H, M, D) are the queries.
+        Where tokens have merged, the returned mask contains the sizes, and ``size`` becomes None.
+
+        Raises:
+            ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
+        """
+        if is_causal and attn_mask is not None:
+            raise ValueError("expected attn_mask or is_causal, got both")
+        if attn_mask is None and not is_causal:
+            return None
+        plan = self.tokens.plan
+        if is_causal:
+            num_tokens = q.shape[-2] if plan is None else plan.num_tokens
+            attn_mask = q.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+        if plan is None or attn_mask is None:
+            return attn_mask
+        self.size = None
+        return reduce_mask(attn_mask, plan, self.engine.prop_attn, q.dtype)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Merge the tokens (B, M, C), weighted by their sizes, where the keys are most similar."""
+        assign = None
+        size = self.tokens.size
+        if self.r > 0:
+            if self.metric is None:
+                raise RuntimeError(
+                    f"attention of block {self.tokens.layer} handed over no keys: expected the "
+                    "patched attention module, it was replaced or bypassed after patching"
+                )
+            plan = match(self.metric, self.r, self.engine.num_prefix_tokens)
+            self.metric = None
+            x, size = plan.merge(x, size)
+            assign = plan.assign
+        before = self.tokens
+        self.tokens = Tokens(
+            before.layer + 1, x.shape[0], x.shape[1], size, (*before.assigns, assign)
+        )
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """End the block, which returns ``x``."""
+        self.engine.leave(self.tokens, x)
+        return x
+
+
+def _slot() -> str:
+    # A recomputation during the backward pass must not disturb what the last forward left.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return "forward"
+    return "recomputation"
+
+
+def _record(x: Tensor, engine: Engine, tokens: Tokens) -> None:
+    # An attribute of the storage lives as long as the storage, and detached views share it, so
+    # both kinds of gradient checkpointing keep it with the tokens they save.
+    with contextlib.suppress(NotImplementedError):  # a functorch or wrapper tensor has no storage
+        setattr(x.untyped_storage(), RECORD, (engine, tokens))

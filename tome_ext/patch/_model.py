@@ -1,0 +1,79 @@
+"""What every patched model has, whatever library it comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..schedule import Schedule
+from ._engine import Engine, Tokens
+from ._swap import Swapped, restore
+
+__all__ = ["PatchedModel", "remove"]
+
+
+class PatchedModel(Swapped):
+    """Mixin of a patched model: its settings, what the last forward did, and its removal."""
+
+    _tome: Engine
+
+    @property
+    def r(self) -> Schedule:
+        """Tokens to remove per layer: an int, ``(r, inflection)`` or a list.
+
+        Setting it takes effect with the next forward; see :func:`tome_ext.schedule.parse_r`.
+        """
+        return self._tome.r
+
+    @r.setter
+    def r(self, r: Schedule) -> None:
+        self._tome.r = r
+
+    @property
+    def tome(self) -> Tokens | None:
+        """The tokens that the last forward of this thread ended with; None before the first.
+
+        ``model.tome.size`` are their sizes, and ``model.tome.plan.unmerge(features)`` spreads
+        features (B, M, C) over the original tokens (B, N, C). Both are None if nothing merged.
+        """
+        return self._tome.current
+
+    @property
+    def _tome_info(self) -> dict[str, Any]:
+        return self._tome.info()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Nothing to do if the body has removed the patch itself.
+        if isinstance(self, nn.Module) and isinstance(self, PatchedModel):
+            remove(self)
+
+
+def remove(model: nn.Module) -> None:
+    """Take a patch off a model: its modules are exactly what they were before.
+
+    Args:
+        model: a model that a function of :mod:`tome_ext.patch` has patched.
+
+    Raises:
+        ValueError: the model is not patched.
+        RuntimeError: the ``forward`` of a module was replaced after patching, so that the module
+            would go on calling the patched one. Nothing is changed.
+    """
+    if not isinstance(model, PatchedModel):
+        raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
+    assert isinstance(model, nn.Module)
+    swapped = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Swapped)
+    ]
+    for name, module in swapped:
+        if "forward" in vars(module):
+            raise RuntimeError(
+                f"{name or 'the model'} ({type(module).__name__}): its forward was replaced after "
+                "patching; take that replacement off first"
+            )
+    for _, module in swapped:
+        restore(module)

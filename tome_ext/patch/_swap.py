@@ -1,0 +1,66 @@
+"""Changing what a module does without changing the module: its class is swapped, and back.
+
+A swapped module keeps its parameters, buffers, hooks, name in the model and ``state_dict`` keys;
+only ``module.__class__`` becomes a subclass made of a mixin and the module's own class. Pickle and
+``deepcopy`` rebuild that subclass from its two parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+__all__ = ["Swapped", "restore", "swap"]
+
+PREFIX = "_tome"  # of every attribute that a swap adds to a module
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+class Swapped:
+    """Base of all mixins; tells swapped modules from others."""
+
+    _tome_mixin: ClassVar[type]
+    _tome_base: ClassVar[type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The subclass exists only at run time, so it cannot be pickled by name.
+        state = super().__reduce_ex__(protocol)[2]
+        return _rebuild, (self._tome_mixin, self._tome_base), state
+
+
+def _swapped_class(mixin: type, base: type) -> type:
+    made = _classes.get((mixin, base))
+    if made is None:
+        made = type(
+            f"ToMe{base.__name__}",
+            (mixin, base),
+            {
+                "__module__": mixin.__module__,
+                "__doc__": base.__doc__,
+                "_tome_mixin": mixin,
+                "_tome_base": base,
+            },
+        )
+        _classes[mixin, base] = made
+    return made
+
+
+def _rebuild(mixin: type, base: type) -> Any:
+    made: Any = _swapped_class(mixin, base)
+    return made.__new__(made)
+
+
+def swap(module: nn.Module, mixin: type[Swapped], **attributes: object) -> None:
+    """Put ``mixin`` in front of the module's class and set attributes, each named ``_tome...``."""
+    module.__class__ = _swapped_class(mixin, type(module))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def restore(module: Swapped) -> None:
+    """Undo :func:`swap`: the module's own class, and no attribute of ours."""
+    for name in [name for name in vars(module) if name.startswith(PREFIX)]:
+        delattr(module, name)
+    module.__class__ = module._tome_base

@@ -1,0 +1,117 @@
+"""The merge plan: which tokens become which output row. Every method lowers to this one form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+__all__ = ["MergePlan", "match"]
+
+
+class MergePlan(NamedTuple):
+    """Which of N input tokens make each of M output rows, for every image of a batch.
+
+    Immutable; a plain tuple of three int32 tensors, so it passes through ``torch.compile``,
+    ``torch.export`` and pytree functions.
+
+    Attributes:
+        assign: (B, N) int32, the output row of every input token, -1 for a dropped one.
+        members: (B, N) int32, input tokens grouped by output row, ascending within each row,
+            dropped ones at the end.
+        offsets: (B, M + 1) int32, where each output row's members begin in ``members``.
+    """
+
+    assign: Tensor
+    members: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_assign(cls, assign: Tensor, num_output_tokens: int) -> MergePlan:
+        """Build the plan that sends token ``n`` of image ``b`` to row ``assign[b, n]``.
+
+        Args:
+            assign: (B, N) int32 or int64, each entry -1 (drop) or in [0, num_output_tokens).
+            num_output_tokens: M, the number of output rows.
+
+        Raises:
+            ValueError: ``assign`` has the wrong rank or dtype, or ``num_output_tokens`` < 0.
+            RuntimeError: an entry points outside the output (checked on the CPU only: looking at
+                it from the host would stall a GPU, where such a token counts as dropped).
+        """
+        if assign.dim() != 2 or assign.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"assign: expected (B, N) int32 or int64, got {ops.describe(assign)}")
+        assign = assign.to(torch.int32).contiguous()
+        return cls(assign, *ops.plan(assign, num_output_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of input tokens."""
+        return self.assign.shape[1]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """M, the number of output rows."""
+        return self.offsets.shape[1] - 1
+
+    def merge(
+        self, x: Tensor, size: Tensor | None = None, reduce: str = "mean"
+    ) -> tuple[Tensor, Tensor]:
+        """Merge tokens.
+
+        Args:
+            x: (B, N, C) float32, float16, bfloat16 or float64.
+            size: (B, N) float32, how many original tokens each token stands for; None means 1.
+            reduce: "mean" for ``sum(size * x) / sum(size)``, "sum" for ``sum(size * x)``,
+                "amax" for the elementwise maximum.
+
+        Returns:
+            The rows (B, M, C), in x's dtype, summed in float32 (float64 for float64); and their
+            sizes (B, M), always float32. A "mean" row of one token is that token unchanged; rows
+            whose sizes sum to 0 (padding) are averaged evenly; rows without members are 0.
+
+        Raises:
+            ValueError: shapes, dtypes, devices or ``reduce`` are not as above.
+            RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
+        """
+        return ops.merge(x, size, self.members, self.offsets, reduce)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Copy every row back to the tokens that made it: (B, M, C) to (B, N, C); dropped get 0."""
+        return ops.unmerge(x, self.assign)
+
+    def then(self, following: MergePlan) -> MergePlan:
+        """The plan that does this one and then ``following``, from N tokens to its rows."""
+        rows = following.assign.gather(1, self.assign.clamp_min(0).to(torch.int64))
+        return MergePlan.from_assign(
+            torch.where(self.assign < 0, -1, rows), following.num_output_tokens
+        )
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
+    """Bipartite soft matching (Bolya et al., ICLR 2023, section 3; arXiv 2210.09461).
+
+    The tokens after the prefix are split by position into A (even) and B (odd); each A token
+    looks at its most similar B token by cosine similarity; the r A tokens with the highest such
+    similarity are merged into theirs. Ties go to the lower index, both times.
+
+    Args:
+        metric: (B, N, D), or (B, H, N, D) which is averaged over heads; float32, float16,
+            bfloat16 or float64; any strides with a contiguous last dimension (others are copied),
+            so the keys of a packed qkv tensor are read in place. Computed in float32 (float64).
+            A zero vector has similarity 0 to everything; one with NaN or infinity is never
+            chosen while another can be.
+        r: tokens to remove, cut to ``(N - num_prefix_tokens) // 2``; r <= 0 keeps all.
+        num_prefix_tokens: leading tokens (class, distillation, registers) that never merge.
+
+    Returns:
+        A plan with N - r output rows: prefix tokens, the A tokens that stay ascending, then the
+        B tokens ascending. For r <= 0 the identity.
+
+    Raises:
+        ValueError: wrong rank or dtype, r not an integer, num_prefix_tokens negative.
+    """
+    return MergePlan(*ops.match(metric, r, num_prefix_tokens))

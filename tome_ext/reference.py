@@ -1,0 +1,215 @@
+"""The operators in plain PyTorch: what the kernels must compute, for any device.
+
+Each function takes and returns what ``torch.ops.tome.<name>`` does. The tests hold the kernels
+against these, and devices without kernels of their own (MPS, XPU, ...) run them. They are written
+to be read: nothing here is tuned, and ``match`` writes the whole score matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "REDUCTIONS",
+    "cut_r",
+    "match",
+    "match_sets",
+    "merge",
+    "merge_backward",
+    "plan",
+    "unit_rows",
+    "unmerge",
+]
+
+REDUCTIONS = ("mean", "sum", "amax")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cut_r(num_tokens: int, r: int, num_prefix_tokens: int) -> Any:
+    """How many tokens a match removes: ``min(r, (num_tokens - prefix) // 2)``, at least 0."""
+    # torch.sym_max/min rather than max/min: the token count may be a SymInt under torch.compile.
+    free = torch.sym_max(num_tokens - num_prefix_tokens, 0)
+    return torch.sym_max(torch.sym_min(r, free // 2), 0)
+
+
+def unit_rows(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise the rows of a metric.
+
+    Args:
+        metric: (B, N, D), or (B, H, N, D) to be averaged over heads.
+
+    Returns:
+        The rows at length 1, (B, N, D) in the accumulate dtype, a zero row staying zero; and
+        (B, N) bool, False where a row holds NaN or infinity (such a row is returned as zeros).
+    """
+    metric = metric.to(accumulate_dtype(metric.dtype))
+    if metric.dim() == 4:
+        metric = metric.mean(1)
+    finite = metric.isfinite().all(-1)
+    metric = torch.where(finite.unsqueeze(-1), metric, 0.0)
+    if metric.shape[-1] == 0:
+        return metric, finite
+    # By the largest entry first, so that neither the squares overflow nor tiny rows vanish.
+    metric = metric / metric.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
+    norm = metric.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, metric / norm, 0.0), finite
+
+
+def match_sets(metric: Tensor, a: Tensor, b: Tensor, r: int) -> Tensor:
+    """Match the tokens of set A to set B and return which B token each A token joins.
+
+    Args:
+        metric: (B, N, D) or (B, H, N, D).
+        a: (B, Na) int64, the tokens that may be merged away.
+        b: (B, Nb) int64, the tokens they may be merged into.
+        r: how many of A are merged, 0 <= r <= Na.
+
+    Returns:
+        (B, N) int64: for every token the token it joins, itself if it stays.
+    """
+    rows, finite = unit_rows(metric)
+    batch, num_tokens = finite.shape
+    own = torch.arange(num_tokens, device=metric.device).expand(batch, -1)
+    if r <= 0 or a.shape[1] == 0 or b.shape[1] == 0:
+        return own.clone()
+    at, bt = (x.unsqueeze(-1).expand(-1, -1, rows.shape[-1]) for x in (a, b))
+    scores = rows.gather(1, at) @ rows.gather(1, bt).transpose(1, 2)
+    usable = finite.gather(1, a).unsqueeze(2) & finite.gather(1, b).unsqueeze(1)
+    scores = torch.where(usable, scores, float("-inf"))
+    best = scores.amax(2)
+    # The lowest index among equals: argmax and a stable sort do not promise it on every device.
+    nearest = (scores == best.unsqueeze(2)).to(torch.int8).argmax(2)
+    chosen = best.sort(dim=1, descending=True, stable=True)[1][:, :r]
+    joins = own.clone()
+    return joins.scatter_(1, a.gather(1, chosen), b.gather(1, nearest.gather(1, chosen)))
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
+    batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
+    prefix = min(num_prefix_tokens, num_tokens)
+    r = cut_r(num_tokens, r, prefix)
+    index = torch.arange(num_tokens, device=device)
+    if r == 0:
+        return (index.to(torch.int32).repeat(batch, 1), *plan(index.repeat(batch, 1), num_tokens))
+    a, b = (index[(index % 2 == side) & (index >= prefix)].expand(batch, -1) for side in (0, 1))
+    joins = match_sets(metric, a, b, r)
+    # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
+    stays = joins == index
+    group = torch.where(index < prefix, 0, 1 + index % 2)
+    place = torch.where(stays, group * num_tokens + index, 3 * num_tokens)
+    rank = place.argsort(dim=1).argsort(dim=1)  # a staying token's output row
+    assign = rank.gather(1, joins)
+    return (assign.to(torch.int32), *plan(assign, num_tokens - r))
+
+
+def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Group tokens by output row.
+
+    Args:
+        assign: (B, N) integer, the output row of every token, -1 for a dropped one.
+        num_rows: M, the number of output rows.
+
+    Returns:
+        members (B, N) int32, the tokens grouped by output row, ascending within a row, dropped
+        ones last; offsets (B, M + 1) int32, where each row's members begin.
+    """
+    assign = assign.to(torch.int64)
+    dropped_last = torch.where(assign < 0, num_rows, assign)
+    members = dropped_last.sort(dim=1, stable=True)[1]
+    bounds = torch.arange(num_rows + 1, device=assign.device).expand(assign.shape[0], -1)
+    offsets = torch.searchsorted(dropped_last.sort(dim=1)[0], bounds.contiguous())
+    return members.to(torch.int32), offsets.to(torch.int32)
+
+
+def row_of_token(members: Tensor, offsets: Tensor) -> Tensor:
+    """The inverse of :func:`plan`: (B, N) int64, the output row of every token, -1 if dropped."""
+    slots = torch.arange(members.shape[1], device=members.device).expand(members.shape)
+    row = torch.searchsorted(offsets[:, 1:].contiguous(), slots.to(torch.int32), right=True)
+    row = torch.where(row < offsets.shape[1] - 1, row, -1)
+    return torch.empty_like(row).scatter_(1, members.to(torch.int64), row)
+
+
+def _scatter(values: Tensor, row: Tensor, num_rows: int, reduce: str) -> Tensor:
+    """Reduce (B, N, C) values into (B, M, C) rows; tokens with row -1 go nowhere."""
+    batch, _, channels = values.shape
+    out = values.new_zeros(batch, num_rows + 1, channels)
+    index = torch.where(row < 0, num_rows, row).unsqueeze(-1).expand(values.shape)
+    return out.scatter_reduce(1, index, values, reduce, include_self=False)[:, :num_rows]
+
+
+def _weights(
+    size: Tensor | None, members: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sizes before (B, N) and after (B, M) a merge, in the dtype sums are taken in."""
+    size = torch.ones(members.shape, device=members.device) if size is None else size
+    size = size.to(dtype)
+    row = row_of_token(members, offsets)
+    return size, _scatter(size.unsqueeze(-1), row, offsets.shape[1] - 1, "sum").squeeze(-1)
+
+
+def _divisor(size: Tensor, total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, N) and their sums per row (B, M) of a mean: even where the sizes sum to 0."""
+    weight = torch.where(total.gather(1, row.clamp_min(0)) == 0, 1.0, size)
+    divisor = _scatter(weight.unsqueeze(-1), row, total.shape[1], "sum").squeeze(-1)
+    return weight, torch.where(divisor == 0, 1.0, divisor)  # a row without members is 0 / 1
+
+
+def merge(
+    x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Merge (B, N, C) tokens into (B, M, C). See :meth:`tome_ext.MergePlan.merge`."""
+    if offsets.shape[1] == 1:
+        return x.new_zeros(x.shape[0], 0, x.shape[2]), offsets.new_zeros(
+            x.shape[0], 0, dtype=torch.float32
+        )
+    dtype = accumulate_dtype(x.dtype)
+    row = row_of_token(members, offsets)
+    size, total = _weights(size, members, offsets, dtype)
+    new_size, num_rows = total.to(torch.float32), total.shape[1]
+    if reduce == "amax":
+        return _scatter(x, row, num_rows, "amax"), new_size
+    weight, divisor = _divisor(size, total, row) if reduce == "mean" else (size, None)
+    merged = _scatter(x.to(dtype) * weight.unsqueeze(-1), row, num_rows, "sum")
+    if divisor is None:
+        return merged.to(x.dtype), new_size
+    # Divided last, as the kernels do; a row of one token is a copy.
+    merged = (merged / divisor.unsqueeze(-1)).to(x.dtype)
+    single = (offsets.diff(dim=1) == 1).unsqueeze(-1)
+    return torch.where(single, _scatter(x, row, num_rows, "sum"), merged), new_size
+
+
+def merge_backward(
+    grad: Tensor,
+    size: Tensor | None,
+    members: Tensor,
+    offsets: Tensor,
+    reduce: str = "mean",
+) -> Tensor:
+    """The adjoint of ``merge`` in x for "mean" and "sum": (B, M, C) gradients to (B, N, C)."""
+    row = row_of_token(members, offsets)
+    if offsets.shape[1] == 1:
+        return grad.new_zeros(grad.shape[0], members.shape[1], grad.shape[2])
+    dtype = accumulate_dtype(grad.dtype)
+    weight, total = _weights(size, members, offsets, dtype)
+    if reduce == "mean":
+        weight, divisor = _divisor(weight, total, row)
+        weight = weight / divisor.gather(1, row.clamp_min(0))
+    spread = unmerge(grad.to(dtype), row)
+    return (spread * weight.unsqueeze(-1)).to(grad.dtype)
+
+
+def unmerge(x: Tensor, assign: Tensor) -> Tensor:
+    """Copy (B, M, C) rows back to the (B, N, C) tokens that made them; dropped tokens get 0."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], assign.shape[1], x.shape[2])
+    index = assign.to(torch.int64)
+    out = x.gather(1, index.clamp_min(0).unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return torch.where((index >= 0).unsqueeze(-1), out, 0.0)

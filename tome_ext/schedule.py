@@ -1,0 +1,70 @@
+"""How many tokens each layer removes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["Schedule", "parse_r"]
+
+# What ``r`` may be: one number, (number, inflection), or a list with one number per layer.
+Schedule = int | tuple[int, float] | Sequence[int]
+
+
+def parse_r(num_layers: int, r: Schedule) -> list[int]:
+    """Spell out ``r`` as one number of tokens per layer (ToMe, appendix; arXiv 2210.09461).
+
+    Args:
+        num_layers: number of layers of the model.
+        r: one of
+
+            - an int: every layer removes ``r`` tokens;
+            - a tuple ``(r, inflection)``: the number changes linearly from
+              ``int(r * (1 - inflection))`` at the first layer to ``2 * r`` minus that at the last,
+              each cut to an integer. 0 is constant, -1 falls from 2r to 0, 1 rises from 0 to 2r.
+              The sum over layers stays about ``r * num_layers``;
+            - a list with one int per layer; a shorter one is filled up with zeros. (A tuple of two
+              ints is read as ``(r, inflection)``: give such a schedule as a list.)
+
+    Returns:
+        ``num_layers`` ints, each >= 0.
+
+    Raises:
+        ValueError: ``r`` is negative or not an integer, the inflection is not a number in
+            [-1, 1], or the list is longer than the model. The message says what came.
+    """
+    if isinstance(r, tuple) and len(r) == 2:
+        return _linear(num_layers, _count(r[0], "r"), r[1])
+    if isinstance(r, list | tuple):
+        if len(r) > num_layers:
+            raise ValueError(
+                f"r: expected at most {num_layers} entries, one per layer, got {len(r)}"
+            )
+        counts = [_count(value, f"r[{layer}]") for layer, value in enumerate(r)]
+        return counts + [0] * (num_layers - len(counts))
+    return [_count(r, "r")] * num_layers
+
+
+def _linear(num_layers: int, r: int, inflection: float) -> list[int]:
+    if isinstance(inflection, bool) or not isinstance(inflection, int | float):
+        raise ValueError(
+            "r: expected (r, inflection) with a number as inflection, "
+            f"got {inflection!r} ({type(inflection).__name__})"
+        )
+    if not -1 <= inflection <= 1:
+        raise ValueError(f"r: expected an inflection in [-1, 1], got {inflection!r}")
+    first = int(r * (1 - inflection))
+    last = 2 * r - first
+    if num_layers == 1:
+        return [r]
+    step = (last - first) / max(num_layers - 1, 1)
+    return [int(first + step * layer) for layer in range(num_layers)]
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"{name}: expected an integer >= 0, got {value!r} ({type(value).__name__})"
+        )
+    if value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value}")
+    return value
