@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,14 +30,21 @@ Contender = Callable[[], object]
 
 
 def interleave(contenders: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every run, the contenders taking turns."""
+    """Milliseconds of every run, the contenders taking turns.
+
+    In a new order every round: who runs right after the one that leaves the caches full of other
+    tensors would otherwise always be the same.
+    """
+    shuffle = random.Random(0).shuffle
+    order = list(contenders.items())
     for _ in range(3):
         for run in contenders.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times[next(iter(times))]) < 15:
-        for name, run in contenders.items():
+        shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))
@@ -116,22 +125,38 @@ def bench_match(
     }
 
 
-def extra_memory(run: Contender) -> int:
-    """Bytes the process's peak resident set grows by in one run, in a child with nothing else."""
-    import os
-    import resource
+LARGE = {"batch": 2, "heads": 1, "tokens": 4096, "dim": 320, "r": 2048}
 
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # torch's pool does not survive a fork
-        run_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run()
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - run_peak
-        os.write(write, str(grown * 1024).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    return int(os.read(read, 64))
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def resident_peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def print_peak(name: str) -> None:
+    """Bytes by which one large match raises the peak of a process that did nothing else."""
+    run = {"tome": tome_ext.match, "stock": stock.match}[name]
+    torch.set_num_threads(2)
+    run(torch.randn(2, 64, LARGE["dim"]), 8)  # what is loaded on first use is not its memory
+    keys = torch.randn(LARGE["batch"], LARGE["tokens"], LARGE["dim"])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over (Linux)
+    before = resident_peak()
+    result = run(keys, LARGE["r"])
+    print(resident_peak() - before)
+    del result
+
+
+def peak_of(name: str) -> int:
+    run = [sys.executable, __file__, "--peak-of", name]
+    return int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 
 
 SHAPES = [(batch, tokens) for tokens in (197, 577) for batch in (1, 8, 64)]
@@ -144,12 +169,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     parser.add_argument("--only", choices=("merge", "match", "unmerge", "large"))
+    parser.add_argument("--peak-of", choices=("tome", "stock"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak_of:
+        return print_peak(args.peak_of)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
     info = tome_ext._library.build_info()
-    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, {info['isa']}")
+    print(f"{cpu_name()}, {args.threads} threads, {info['isa']}")
     print(f"{'':42}{'tome':>9}{'floor':>9}{'stock':>9}   {'tome/floor':>10} {'stock/tome':>10}")
 
     def report(name: str, shape: str, dtype: torch.dtype, result) -> None:
@@ -180,12 +208,9 @@ def main() -> None:
                         shape = f"B={batch} N={tokens} C={channels} r={r}"
                     report(name, shape, dtype, result)
         if args.only in (None, "large"):
-            shape = (2, 1, 4096, 320, 2048)
-            result = bench_match(*shape, torch.float32, 2 * args.seconds)
+            result = bench_match(**LARGE, dtype=torch.float32, s=2 * args.seconds)
             report("match", "B=2 N=4096 D=320 r=2048", torch.float32, result)
-            keys = torch.randn(2, 4096, 320)
-            ours = extra_memory(lambda: tome_ext.match(keys, 2048))
-            theirs = extra_memory(lambda: stock.match(keys, 2048))
+            ours, theirs = peak_of("tome"), peak_of("stock")
             rows[-1]["extra_bytes"] = {"tome": ours, "stock": theirs}
             print(
                 f"  extra memory: {ours / 2**20:.1f} MiB, stock {theirs / 2**20:.1f} MiB "
@@ -193,7 +218,7 @@ def main() -> None:
             )
     if args.json:
         machine = {
-            "cpu": platform.processor(),
+            "cpu": cpu_name(),
             "threads": args.threads,
             "isa": info["isa"],
             "torch": torch.__version__,

@@ -9,8 +9,6 @@
 namespace tome::torch_layer {
 namespace {
 
-using torch::stable::contiguous;
-
 Threads torch_threads() {
     const auto run = [](void*, int64_t count, int64_t grain, Threads::Body body, void* context) {
         torch::stable::parallel_for(0, count, grain,
@@ -84,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> match(Tensor metric, int64_t r, int64_t num_p
 
 std::tuple<Tensor, Tensor> plan(Tensor assign, int64_t num_rows) {
     check_plan_args(assign, num_rows);
-    assign = contiguous(assign);
+    assign = as_contiguous(assign);
     const int64_t batch = assign.size(0), tokens = assign.size(1);
     Tensor members = empty_like_with(assign, {batch, tokens}, ScalarType::Int);
     Tensor offsets = empty_like_with(assign, {batch, num_rows + 1}, ScalarType::Int);
@@ -101,9 +99,9 @@ std::tuple<Tensor, Tensor> merge(Tensor x, std::optional<Tensor> size, Tensor me
     MergeParams p{};
     p.reduce = parse_reduce(reduce);
     x = with_contiguous_last_dim(x);
-    members = contiguous(members);
-    offsets = contiguous(offsets);
-    if (size.has_value()) size = contiguous(*size);
+    members = as_contiguous(members);
+    offsets = as_contiguous(offsets);
+    if (size.has_value()) size = as_contiguous(*size);
     p.x = x.const_data_ptr();
     p.dtype = float_dtype(x, "x");
     p.batch = x.size(0);
@@ -133,9 +131,9 @@ Tensor merge_backward(Tensor grad, std::optional<Tensor> size, Tensor members, T
     STD_TORCH_CHECK(p.reduce != Reduce::kAmax,
                     "reduce: expected 'mean' or 'sum' in merge_backward, got 'amax'");
     grad = with_contiguous_last_dim(grad);
-    members = contiguous(members);
-    offsets = contiguous(offsets);
-    if (size.has_value()) size = contiguous(*size);
+    members = as_contiguous(members);
+    offsets = as_contiguous(offsets);
+    if (size.has_value()) size = as_contiguous(*size);
     p.grad = grad.const_data_ptr();
     p.dtype = float_dtype(grad, "grad");
     p.batch = grad.size(0);
@@ -156,7 +154,7 @@ Tensor merge_backward(Tensor grad, std::optional<Tensor> size, Tensor members, T
 Tensor unmerge(Tensor x, Tensor assign) {
     check_unmerge(x, assign);
     x = with_contiguous_last_dim(x);
-    assign = contiguous(assign);
+    assign = as_contiguous(assign);
     UnmergeParams p{};
     p.x = x.const_data_ptr();
     p.dtype = float_dtype(x, "x");

@@ -18,6 +18,11 @@ namespace tome::torch_layer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// x itself if it is contiguous: torch::stable::contiguous asks the dispatcher either way.
+inline Tensor as_contiguous(const Tensor& x) {
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // An uninitialised contiguous tensor on the device of `like`. Straight through the C interface:
 // torch::stable::new_empty boxes its arguments for the dispatcher, which costs small operators
 // more than the allocation itself.

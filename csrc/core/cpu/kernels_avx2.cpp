@@ -12,7 +12,7 @@
 #define TOME_ISA_NAMESPACE avx2
 #define TOME_VECTOR_BYTES 32
 #define TOME_TILE_ROWS 6
-#define TOME_F16C 1
+#define TOME_X86_VECTORS 1
 
 #include "match.inl"
 #include "merge.inl"

@@ -19,7 +19,7 @@
 #define TOME_ISA_NAMESPACE avx512
 #define TOME_VECTOR_BYTES 64
 #define TOME_TILE_ROWS 12
-#define TOME_F16C 1
+#define TOME_X86_VECTORS 1
 
 #include "match.inl"
 #include "merge.inl"

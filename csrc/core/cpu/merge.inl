@@ -35,8 +35,14 @@ void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32
         return kMaximum ? value
                         : value * broadcast<V>(weight == nullptr ? T(1) : T(weight[members[0]]));
     };
-    const V by = broadcast<V>(divisor);
+    // The half types round far coarser than a product with the reciprocal does.
+    constexpr bool kReciprocal = sizeof(In) == 2;
+    const V by = broadcast<V>(kReciprocal ? 1 / divisor : divisor);
     const bool divide = !kMaximum && divisor != 1;
+    const auto scale = [&](V sum) TOME_INLINE_LAMBDA {
+        if (!divide) return sum;
+        return kReciprocal ? sum * by : sum / by;
+    };
 
     int64_t c = 0;
     for (; c + kUnroll * kLanes <= channels; c += kUnroll * kLanes) {
@@ -47,8 +53,7 @@ void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32
             row = x + members[m] * stride_token + c;
             for (int u = 0; u < kUnroll; ++u) sum[u] = combine(sum[u], load(row + u * kLanes), m);
         }
-        for (int u = 0; u < kUnroll; ++u)
-            store(out + c + u * kLanes, divide ? sum[u] / by : sum[u]);
+        for (int u = 0; u < kUnroll; ++u) store(out + c + u * kLanes, scale(sum[u]));
     }
     for (; c < channels; c += kLanes) {
         const int64_t part = channels - c < kLanes ? channels - c : kLanes;
@@ -56,7 +61,7 @@ void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32
         for (int64_t m = 1; m < count; ++m) {
             sum = combine(sum, load_part(x + members[m] * stride_token + c, part), m);
         }
-        store_part(out + c, divide ? sum / by : sum, part);
+        store_part(out + c, scale(sum), part);
     }
 }
 

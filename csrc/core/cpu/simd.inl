@@ -71,19 +71,38 @@ TOME_INLINE V load_raw(const P* p) {
 TOME_INLINE VFloat load(const float* p) { return load_raw<VFloat>(p); }
 TOME_INLINE VDouble load(const double* p) { return load_raw<VDouble>(p); }
 
+// Between 16-bit and 32-bit lanes. The compilers' own conversion takes twice the instructions with
+// AVX2: it goes through two half vectors.
+TOME_INLINE VUint widen(VNarrow v) {
+#if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 32
+    return bit_cast<VUint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+    return __builtin_convertvector(v, VUint);
+#endif
+}
+
+TOME_INLINE VNarrow narrow(VUint v) {
+#if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 32
+    const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(v), bit_cast<__m256i>(v));
+    return bit_cast<VNarrow>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    return __builtin_convertvector(v, VNarrow);
+#endif
+}
+
 TOME_INLINE VFloat load(const BFloat* p) {
-    return bit_cast<VFloat>(__builtin_convertvector(load_raw<VNarrow>(p), VUint) << 16);
+    return bit_cast<VFloat>(widen(load_raw<VNarrow>(p)) << 16);
 }
 
 TOME_INLINE VFloat load(const Half* p) {
-#ifdef TOME_F16C
+#ifdef TOME_X86_VECTORS
 #if TOME_VECTOR_BYTES == 64
     return bit_cast<VFloat>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
 #else
     return bit_cast<VFloat>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
 #endif
 #else
-    const VUint bits = __builtin_convertvector(load_raw<VNarrow>(p), VUint);
+    const VUint bits = widen(load_raw<VNarrow>(p));
     const VUint magnitude = (bits & 0x7fffu) << 13;
     // Shifted into place the exponent is 112 short; the product also normalises subnormals.
     const VFloat scaled = bit_cast<VFloat>(magnitude) * 0x1p112f;
@@ -105,18 +124,18 @@ TOME_INLINE void store(BFloat* p, VFloat v) {
     const VUint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const VUint is_number = bit_cast<VUint>(v == v);
     const VUint result = (rounded & is_number) | (0x7fc0u & ~is_number);
-    const VNarrow narrow = __builtin_convertvector(result, VNarrow);
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
+    const VNarrow out = narrow(result);
+    __builtin_memcpy(p, &out, sizeof(out));
 }
 
 TOME_INLINE void store(Half* p, VFloat v) {
-#ifdef TOME_F16C
+#ifdef TOME_X86_VECTORS
 #if TOME_VECTOR_BYTES == 64
-    const __m256i narrow = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    const __m256i out = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
 #else
-    const __m128i narrow = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i out = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
 #endif
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
+    __builtin_memcpy(p, &out, sizeof(out));
 #else
     const VUint bits = bit_cast<VUint>(v);
     const VUint sign = bits & 0x80000000u;
@@ -130,8 +149,8 @@ TOME_INLINE void store(Half* p, VFloat v) {
     const VUint is_special = bit_cast<VUint>(magnitude >= (143u << 23));
     const VUint finite = (subnormal & is_subnormal) | (normal & ~is_subnormal);
     const VUint result = (special & is_special) | (finite & ~is_special) | (sign >> 16);
-    const VNarrow narrow = __builtin_convertvector(result, VNarrow);
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
+    const VNarrow out = narrow(result);
+    __builtin_memcpy(p, &out, sizeof(out));
 #endif
 }
 
