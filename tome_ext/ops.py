@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _library, reference
 
-__all__ = ["describe", "match", "merge", "plan", "unmerge"]
+__all__ = ["describe", "match", "merge", "merge_backward", "plan", "unmerge"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Devices that run the plain PyTorch form. CUDA joins them when its library is not loaded.
@@ -31,30 +31,28 @@ def describe(x: object) -> str:
 # --- calling ------------------------------------------------------------------------------------
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """``tome::match``: assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
-    _library.require()
-    return torch.ops.tome.match(metric, r, num_prefix_tokens)
+def _operator(name: str) -> Callable[..., Any]:
+    if _library.load_error is None:
+        # The overload itself: looking it up through its name costs a microsecond in every call.
+        overload: Callable[..., Any] = getattr(torch.ops.tome, name).default
+        return overload
+
+    def missing(*args: object, **kwargs: object) -> None:
+        _library.require()
+
+    return missing
 
 
-def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """``tome::plan``: members (B, N) and offsets (B, M + 1) of an assignment, int32."""
-    _library.require()
-    return torch.ops.tome.plan(assign, num_rows)
-
-
-def merge(
-    x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
-) -> tuple[Tensor, Tensor]:
-    """``tome::merge``: merged tokens (B, M, C) and their sizes (B, M) float32."""
-    _library.require()
-    return torch.ops.tome.merge(x, size, members, offsets, reduce)
-
-
-def unmerge(x: Tensor, assign: Tensor) -> Tensor:
-    """``tome::unmerge``: rows (B, M, C) copied back to tokens (B, N, C)."""
-    _library.require()
-    return torch.ops.tome.unmerge(x, assign)
+# (metric, r, num_prefix_tokens=0) -> assign (B, N), members (B, N), offsets (B, M + 1), all int32
+match: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("match")
+# (assign, num_rows) -> members (B, N), offsets (B, M + 1)
+plan: Callable[..., tuple[Tensor, Tensor]] = _operator("plan")
+# (x, size, members, offsets, reduce="mean") -> tokens (B, M, C), sizes (B, M) float32
+merge: Callable[..., tuple[Tensor, Tensor]] = _operator("merge")
+# (grad, size, members, offsets, reduce="mean") -> gradients of the tokens (B, N, C)
+merge_backward: Callable[..., Tensor] = _operator("merge_backward")
+# (x, assign) -> tokens (B, N, C)
+unmerge: Callable[..., Tensor] = _operator("unmerge")
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -117,14 +115,15 @@ def _merge_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     size, members, offsets, x, merged = ctx.saved_tensors
     grad = grad.contiguous()
     if ctx.reduce != "amax":
-        grad_x = torch.ops.tome.merge_backward(grad, size, members, offsets, ctx.reduce)
+        grad_x = merge_backward(grad, size, members, offsets, ctx.reduce)
         return grad_x, None, None, None, None
     # As torch.amax: the gradient is shared evenly by the members that attain the maximum.
-    spread = torch.ops.tome.merge_backward
-    wins = (x.detach() == spread(merged.detach(), None, members, offsets, "sum")).to(grad.dtype)
-    count, _ = torch.ops.tome.merge(wins, None, members, offsets, "sum")
+    wins = (x.detach() == merge_backward(merged.detach(), None, members, offsets, "sum")).to(
+        grad.dtype
+    )
+    count, _ = merge(wins, None, members, offsets, "sum")
     share = grad / count.clamp_min(1)
-    return wins * spread(share, None, members, offsets, "sum"), None, None, None, None
+    return wins * merge_backward(share, None, members, offsets, "sum"), None, None, None, None
 
 
 def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -134,7 +133,7 @@ def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _merge_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     size, members, offsets = ctx.saved_tensors
-    back, _ = torch.ops.tome.merge(grad.contiguous(), size, members, offsets, ctx.reduce)
+    back, _ = merge(grad.contiguous(), size, members, offsets, ctx.reduce)
     return back, None, None, None, None
 
 
@@ -146,8 +145,8 @@ def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (assign,) = ctx.saved_tensors
-    members, offsets = torch.ops.tome.plan(assign, ctx.num_rows)
-    grad_x, _ = torch.ops.tome.merge(grad.contiguous(), None, members, offsets, "sum")
+    members, offsets = plan(assign, ctx.num_rows)
+    grad_x, _ = merge(grad.contiguous(), None, members, offsets, "sum")
     return grad_x, None
 
 
