@@ -1,0 +1,58 @@
+// From tensors to the kernels' params, the same for every device: arguments are checked, brought
+// into the strides that the kernels take, and outputs allocated. A call holds the tensors that its
+// params point into.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "stable.h"
+#include "tome_core/match.h"
+#include "tome_core/merge.h"
+
+namespace tome::torch_layer {
+
+struct MatchCall {
+    MatchParams params{};
+    Tensor metric, assign, members, offsets;
+
+    MatchCall(const Tensor& metric, int64_t r, int64_t num_prefix_tokens);
+    std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
+};
+
+struct PlanCall {
+    PlanParams params{};
+    Tensor assign, members, offsets;
+
+    PlanCall(const Tensor& assign, int64_t num_rows);
+    std::tuple<Tensor, Tensor> outputs() const { return {members, offsets}; }
+};
+
+struct MergeCall {
+    MergeParams params{};
+    Tensor x, members, offsets, out, out_size;
+    std::optional<Tensor> size;
+
+    MergeCall(const Tensor& x, const std::optional<Tensor>& size, const Tensor& members,
+              const Tensor& offsets, const std::string& reduce);
+    std::tuple<Tensor, Tensor> outputs() const { return {out, out_size}; }
+};
+
+struct MergeBackwardCall {
+    MergeBackwardParams params{};
+    Tensor grad, members, offsets, out;
+    std::optional<Tensor> size;
+
+    MergeBackwardCall(const Tensor& grad, const std::optional<Tensor>& size, const Tensor& members,
+                      const Tensor& offsets, const std::string& reduce);
+};
+
+struct UnmergeCall {
+    UnmergeParams params{};
+    Tensor x, assign, out;
+
+    UnmergeCall(const Tensor& x, const Tensor& assign);
+};
+
+}  // namespace tome::torch_layer
