@@ -207,7 +207,13 @@ def extensions() -> list[Extension]:
         built.append(
             extension(
                 "tome_ext._C_cuda",
-                sources("csrc/core/cuda/*.cu", "csrc/torch/cuda/*.cpp", "csrc/torch/cuda/*.cu"),
+                sources(
+                    "csrc/core/cuda/*.cu",
+                    "csrc/torch/cuda/*.cpp",
+                    "csrc/torch/cuda/*.cu",
+                    "csrc/torch/calls.cpp",  # the same calls and checks as the CPU's
+                    "csrc/torch/checks.cpp",
+                ),
                 # The static CUDA runtime, as cuBLAS and cuDNN carry it: it shares contexts and
                 # streams with torch's through the driver and needs no library of this machine.
                 libraries=["torch_cuda", "cudart_static", "dl", "rt", "pthread"],

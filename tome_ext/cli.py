@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import _library
 from ._version import __version__
 from .utils import info
 
@@ -106,6 +107,7 @@ def run_info() -> int:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo; a mistake becomes one line."""
+    _library.require()  # before anything is loaded
     missing = [name for name in DEMO_PACKAGES if find_spec(name) is None]
     if missing:
         return fail(f"the demo needs {', '.join(missing)}: pip install 'tome_ext[demo]'")

@@ -1,0 +1,100 @@
+"""Compiles every CUDA kernel for every architecture and fails if a hot one spills registers.
+
+    python .ci/check_kernels.py [ARCH ...]        default: 75 80 90 100 120
+
+Needs nvcc on PATH, no GPU and no torch. A kernel of float64 may spill: it is there for gradient
+checks, not for speed. So may any kernel on 75, which is kept running, not fast.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc/core/cuda").glob("*.cu"))
+ARCHS = ("75", "80", "90", "100", "120")
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+class Kernel(NamedTuple):
+    """What ptxas says about one kernel."""
+
+    arch: str
+    name: str  # as the compiler mangles it
+    registers: int
+    spilled: int  # bytes, stores and loads together
+
+    @property
+    def hot(self) -> bool:
+        """Whether spilling fails the check. A template argument `double` is mangled as Id...E."""
+        return self.arch != "sm_75" and re.search(r"I(?:L\w+E)*d[LIE]", self.name) is None
+
+
+def kernels_of(log: str) -> list[Kernel]:
+    """The kernels in an output of ``nvcc -Xptxas -v``."""
+    return [
+        Kernel(m["arch"], m["name"], int(m["registers"]), int(m["stores"]) + int(m["loads"]))
+        for m in ENTRY.finditer(log)
+    ]
+
+
+def compile_source(source: Path, arch: str, folder: str) -> list[Kernel]:
+    """Compile one file for one architecture."""
+    include = ["-I", str(ROOT / "csrc/core/include"), "-I", str(source.parent)]
+    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    output = ["-cubin", "-o", str(Path(folder, f"{source.stem}.{arch}.cubin"))]
+    command = [
+        "nvcc",
+        "-std=c++20",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        *include,
+        *target,
+        *output,
+        str(source),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise SystemExit(f"{source.name} does not compile for sm_{arch}:\n{run.stderr}")
+    return kernels_of(run.stderr)
+
+
+def main(archs: list[str]) -> int:
+    """Compile all, print a line per file, and return 1 if a hot kernel spills."""
+    jobs = [(source, arch) for source in SOURCES for arch in archs]
+    spilling: list[Kernel] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool,
+    ):
+        results = pool.map(lambda job: compile_source(*job, folder), jobs)
+        for (source, arch), kernels in zip(jobs, results, strict=True):
+            most = max((kernel.registers for kernel in kernels), default=0)
+            spills = [kernel for kernel in kernels if kernel.spilled > 0]
+            spilling += [kernel for kernel in spills if kernel.hot]
+            print(
+                f"{source.name:20} sm_{arch:4} {len(kernels):3} kernels, "
+                f"at most {most:3} registers, {len(spills)} spill",
+                flush=True,
+            )
+    for kernel in spilling:
+        print(f"spills {kernel.spilled} bytes on {kernel.arch}: {kernel.name}", file=sys.stderr)
+    return 1 if spilling or not jobs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(ARCHS)))

@@ -1,0 +1,136 @@
+// match and merge on CUDA without torch: what bench/gpu_ops.py must agree with.
+//
+//   nvcc -std=c++20 -O3 -Icsrc/core/include -Icsrc/core/cuda bench/cpp/bench_cuda.cu
+//       csrc/core/cuda/*.cu -o bench_cuda && ./bench_cuda
+//
+// Prints one JSON object: microseconds per call, medians over rounds of a replayed graph that holds
+// one call per input; the inputs rotate through more memory than the L2 cache holds.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "tome_core/cuda.h"
+
+namespace {
+
+void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    std::fprintf(stderr, "bench_cuda: %s: %s\n", what, cudaGetErrorString(error));
+    std::exit(1);
+}
+
+template <class T>
+T* allocate(int64_t count) {
+    void* data = nullptr;
+    check(cudaMalloc(&data, static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)),
+          "cudaMalloc");
+    return static_cast<T*>(data);
+}
+
+// bfloat16 values between -1 and 1, spread evenly enough.
+__global__ void fill(uint16_t* data, int64_t count, uint32_t seed) {
+    int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+    for (; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+        uint32_t h = (static_cast<uint32_t>(i) + seed) * 2654435761u;
+        h ^= h >> 15;
+        h *= 2246822519u;
+        h ^= h >> 13;
+        const float value = static_cast<float>(h) * 0x1p-31f - 1.0f;
+        data[i] = static_cast<uint16_t>(__float_as_uint(value) >> 16);
+    }
+}
+
+template <class Call>
+float median_us(const Call& call, int inputs, int rounds) {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreate(&stream), "cudaStreamCreate");
+    for (int i = 0; i < inputs; ++i) check(call(i, stream), "first call");
+    check(cudaStreamSynchronize(stream), "first calls");
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < inputs; ++i) check(call(i, stream), "captured call");
+    check(cudaStreamEndCapture(stream, &graph), "capture");
+    check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+    cudaEvent_t start = nullptr, end = nullptr;
+    check(cudaEventCreate(&start), "cudaEventCreate");
+    check(cudaEventCreate(&end), "cudaEventCreate");
+    std::vector<float> times;
+    for (int round = -3; round < rounds; ++round) {
+        check(cudaEventRecord(start, stream), "cudaEventRecord");
+        check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+        check(cudaEventRecord(end, stream), "cudaEventRecord");
+        check(cudaEventSynchronize(end), "cudaEventSynchronize");
+        float milliseconds = 0;
+        check(cudaEventElapsedTime(&milliseconds, start, end), "cudaEventElapsedTime");
+        if (round >= 0) times.push_back(1e3f * milliseconds / static_cast<float>(inputs));
+    }
+    std::nth_element(times.begin(), times.begin() + rounds / 2, times.end());
+    return times[static_cast<size_t>(rounds / 2)];
+}
+
+// A layer of a ViT, in bfloat16; keys lie in packed qkv.
+void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, int64_t heads,
+           int64_t r, const char* end) {
+    const int64_t dim = channels / heads, rows = tokens - r;
+    const int64_t key_count = batch * tokens * 3 * channels, x_count = batch * tokens * channels;
+    const int inputs =
+        static_cast<int>(std::clamp<int64_t>((256 << 20) / (2 * (key_count + x_count)) + 1, 2, 64));
+    std::vector<tome::MatchParams> matches;
+    std::vector<tome::MergeParams> merges;
+    for (int i = 0; i < inputs; ++i) {
+        auto* qkv = allocate<uint16_t>(key_count);
+        auto* x = allocate<uint16_t>(x_count);
+        fill<<<1024, 256>>>(qkv, key_count, static_cast<uint32_t>(2 * i));
+        fill<<<1024, 256>>>(x, x_count, static_cast<uint32_t>(2 * i + 1));
+        auto* members = allocate<int32_t>(batch * tokens);
+        auto* offsets = allocate<int32_t>(batch * (rows + 1));
+        matches.push_back({qkv + channels, tome::DType::kBFloat16, batch, heads, tokens, dim,
+                           tokens * 3 * channels, dim, 3 * channels, r, 1,
+                           allocate<int32_t>(batch * tokens), members, offsets});
+        merges.push_back({x, tome::DType::kBFloat16, batch, tokens, rows, channels,
+                          tokens * channels, channels, nullptr, members, offsets,
+                          tome::Reduce::kMean, allocate<uint16_t>(batch * rows * channels),
+                          allocate<float>(batch * rows)});
+    }
+    check(cudaDeviceSynchronize(), "fill");
+    auto* workspace =
+        allocate<char>(static_cast<int64_t>(tome::match_cuda_workspace_bytes(matches[0])));
+    const auto match = [&](int i, cudaStream_t stream) {
+        return tome::match_cuda(matches[static_cast<size_t>(i)], workspace, stream);
+    };
+    const auto merge = [&](int i, cudaStream_t stream) {
+        return tome::merge_cuda(merges[static_cast<size_t>(i)], stream);
+    };
+    const float match_us = median_us(match, inputs, 50);
+    const float merge_us = median_us(merge, inputs, 50);
+    std::printf(" \"%s B=%lld\": {\"match device\": %.3f, \"merge device\": %.3f}%s\n", name,
+                static_cast<long long>(batch), match_us, merge_us, end);
+    for (const tome::MatchParams& p : matches) {
+        cudaFree(const_cast<uint16_t*>(static_cast<const uint16_t*>(p.metric)) - channels);
+        cudaFree(p.assign);
+        cudaFree(p.members);
+        cudaFree(p.offsets);
+    }
+    for (const tome::MergeParams& p : merges) {
+        cudaFree(const_cast<void*>(p.x));
+        cudaFree(p.out);
+        cudaFree(p.out_size);
+    }
+    cudaFree(workspace);
+}
+
+}  // namespace
+
+int main() {
+    std::printf("{\n");
+    layer("layer ViT-B", 256, 197, 768, 12, 13, ",");
+    layer("layer ViT-L@384", 64, 577, 1024, 16, 23, ",");
+    layer("layer ViT-B", 1, 197, 768, 12, 13, ",");
+    layer("layer ViT-L@384", 1, 577, 1024, 16, 23, "");
+    std::printf("}\n");
+}

@@ -1,0 +1,292 @@
+"""Times match, merge and unmerge on a GPU, and writes every figure to a JSON file.
+
+    python bench/gpu_ops.py --json gpu.json            on a machine with a GPU
+    python bench/gpu_ops.py --dry-run --json dry.json  without one: every contender runs once at a
+                                                       small shape on the CPU, figures stay null
+    python bench/gpu_ops.py --exercise                 each operator once, for compute-sanitizer
+
+Inputs rotate through more memory than the L2 cache holds. All contenders of a row run in turns;
+a figure is the median over rounds. "device" times are of a replayed CUDA graph, which holds one
+call per input, so that the host's launches do not count; "eager" times are of the same loop run
+from Python. The floor is a device-to-device copy, measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import tome_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stock
+
+Inputs = tuple[torch.Tensor, ...]
+Contender = Callable[..., object]
+
+ROTATED_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
+VIT_B = {"name": "ViT-B", "batch": 256, "tokens": 197, "channels": 768, "heads": 12, "r": 13}
+VIT_L = {"name": "ViT-L@384", "batch": 64, "tokens": 577, "channels": 1024, "heads": 16, "r": 23}
+LARGE = (
+    {"name": "B2 N4096", "batch": 2, "tokens": 4096, "dim": 320, "r": 2048},
+    {"name": "B1 N16384", "batch": 1, "tokens": 16384, "dim": 320, "r": 8192},
+)
+DTYPE = torch.bfloat16
+
+
+def nbytes(inputs: Inputs) -> int:
+    """Bytes of the storages, not of the views: a packed qkv counts in full."""
+    return sum(x.untyped_storage().nbytes() for x in inputs)
+
+
+class Stopwatch:
+    """Runs contenders over rotating inputs; without a GPU it runs each once and times nothing."""
+
+    def __init__(self, dry: bool, rounds: int) -> None:
+        self.dry = dry
+        self.rounds = rounds
+        self.device = "cpu" if dry else "cuda"
+
+    def rotating(self, make: Callable[[], Inputs]) -> list[Inputs]:
+        first = make()
+        if self.dry:
+            return [first]
+        count = min(64, max(2, ROTATED_BYTES // max(1, nbytes(first)) + 1))
+        return [first, *(make() for _ in range(count - 1))]
+
+    def capture(self, run: Contender, inputs: list[Inputs]) -> Callable[[], object]:
+        """One call per input as a CUDA graph."""
+        if self.dry:
+            return lambda: [run(*x) for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run(*inputs[0])
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for x in inputs:
+                run(*x)
+        return graph.replay
+
+    def medians(
+        self, loops: dict[str, Callable[[], object]], calls: int
+    ) -> dict[str, float | None]:
+        """Microseconds per call of each loop of `calls` calls, the loops taking turns."""
+        if self.dry:
+            for loop in loops.values():
+                loop()
+            return dict.fromkeys(loops)
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        for turn in range(self.rounds + 3):
+            for name, loop in loops.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                loop()
+                end.record()
+                end.synchronize()
+                if turn >= 3:
+                    times[name].append(1e3 * start.elapsed_time(end) / calls)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def time(
+        self, inputs: list[Inputs], device: dict[str, Contender], eager: dict[str, Contender]
+    ) -> dict[str, float | None]:
+        loops = {f"{name} device": self.capture(run, inputs) for name, run in device.items()}
+        for name, run in eager.items():
+            loops[f"{name} eager"] = lambda run=run: [run(*x) for x in inputs]
+        return self.medians(loops, len(inputs))
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def packed_keys(shape: dict, device: str) -> torch.Tensor:
+    """The key view (B, H, N, D) of a packed (B, N, 3, H, D) qkv tensor."""
+    dim = shape["channels"] // shape["heads"]
+    packed = torch.randn(
+        shape["batch"], shape["tokens"], 3, shape["heads"], dim, device=device, dtype=DTYPE
+    )
+    return packed.permute(2, 0, 3, 1, 4)[1]
+
+
+def copy_bandwidth(watch: Stopwatch) -> float | None:
+    """Bytes read and written per microsecond by a copy of 512 MiB."""
+    count = (512 << 20) if not watch.dry else 1 << 10
+    source = torch.empty(count, dtype=torch.uint8, device=watch.device)
+    target = torch.empty_like(source)
+    times = watch.medians({"copy": lambda: target.copy_(source)}, 1)
+    return over(2 * count, times["copy"])
+
+
+def compiled(run: Contender, dry: bool) -> Contender:
+    return run if dry else torch.compile(run, mode="max-autotune", fullgraph=True)
+
+
+def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[str, object]:
+    """match, merge and both of one layer."""
+    batch, tokens, channels, r = (shape[k] for k in ("batch", "tokens", "channels", "r"))
+    dim = channels // shape["heads"]
+
+    def make() -> Inputs:
+        x = torch.randn(batch, tokens, channels, device=watch.device, dtype=DTYPE)
+        keys = packed_keys(shape, watch.device)
+        return keys, x, torch.ones(batch, tokens, device=watch.device)
+
+    inputs = watch.rotating(make)
+    plan = tome_ext.match(inputs[0][0], r, 1)
+
+    def both(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
+        return tome_ext.match(keys, r, 1).merge(x, size)
+
+    def stock_both(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
+        return stock.merge(x, size.to(x.dtype).unsqueeze(-1), stock.match(keys, r, 1))
+
+    times = watch.time(
+        inputs,
+        {
+            "match": lambda keys, x, size: tome_ext.match(keys, r, 1),
+            "merge": lambda keys, x, size: plan.merge(x, size),
+            "unmerge": lambda keys, x, size: plan.unmerge(x[:, : tokens - r]),
+            "both": both,
+        },
+        {"both": both, "stock": stock_both, "compiled": compiled(stock_both, watch.dry)},
+    )
+    element = torch.finfo(DTYPE).bits // 8
+    merge_bytes = batch * (2 * tokens - r) * channels * element
+    key_bytes = batch * tokens * shape["heads"] * dim * element
+    return {
+        "row": f"layer {shape['name']} B={batch}",
+        "shape": shape,
+        "us": times,
+        "merge_of_copy_bandwidth": over(over(merge_bytes, times["merge device"]), bandwidth),
+        "match_over_reading_keys": over(times["match device"], over(key_bytes, bandwidth)),
+        "over_stock": over(times["stock eager"], times["both eager"]),
+        "over_compiled": over(times["compiled eager"], times["both eager"]),
+        "stock_over_device": over(times["stock eager"], times["both device"]),
+    }
+
+
+def extra_memory(run: Contender, inputs: Inputs) -> int:
+    """Bytes above what was there before and what the call returns."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run(*inputs)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak - kept
+
+
+def large_row(watch: Stopwatch, shape: dict) -> dict[str, object]:
+    """A match of many tokens."""
+    batch, tokens, dim, r = (shape[k] for k in ("batch", "tokens", "dim", "r"))
+    inputs = watch.rotating(
+        lambda: (torch.randn(batch, tokens, dim, device=watch.device, dtype=DTYPE),)
+    )
+
+    def run(keys: torch.Tensor) -> object:
+        return tome_ext.match(keys, r)
+
+    def run_stock(keys: torch.Tensor) -> object:
+        return stock.match(keys, r)
+
+    times = watch.time(inputs, {"match": run}, {"match": run, "stock": run_stock})
+    scores = batch * (tokens // 2) ** 2 * torch.finfo(DTYPE).bits // 8
+    extra = None if watch.dry else extra_memory(run, inputs[0])
+    return {
+        "row": f"large {shape['name']} D={dim}",
+        "shape": shape,
+        "us": times,
+        "over_stock": over(times["stock eager"], times["match eager"]),
+        "extra_of_score_matrix": over(extra, scores),
+    }
+
+
+def exercise(device: str) -> None:
+    """Each operator at small shapes and every dtype, for compute-sanitizer to watch."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        for heads, tokens, dim, channels in ((2, 50, 64, 64), (1, 33, 20, 37)):
+            keys = torch.randn(2, heads, tokens, dim, device=device).to(dtype)
+            x = torch.randn(2, tokens, channels, device=device).to(dtype).requires_grad_()
+            plan = tome_ext.match(keys, 8, 1)
+            merged, _ = plan.merge(x, torch.ones(2, tokens, device=device))
+            plan.unmerge(merged).sum().backward()
+            tome_ext.MergePlan.from_assign(plan.assign, plan.num_output_tokens)
+    tome_ext.match(torch.randn(1, 3000, 32, device=device, dtype=DTYPE), 700)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def about(dry: bool) -> dict[str, object]:
+    """The machine and the versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    info: dict[str, object] = {
+        "dry_run": dry,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit,
+        "tome_ext": tome_ext.__version__,
+        "library": tome_ext._library.cuda_status(),
+    }
+    if not dry:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        info["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        info["device"] = torch.cuda.get_device_name()
+    return info
+
+
+def print_table(report: dict) -> None:
+    """Every ratio and time, a line each."""
+    for row in report["rows"]:
+        print(row["row"])
+        for name, value in [*row["us"].items(), *row.items()]:
+            if value is None:
+                print(f"  {name:28} not yet measured")
+            elif isinstance(value, float):
+                print(f"  {name:28} {value:10.3f}{' us' if name in row['us'] else ''}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU, no figures")
+    parser.add_argument("--exercise", action="store_true", help="each operator once, then stop")
+    parser.add_argument("--rounds", type=int, default=50)
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit(f"torch {torch.__version__} finds no GPU; use --dry-run without one")
+    torch.manual_seed(0)
+    if args.exercise:
+        return exercise("cpu" if args.dry_run else "cuda")
+    watch = Stopwatch(args.dry_run, args.rounds)
+    layers, large = [VIT_B, VIT_L, {**VIT_B, "batch": 1}, {**VIT_L, "batch": 1}], list(LARGE)
+    if args.dry_run:
+        layers = [{**shape, "batch": 1} for shape in layers[:2]]
+        large = [{**shape, "tokens": 256, "r": 100} for shape in large[:1]]
+    with torch.inference_mode():
+        bandwidth = copy_bandwidth(watch)
+        rows = [layer_row(watch, shape, bandwidth) for shape in layers]
+        rows += [large_row(watch, shape) for shape in large]
+    report = {**about(args.dry_run), "copy_bandwidth_gb_per_s": over(bandwidth, 1e3), "rows": rows}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    print_table(report)
+
+
+if __name__ == "__main__":
+    main()

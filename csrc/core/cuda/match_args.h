@@ -1,0 +1,71 @@
+// What match's kernels share: their arguments and the packed scores.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../cpu/kernels.h"
+#include "device.h"
+#include "match_tiles.h"
+#include "tome_core/match.h"
+
+namespace tome::match_cuda_detail {
+
+using Packed = unsigned long long;  // what 64-bit atomics take
+
+struct MatchArgs {
+    MatchParams p;
+    Sets sets;
+    int64_t r;  // cut
+    match_tiles::Tiles tiles;
+    match_tiles::Layout layout;
+    int blocks_per_image;
+    int tiles_b;        // of tiles.rows_b
+    int records;        // of a staged row that hold channels: ceil(dim / 16) * 4
+    int stride;         // from a staged row to the next, in records
+    Packed* best;       // (batch, num_a): see pack_score; for float64 ordered scores alone
+    int32_t* columns;   // (batch, num_a): nearest B token, float64 only
+    uint32_t* tickets;  // (batch): blocks done, 0 at the start; unused with one block per image
+};
+
+// Scores as integers of the same order, from 1: 0 stands for -inf, "nothing may be chosen".
+__device__ __forceinline__ Packed ordered(float score) {
+    const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0: they are equal
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ Packed ordered(double score) {
+    const double positive_zero = score + 0.0;
+    Packed bits;
+    memcpy(&bits, &positive_zero, sizeof(bits));
+    return bits >> 63 ? ~bits : bits | Packed{1} << 63;
+}
+
+// The maximum of packed scores is the highest score, and of its equals the lowest column: whatever
+// the order in which blocks and lanes contribute.
+//
+//   63            32 31             0
+//   | ordered score | ~column       |
+__device__ __forceinline__ Packed pack_score(float score, int32_t column) {
+    return ordered(score) << 32 | ~static_cast<uint32_t>(column);
+}
+
+// A power of two that brings `largest`, finite and not negative, near 1: what is scaled by it has
+// squares that neither overflow nor vanish.
+__device__ __forceinline__ float scale_for(float largest) {
+    const int exponent = 254 - static_cast<int>(__float_as_uint(largest) >> 23);
+    const int kept = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+    return __uint_as_float(static_cast<uint32_t>(kept) << 23);
+}
+__device__ __forceinline__ double scale_for(double largest) {
+    Packed bits;
+    memcpy(&bits, &largest, sizeof(bits));
+    const int exponent = 2046 - static_cast<int>(bits >> 52);
+    bits = static_cast<Packed>(exponent < 1 ? 1 : exponent > 2045 ? 2045 : exponent) << 52;
+    double scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    return scale;
+}
+
+__device__ __forceinline__ Packed larger(Packed x, Packed y) { return x < y ? y : x; }
+
+}  // namespace tome::match_cuda_detail

@@ -1,0 +1,180 @@
+// The end of match: the last block of an image ranks its A tokens and writes its plan.
+#pragma once
+
+#include "match_args.h"
+#include "plan.cuh"
+
+namespace tome::match_cuda_detail {
+
+using match_tiles::kCountingRank;
+using match_tiles::kThreads;
+
+// Shared memory at this point: what the tiles used is free.
+struct FinishShared {
+    union {
+        Packed scores[kCountingRank];  // cut_by_counting
+        int histogram[256];            // cut_by_radix
+    };
+    Packed cut_score;
+    uint32_t cut_index;
+    uint32_t bin, left, is_last;
+    int scratch[device::kWarp + 1];
+};
+static_assert(sizeof(FinishShared) <= match_tiles::kFinishBytes);
+
+// Whether this block is the last of its image; then it sees what all of them wrote to m.best.
+// Every thread of the block gets the same answer.
+__device__ __forceinline__ bool last_block_of_image(const MatchArgs& m, int64_t image,
+                                                    unsigned char* shared) {
+    __syncthreads();
+    if (m.blocks_per_image == 1) return true;
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    if (threadIdx.x == 0) {
+        __threadfence();  // this block's maxima before its ticket
+        const uint32_t ticket = atomicAdd(&m.tickets[image], 1u);
+        state.is_last = ticket == static_cast<uint32_t>(m.blocks_per_image - 1);
+        __threadfence();  // the others' tickets before their maxima
+    }
+    __syncthreads();
+    const bool is_last = state.is_last != 0;
+    __syncthreads();
+    return is_last;
+}
+
+// The last of the r most similar A tokens, in the order of ranks: score down, then index up.
+struct Cut {
+    Packed score;
+    uint32_t index;
+
+    __device__ bool includes(Packed other, int64_t i) const {
+        return other > score || (other == score && i <= static_cast<int64_t>(index));
+    }
+};
+
+// The ordered score in an entry of m.best.
+template <class T>
+__device__ __forceinline__ Packed score_of(Packed best) {
+    return sizeof(T) == 8 ? best : best >> 32;
+}
+
+// Each thread counts who ranks before its tokens: num_a^2 / kThreads steps, without waiting.
+//   best (num_a): one image
+template <class T>
+__device__ __forceinline__ Cut cut_by_counting(const Packed* best, int64_t num_a, int64_t r,
+                                               FinishShared& state) {
+    const int64_t thread = threadIdx.x;
+    const bool fits = num_a <= kCountingRank;
+    for (int64_t i = thread; fits && i < num_a; i += kThreads) {
+        state.scores[i] = score_of<T>(best[i]);
+    }
+    __syncthreads();
+    for (int64_t i = thread; i < num_a; i += kThreads) {
+        const Packed mine = fits ? state.scores[i] : score_of<T>(best[i]);
+        int64_t before = 0;
+        for (int64_t j = 0; j < num_a; ++j) {
+            const Packed other = fits ? state.scores[j] : score_of<T>(best[j]);
+            before += other > mine || (other == mine && j < i);
+        }
+        if (before == r - 1) {
+            state.cut_score = mine;
+            state.cut_index = static_cast<uint32_t>(i);
+        }
+    }
+    __syncthreads();
+    return {state.cut_score, state.cut_index};
+}
+
+// Finds the r-th of (score, ~index) from the top, eight bits at a time: each round counts the
+// entries that share the bits found so far by their next eight, and takes the bin in which the r-th
+// lies. Usually the score's four bytes decide; the index's follow where scores are equal.
+//   best (num_a): one image
+__device__ __forceinline__ Cut cut_by_radix(const Packed* best, int64_t num_a, int64_t r,
+                                            FinishShared& state) {
+    static_assert(kThreads == 256, "a thread per bin");
+    const int thread = static_cast<int>(threadIdx.x);
+    Packed found = 0;
+    int64_t left = r;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        state.histogram[thread] = 0;
+        __syncthreads();
+        for (int64_t i = thread; i < num_a; i += kThreads) {
+            const Packed key = best[i] >> 32 << 32 | ~static_cast<uint32_t>(i);
+            if (shift == 56 || (key ^ found) >> (shift + 8) == 0) {
+                atomicAdd(&state.histogram[key >> shift & 255], 1);
+            }
+        }
+        __syncthreads();
+        const int bin = 255 - thread;  // from the top
+        const int count = state.histogram[bin];
+        int total = 0;
+        const int above = device::block_exclusive_sum(count, &total, state.scratch);
+        if (above < left && left <= above + count) {
+            state.bin = static_cast<uint32_t>(bin);
+            state.left = static_cast<uint32_t>(left - above);
+            state.is_last = left - above == count;  // the whole bin is in: no need to look closer
+        }
+        __syncthreads();
+        found |= Packed{state.bin} << shift;
+        left = state.left;
+        if (state.is_last != 0) break;
+    }
+    __syncthreads();
+    return {found >> 32, ~static_cast<uint32_t>(found)};
+}
+
+// Output rows: prefix | A tokens that stay | B tokens.
+//   best    (num_a): one image
+//   columns (num_a): one image, float64 only
+//   assign  (tokens) out
+template <class T>
+__device__ __forceinline__ void write_assign(const MatchArgs& m, const Packed* best,
+                                             const int32_t* columns, const Cut& cut, int* scratch,
+                                             int32_t* assign) {
+    const int64_t thread = threadIdx.x, prefix = m.p.num_prefix_tokens;
+    const int64_t first_b_row = prefix + m.sets.num_a - m.r;
+    for (int64_t n = thread; n < prefix; n += kThreads) assign[n] = static_cast<int32_t>(n);
+    for (int64_t j = thread; j < m.sets.num_b; j += kThreads) {
+        assign[m.sets.first_b + 2 * j] = static_cast<int32_t>(first_b_row + j);
+    }
+    int64_t row = prefix;
+    for (int64_t base = 0; base < m.sets.num_a; base += kThreads) {
+        const int64_t i = base + thread;
+        const bool exists = i < m.sets.num_a;
+        const Packed mine = exists ? best[i] : 0;
+        const bool merges = exists && cut.includes(score_of<T>(mine), i);
+        int stay = 0;
+        const int before = device::block_exclusive_sum(exists && !merges, &stay, scratch);
+        if (exists) {
+            // 0 is "nothing may be chosen", and then the first of B.
+            const int64_t nearest = mine == 0        ? 0
+                                    : sizeof(T) == 8 ? int64_t{columns[i]}
+                                                     : int64_t{~static_cast<uint32_t>(mine)};
+            assign[m.sets.first_a + 2 * i] =
+                static_cast<int32_t>(merges ? first_b_row + nearest : row + before);
+        }
+        row += stay;
+    }
+}
+
+// One block, after last_block_of_image said so.
+template <class T>
+__device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
+                                             unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t num_a = m.sets.num_a, tokens = m.p.tokens, rows = tokens - m.r;
+    const Packed* best = m.best + image * num_a;
+    int32_t* assign = m.p.assign + image * tokens;
+    const bool counts = sizeof(T) == 8 || num_a <= kCountingRank;
+    const Cut cut = counts ? cut_by_counting<T>(best, num_a, m.r, state)
+                           : cut_by_radix(best, num_a, m.r, state);
+    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch, assign);
+    __syncthreads();
+    int32_t* offsets = m.p.offsets + image * (rows + 1);
+    const bool fits = int64_t{sizeof(FinishShared)} + rows * 4 <= m.tiles.shared_bytes;
+    int32_t* cursor =
+        fits ? reinterpret_cast<int32_t*>(shared + sizeof(FinishShared)) : offsets + 1;
+    device::plan_image(assign, tokens, rows, m.p.members + image * tokens, offsets, cursor,
+                       state.scratch);
+}
+
+}  // namespace tome::match_cuda_detail

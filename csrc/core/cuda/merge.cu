@@ -1,0 +1,420 @@
+// merge_cuda, merge_backward_cuda and unmerge_cuda.
+//
+// All three move rows of channels. A warp owns one chunk of one output row (tiles.h says how long a
+// chunk is), and its lanes own vectors of it, 16 bytes where the addresses allow, else one element:
+//
+//   row      | chunk 0                                  | chunk 1 ...
+//   vectors  | 0 1 2 ... 31 | 32 ... 63 | 64 ... | 96 ... 127 | 128 ...
+//   lane     | 0 1 2 ... 31 |  0 ... 31 |  0 ... |  0 ...  31 |   0 ...
+//
+// blockIdx.y is the image, blockIdx.x and the warp count the chunks of its rows. No two warps write
+// one address and no sum is shared between threads, so results never depend on timing.
+
+#include "device.h"
+#include "launch.h"
+#include "tiles.h"
+#include "tome_core/cuda.h"
+
+namespace tome {
+namespace {
+
+using namespace tome::device;
+
+constexpr int kBlock = tiles::kWarpsPerBlock * kWarp;
+constexpr int kUnroll = tiles::kUnroll;
+
+// A kernel's params and what the launch worked out.
+template <class P>
+struct Work {
+    P p;
+    int64_t chunks;  // of a row
+    int64_t items;   // chunks of an image
+};
+
+// This warp's items of an image, one after another: body(row, first vector of its chunk).
+template <class P, class Body>
+__device__ __forceinline__ void for_each_chunk(const Work<P>& work, const Body& body) {
+    const auto warp = static_cast<int64_t>(threadIdx.x / kWarp);
+    int64_t item = int64_t{blockIdx.x} * tiles::kWarpsPerBlock + warp;
+#pragma unroll 1
+    for (; item < work.items; item += int64_t{gridDim.x} * tiles::kWarpsPerBlock) {
+        // 64-bit divisions are slow, and most rows are one chunk.
+        const int64_t row = work.chunks == 1 ? item : item / work.chunks;
+        body(row, (item - row * work.chunks) * kUnroll * kWarp);
+    }
+}
+
+__device__ __forceinline__ int64_t lane_id() { return threadIdx.x % kWarp; }
+
+__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+__device__ __forceinline__ bool inside(int64_t index, int64_t count) {
+    return index >= 0 && index < count;
+}
+
+// A lane's vectors of a chunk: every kWarp-th from its own on, as far as the row goes.
+struct Lane {
+    int64_t begin;  // element of the lane's first vector
+    int left;       // elements from there to the row's end, or more than a chunk
+
+    template <int kVec>
+    static __device__ __forceinline__ Lane of(int64_t first, int64_t channels) {
+        const int64_t begin = (first + lane_id()) * kVec;
+        return {begin, static_cast<int>(clamp(channels - begin, 0, kUnroll * kWarp * 8))};
+    }
+};
+
+// Copies this warp's chunk of `from` to `to`, all loads before the first store; zeros if null.
+template <class T, int kVec>
+__device__ __forceinline__ void copy_chunk(const T* from, T* to, int64_t first, int64_t channels) {
+    using Bits = typename Word<sizeof(T) * kVec>::Type;
+    const Lane lane = Lane::of<kVec>(first, channels);
+    Bits held[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        held[u] = Bits{};
+        if (from != nullptr && u * kWarp * kVec < lane.left) {
+            held[u] = load_word<T, kVec>(from + lane.begin + u * kWarp * kVec);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        if (u * kWarp * kVec < lane.left) {
+            store_word<T, kVec>(to + lane.begin + u * kWarp * kVec, held[u]);
+        }
+    }
+}
+
+// --- merge
+// ----------------------------------------------------------------------------------------
+
+// The members of an output row: tokens of the image, and where their data is.
+template <class T>
+struct Row {
+    const T* x;  // (tokens, channels), rows stride_token apart
+    int64_t stride_token, tokens, channels;
+    const int32_t* members;  // (count)
+    int count;
+    const float* size;  // (tokens), or nullptr for ones
+};
+
+// torch.amax's rule: NaN wins, whichever side it is on.
+template <class A>
+__device__ __forceinline__ A maximum(A a, A b) {
+    return a > b || a != a ? a : b;
+}
+
+// sum / divisor from the divisor's reciprocal: the slow path of the chip's own division is a call,
+// around which registers spill. The remainder, which fma finds exactly, corrects the quotient to
+// what a division gives but for the rarest ties; infinities make it NaN.
+template <class A>
+__device__ __forceinline__ A divide(A sum, A divisor, A inverse) {
+    const A quotient = sum * inverse;
+    const A remainder = fma(-quotient, divisor, sum);
+    return remainder == remainder ? fma(remainder, inverse, quotient) : quotient;
+}
+
+// kCount vectors of a row for each lane: to[c] = sum over members of size * x[c], over `divisor` or
+// over the sum of sizes where that is 0; or their maximum. Returns the sum of sizes.
+template <class T, int kVec, int kCount, bool kMaximum>
+__device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted, float divisor,
+                                                T* to, int64_t first) {
+    using A = typename Accumulate<T>::Type;
+    const Lane lane = Lane::of<kVec>(first, row.channels);
+    A sum[kCount][kVec];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[u][i] = kMaximum ? -A(INFINITY) : A(-0.0f);
+    }
+    float total = 0.0f;
+#pragma unroll 1
+    for (int begin = 0; begin < row.count; begin += kWarp) {
+        // Each lane fetches one member, then all go through them together.
+        const int m = begin + static_cast<int>(lane_id());
+        const int32_t mine = m < row.count ? row.members[m] : -1;
+        const bool valid = inside(mine, row.tokens);
+        const float my_weight = weighted && valid ? row.size[mine] : 1.0f;
+        const int here = row.count - begin < kWarp ? row.count - begin : kWarp;
+#pragma unroll 1
+        for (int j = 0; j < here; ++j) {
+            const int32_t token = __shfl_sync(kFullMask, mine, j);
+            const float weight = __shfl_sync(kFullMask, my_weight, j);
+            if (!inside(token, row.tokens)) continue;
+            total += weight;
+            const T* from = row.x + token * row.stride_token + lane.begin;
+            Vector<T, kVec> held[kCount];
+#pragma unroll
+            for (int u = 0; u < kCount; ++u) {
+                held[u] = {};
+                if (u * kWarp * kVec < lane.left) {
+                    held[u] = load_vector<T, kVec>(from + u * kWarp * kVec);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < kCount; ++u) {
+#pragma unroll
+                for (int i = 0; i < kVec; ++i) {
+                    const A value = widen(held[u].v[i]);
+                    sum[u][i] =
+                        kMaximum ? maximum(value, sum[u][i]) : sum[u][i] + value * A(weight);
+                }
+            }
+        }
+    }
+    const A by = A(divisor == 0.0f ? total : divisor);
+    const A inverse = reciprocal(by);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+        if (u * kWarp * kVec >= lane.left) continue;
+        Vector<T, kVec> out;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            out.v[i] = narrow<T>(kMaximum ? sum[u][i] : divide(sum[u][i], by, inverse));
+        }
+        store_vector(to + lane.begin + u * kWarp * kVec, out);
+    }
+    return total;
+}
+
+// A chunk of a row with several members, two vectors at a time: more would not leave
+// room in 64 registers for their sums and the next member's data.
+template <class T, int kVec, bool kMaximum>
+__device__ __forceinline__ float reduce_chunk(const Row<T>& row, bool weighted, float divisor,
+                                              T* to, int64_t first) {
+    constexpr int kCount = 2;
+    float total = 0.0f;
+#pragma unroll 1
+    for (int u = 0; u < kUnroll; u += kCount) {
+        if (u > 0 && (first + u * kWarp) * kVec >= row.channels) break;
+        total = reduce_vectors<T, kVec, kCount, kMaximum>(row, weighted, divisor, to,
+                                                          first + u * kWarp);
+    }
+    return total;
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
+    merge_kernel(const __grid_constant__ Work<MergeParams> work) {
+    const MergeParams& p = work.p;
+#pragma unroll 1
+    for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+        for_each_chunk(work, [&](int64_t m, int64_t first) {
+            const int32_t* offsets = p.offsets + b * (p.rows + 1) + m;
+            const int64_t begin = clamp(offsets[0], 0, p.tokens);
+            const int64_t end = clamp(offsets[1], begin, p.tokens);
+            const Row<T> row{static_cast<const T*>(p.x) + b * p.stride_batch,
+                             p.stride_token,
+                             p.tokens,
+                             p.channels,
+                             p.members + b * p.tokens + begin,
+                             static_cast<int>(end - begin),
+                             p.size == nullptr ? nullptr : p.size + b * p.tokens};
+            const bool sized = row.size != nullptr;
+            T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels;
+            float total = 0.0f;
+
+            const int64_t only = row.count == 1 ? row.members[0] : -1;
+            if (inside(only, p.tokens)) total = sized ? row.size[only] : 1.0f;
+            if (row.count == 0) {
+                copy_chunk<T, kVec>(nullptr, out, first, p.channels);
+            } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1.0f)) {
+                copy_chunk<T, kVec>(row.x + only * p.stride_token, out, first, p.channels);
+            } else if (p.reduce == Reduce::kAmax) {
+                total = reduce_chunk<T, kVec, true>(row, sized, 1.0f, out, first);
+            } else {
+                const float divisor = p.reduce == Reduce::kSum ? 1.0f : 0.0f;
+                total = reduce_chunk<T, kVec, false>(row, sized, divisor, out, first);
+                if (p.reduce == Reduce::kMean && total == 0.0f && sized) {
+                    // Padding: nothing says how to weigh it, but it stays finite.
+                    reduce_chunk<T, kVec, false>(row, false, 0.0f, out, first);
+                }
+            }
+            if (first == 0 && lane_id() == 0) p.out_size[b * p.rows + m] = total;
+        });
+    }
+}
+
+// --- merge_backward
+// -------------------------------------------------------------------------------
+
+// The row of a place in `members`: the first one whose end lies behind it. `rows` if none does.
+__device__ __forceinline__ int64_t row_of(int64_t place, const int32_t* offsets, int64_t rows) {
+    int64_t low = 0, high = rows;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (offsets[middle + 1] > place) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+// What a member's token gets of its row's gradient.
+__device__ __forceinline__ float backward_weight(const MergeBackwardParams& p, int64_t b,
+                                                 const int32_t* members, int64_t begin, int64_t end,
+                                                 int64_t token) {
+    const bool mean = p.reduce == Reduce::kMean;
+    if (end - begin == 1 && mean) return 1.0f;
+    const auto even = static_cast<float>(end - begin);
+    if (p.size == nullptr) return mean ? 1.0f / even : 1.0f;
+    const float* size = p.size + b * p.tokens;
+    if (!mean) return size[token];
+    float total = 0.0f;
+    for (int64_t m = begin; m < end; ++m) {
+        if (inside(members[m], p.tokens)) total += size[members[m]];
+    }
+    return total == 0.0f ? 1.0f / even : size[token] / total;
+}
+
+// A warp owns a chunk of the token at one place of `members`: long rows and short ones cost a place
+// the same, and the places behind the last row are the dropped tokens.
+template <class T, int kVec>
+__global__ void __launch_bounds__(kBlock)
+    merge_backward_kernel(const __grid_constant__ Work<MergeBackwardParams> work) {
+    using A = typename Accumulate<T>::Type;
+    const MergeBackwardParams& p = work.p;
+#pragma unroll 1
+    for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+        const int32_t* offsets = p.offsets + b * (p.rows + 1);
+        const int32_t* members = p.members + b * p.tokens;
+        for_each_chunk(work, [&](int64_t place, int64_t first) {
+            const int64_t token = members[place];
+            if (!inside(token, p.tokens)) return;
+            T* out = static_cast<T*>(p.out) + (b * p.tokens + token) * p.channels;
+            const int64_t row = row_of(place, offsets, p.rows);
+            if (row == p.rows) {
+                copy_chunk<T, kVec>(nullptr, out, first, p.channels);
+                return;
+            }
+            const int64_t begin = clamp(offsets[row], 0, p.tokens);
+            const int64_t end = clamp(offsets[row + 1], begin, p.tokens);
+            const float weight = backward_weight(p, b, members, begin, end, token);
+            const T* grad = static_cast<const T*>(p.grad) + b * p.stride_batch + row * p.stride_row;
+            if (weight == 1.0f) {
+                copy_chunk<T, kVec>(grad, out, first, p.channels);
+                return;
+            }
+            const Lane lane = Lane::of<kVec>(first, p.channels);
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                if (u * kWarp * kVec >= lane.left) continue;
+                const int64_t c = lane.begin + u * kWarp * kVec;
+                Vector<T, kVec> value = load_vector<T, kVec>(grad + c);
+#pragma unroll
+                for (int i = 0; i < kVec; ++i)
+                    value.v[i] = narrow<T>(widen(value.v[i]) * A(weight));
+                store_vector(out + c, value);
+            }
+        });
+    }
+}
+
+// --- unmerge
+// --------------------------------------------------------------------------------------
+
+// T is any type of the elements' size.
+template <class T, int kVec>
+__global__ void __launch_bounds__(kBlock)
+    unmerge_kernel(const __grid_constant__ Work<UnmergeParams> work) {
+    const UnmergeParams& p = work.p;
+#pragma unroll 1
+    for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+        for_each_chunk(work, [&](int64_t token, int64_t first) {
+            const int64_t row = p.assign[b * p.tokens + token];
+            const T* x = static_cast<const T*>(p.x) + b * p.stride_batch;
+            copy_chunk<T, kVec>(inside(row, p.rows) ? x + row * p.stride_row : nullptr,
+                                static_cast<T*>(p.out) + (b * p.tokens + token) * p.channels, first,
+                                p.channels);
+        });
+    }
+}
+
+// --- launches
+// -------------------------------------------------------------------------------------
+
+template <class P>
+using Kernel = void (*)(Work<P>);
+
+// Launches `vectors` if all addresses allow 16 bytes at a time, else `elements`. `rows` are the
+// output's, of every image.
+template <class P>
+cudaError_t launch_rows(Kernel<P> vectors, Kernel<P> elements, const P& p, const void* from,
+                        const void* to, int64_t stride_batch, int64_t stride_row, int64_t rows,
+                        int64_t element, cudaStream_t stream) {
+    if (p.batch == 0 || rows == 0) return cudaSuccess;
+    const bool fit =
+        tiles::vectors_fit(reinterpret_cast<uintptr_t>(from), reinterpret_cast<uintptr_t>(to),
+                           stride_batch * element, stride_row * element, p.channels * element);
+    const int64_t chunks = tiles::chunks_per_row(p.channels, fit ? 16 / element : 1);
+    Work<P> work{p, chunks > 0 ? chunks : 1, 0};  // a row without channels still has a size
+    work.items = rows * work.chunks;
+    const dim3 grid(
+        tiles::blocks_for(work.items),
+        static_cast<unsigned>(p.batch < tiles::kMaxImages ? p.batch : tiles::kMaxImages));
+    return launch(fit ? vectors : elements, grid, dim3(kBlock), 0, stream, work);
+}
+
+}  // namespace
+
+cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
+    const auto go = [&]<class T>(T) {
+        constexpr int kVec = 16 / sizeof(T);
+        return launch_rows<MergeParams>(merge_kernel<T, kVec>, merge_kernel<T, 1>, p, p.x, p.out,
+                                        p.stride_batch, p.stride_token, p.rows, sizeof(T), stream);
+    };
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return go(float{});
+        case DType::kFloat16:
+            return go(Half{});
+        case DType::kBFloat16:
+            return go(BFloat{});
+        case DType::kFloat64:
+            break;
+    }
+    return go(double{});
+}
+
+cudaError_t merge_backward_cuda(const MergeBackwardParams& p, cudaStream_t stream) {
+    const auto go = [&]<class T>(T) {
+        constexpr int kVec = 16 / sizeof(T);
+        return launch_rows<MergeBackwardParams>(
+            merge_backward_kernel<T, kVec>, merge_backward_kernel<T, 1>, p, p.grad, p.out,
+            p.stride_batch, p.stride_row, p.tokens, sizeof(T), stream);
+    };
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return go(float{});
+        case DType::kFloat16:
+            return go(Half{});
+        case DType::kBFloat16:
+            return go(BFloat{});
+        case DType::kFloat64:
+            break;
+    }
+    return go(double{});
+}
+
+cudaError_t unmerge_cuda(const UnmergeParams& p, cudaStream_t stream) {
+    const auto go = [&]<class T>(T) {
+        constexpr int kVec = 16 / sizeof(T);
+        return launch_rows<UnmergeParams>(unmerge_kernel<T, kVec>, unmerge_kernel<T, 1>, p, p.x,
+                                          p.out, p.stride_batch, p.stride_row, p.tokens, sizeof(T),
+                                          stream);
+    };
+    switch (element_size(p.dtype)) {
+        case 2:
+            return go(uint16_t{});
+        case 4:
+            return go(uint32_t{});
+        default:
+            return go(uint64_t{});
+    }
+}
+
+}  // namespace tome

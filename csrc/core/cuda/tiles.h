@@ -1,0 +1,66 @@
+// Every choice of tile and launch, with its reason. Plain C++: tests/cpp covers it.
+#pragma once
+
+#include <cstdint>
+
+namespace tome::tiles {
+
+// --- merge, merge_backward, unmerge
+// ---------------------------------------------------------------
+
+// One warp works on one chunk of one row: kUnroll vectors of up to 16 bytes per lane.
+//
+// Four loads in flight per lane hide most of the latency of memory behind one another. More would
+// cost registers (eight float32 sums per vector), and with them warps, which hide it as well. A
+// chunk is 2 KiB at most: one row of ViT-L's 1024 channels in 16-bit floats.
+inline constexpr int kUnroll = 4;
+
+// Warps per block. Four let enough blocks share a multiprocessor that all 64 of its warps are used,
+// and still spread a single image (N - r = 184 rows) over 46 multiprocessors.
+inline constexpr int kWarpsPerBlock = 4;
+
+// Blocks of the merge kernel that must fit on a multiprocessor. Seven leave a thread 72 registers,
+// by which nothing spills on any architecture (eight would spill on sm_80), and 28 warps with up to
+// 2 KiB each on their way, above what latency times bandwidth asks of one multiprocessor.
+inline constexpr int kBlocksResident = 7;
+
+// Vectors of 16 bytes serve where every address they'd have is a multiple of 16.
+constexpr bool vectors_fit(uint64_t from, uint64_t to, int64_t stride_batch_bytes,
+                           int64_t stride_row_bytes, int64_t row_bytes) {
+    return (from | to | static_cast<uint64_t>(stride_batch_bytes) |
+            static_cast<uint64_t>(stride_row_bytes) | static_cast<uint64_t>(row_bytes)) %
+               16 ==
+           0;
+}
+
+// Chunks in a row of `channels` elements, `per_vector` to a vector. None in an empty row.
+constexpr int64_t chunks_per_row(int64_t channels, int64_t per_vector) {
+    const int64_t chunk = int64_t{32} * kUnroll * per_vector;
+    return (channels + chunk - 1) / chunk;
+}
+
+// Blocks for `items` warps of work. Beyond 2^20 blocks, which no GPU holds at once, warps take
+// several items: then the grid fits any launch.
+constexpr unsigned blocks_for(int64_t items) {
+    const int64_t blocks = (items + kWarpsPerBlock - 1) / kWarpsPerBlock;
+    return static_cast<unsigned>(blocks < (int64_t{1} << 20) ? blocks : (int64_t{1} << 20));
+}
+
+// Images side by side in a grid. More than a GPU holds at once; beyond, blocks take several.
+inline constexpr int64_t kMaxImages = 4096;
+
+// --- plan
+// -----------------------------------------------------------------------------------------
+
+// One block sorts an image. Eight warps count and scan; one places, since members of a row keep
+// their order, and the others then have nothing to do.
+inline constexpr int kPlanThreads = 256;
+
+// Up to this many rows, their cursors lie in shared memory, where a warp's turn takes tens of
+// cycles instead of a thousand; above, in the output. 40 KiB are had without asking.
+inline constexpr int64_t kPlanSharedRows = 10 * 1024;
+
+// --- match
+// ----------------------------------------------------------------------------------------
+
+}  // namespace tome::tiles

@@ -1,0 +1,31 @@
+// The kernels on CUDA: the same params structs as on the CPU, with device pointers.
+//
+// Each function starts its work on `stream` of the current device and returns at once: it neither
+// synchronises nor allocates, so it may be captured into a graph. What a plan holds is not checked,
+// which would need the host to wait: an index outside the tensors is skipped, never followed.
+// Returned is the first error of a launch, cudaSuccess if there was none.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "tome_core/match.h"
+#include "tome_core/merge.h"
+
+namespace tome {
+
+// Device memory that match_cuda needs besides its outputs; 0 if none. Its content doesn't matter.
+size_t match_cuda_workspace_bytes(const MatchParams& params);
+
+// `workspace`: match_cuda_workspace_bytes(params) bytes, aligned to 256.
+cudaError_t match_cuda(const MatchParams& params, void* workspace, cudaStream_t stream);
+
+// Entries of `assign` outside [0, rows) count as dropped tokens.
+cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
+
+cudaError_t merge_cuda(const MergeParams& params, cudaStream_t stream);
+cudaError_t merge_backward_cuda(const MergeBackwardParams& params, cudaStream_t stream);
+cudaError_t unmerge_cuda(const UnmergeParams& params, cudaStream_t stream);
+
+}  // namespace tome

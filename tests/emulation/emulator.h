@@ -1,0 +1,53 @@
+// The emulator as tests see it: launching, choosing the order of things, and what went wrong.
+//
+// A launch fails, naming the place, when
+//  - a warp-wide operation is not reached by every lane its mask names, or is reached at different
+//    places of the program; a shuffle reads a lane outside the mask;
+//  - a barrier of the block is not reached by every thread of it;
+//  - a thread reads or writes what another thread of the block wrote (or writes what it read) and
+//    no barrier lies between; or what another block of the launch wrote, without both having used
+//    one atomic in between (builds without AddressSanitizer: see races.cpp);
+//  - the launch itself is out of a GPU's bounds.
+// Accesses out of bounds are left to AddressSanitizer. Nothing here says anything about speed, or
+// about reorderings that a GPU's memory model allows beyond the checks above.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace tome_emulation {
+
+struct Options {
+    uint32_t seed = 0;              // of the order in which blocks, and threads between waits, run
+    int multiprocessors = 4;        // what cudaDeviceGetAttribute says
+    int shared_limit = 227 * 1024;  // bytes a block may ask for
+};
+Options& options();
+
+// Whether this build can see data races.
+bool detects_races();
+
+// What went wrong in the last launch; empty if nothing did.
+const std::string& last_failure();
+
+// How many launches there were, failed ones included.
+int64_t launches();
+
+using Body = void (*)(const void* kernel, const void* params);
+cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, const void* kernel,
+                     const void* params);
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
+                   const Params& params) {
+    return run_grid(
+        grid, block, shared_bytes,
+        [](const void* k, const void* p) TOME_NO_HOOKS {
+            (*static_cast<void (*const*)(Params)>(k))(*static_cast<const Params*>(p));
+        },
+        &kernel, &params);
+}
+
+}  // namespace tome_emulation

@@ -1,0 +1,444 @@
+// match_cuda in the emulator: the plan must be the CPU's, which tests/cpp holds against an oracle,
+// whatever the order of blocks and threads, the tiles, and the memory it finds.
+
+#include <algorithm>
+#include <string>
+
+#include "../cpp/helpers.h"
+#include "emulator.h"
+#include "match_args.h"
+#include "match_tiles.h"
+#include "tome_core/cuda.h"
+
+namespace tome_test {
+namespace {
+
+namespace tiles = tome::match_tiles;
+
+struct Shape {
+    int64_t batch, heads, tokens, dim;
+};
+
+// A metric (batch, heads, tokens, dim) somewhere in memory.
+struct Metric {
+    DType dtype;
+    Shape shape;
+    const void* data;
+    int64_t stride_batch, stride_head, stride_token;
+};
+
+Metric contiguous(const Array& x, const Shape& s) {
+    return {x.dtype(), s, x.data(), s.heads * s.tokens * s.dim, s.tokens * s.dim, s.dim};
+}
+
+Array random_metric(DType dtype, const Shape& s, unsigned seed) {
+    return random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
+}
+
+constexpr int32_t kPoison = -77;
+
+Plan poisoned_plan(const Shape& s, int64_t r, int64_t prefix) {
+    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(s.tokens, r, prefix), {}, {}, {}};
+    plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), kPoison);
+    plan.members.assign(static_cast<size_t>(s.batch * s.tokens), kPoison);
+    plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), kPoison);
+    return plan;
+}
+
+tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix, Plan& plan) {
+    const Shape& s = m.shape;
+    return {m.data,
+            m.dtype,
+            s.batch,
+            s.heads,
+            s.tokens,
+            s.dim,
+            m.stride_batch,
+            m.stride_head,
+            m.stride_token,
+            r,
+            prefix,
+            plan.assign.data(),
+            plan.members.data(),
+            plan.offsets.data()};
+}
+
+Plan on_cpu(const Metric& m, int64_t r, int64_t prefix) {
+    Plan plan = poisoned_plan(m.shape, r, prefix);
+    tome::match(params_of(m, r, prefix, plan), Threads::serial());
+    return plan;
+}
+
+// In a workspace of exactly the size asked for, full of what another kernel may have left.
+Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0xA5) {
+    Plan plan = poisoned_plan(m.shape, r, prefix);
+    const tome::MatchParams params = params_of(m, r, prefix, plan);
+    std::vector<unsigned char> workspace(tome::match_cuda_workspace_bytes(params), left);
+    const int64_t before = tome_emulation::launches();
+    EXPECT_EQ(tome::match_cuda(params, workspace.data(), nullptr), cudaSuccess)
+        << tome_emulation::last_failure();
+    EXPECT_EQ(tome_emulation::launches() - before, m.shape.batch == 0 ? 0 : 1);
+    return plan;
+}
+
+// Restores the emulator's options.
+class UseOptions {
+  public:
+    explicit UseOptions(const tome_emulation::Options& options)
+        : before_(tome_emulation::options()) {
+        tome_emulation::options() = options;
+    }
+    ~UseOptions() { tome_emulation::options() = before_; }
+    UseOptions(const UseOptions&) = delete;
+    UseOptions& operator=(const UseOptions&) = delete;
+
+  private:
+    tome_emulation::Options before_;
+};
+
+tome_emulation::Options with(uint32_t seed, int multiprocessors, int shared_limit) {
+    tome_emulation::Options options = tome_emulation::options();
+    options.seed = seed;
+    options.multiprocessors = multiprocessors;
+    options.shared_limit = shared_limit;
+    return options;
+}
+
+constexpr int kHopperShared = 227 * 1024, kTuringShared = 64 * 1024;
+constexpr int kNoTile = 9728;  // too little for a tile of 70 channels: the plain kernel
+
+// One block per image; several per image; smaller tiles.
+const tome_emulation::Options kMachines[] = {with(1, 1, kHopperShared), with(2, 200, kHopperShared),
+                                             with(3, 4, kTuringShared)};
+
+template <class F>
+void for_each_machine(const F& body) {
+    for (const auto& options : kMachines) {
+        SCOPED_TRACE(::testing::Message() << options.multiprocessors << " multiprocessors, "
+                                          << options.shared_limit << " bytes shared");
+        const UseOptions use(options);
+        body();
+    }
+}
+
+class CudaMatchTest : public PerDType {};
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaMatchTest, ::testing::ValuesIn(kDTypes),
+                         [](const auto& info) { return dtype_name(info.param); });
+
+struct Case {
+    Shape shape;
+    int64_t r, prefix;
+};
+
+TEST_P(CudaMatchTest, AgreesWithCpu) {
+    const Case cases[] = {
+        {{1, 1, 197, 64}, 16, 1}, {{5, 3, 50, 33}, 8, 2},   {{3, 1, 17, 7}, 100, 0},
+        {{2, 12, 65, 64}, 20, 5}, {{2, 2, 31, 5}, 1, 0},    {{1, 1, 90, 136}, 45, 3},
+        {{3, 2, 12, 2}, 4, 1},    {{1, 1, 258, 16}, 60, 1}, {{7, 1, 40, 31}, 19, 2},
+        {{1, 1, 67, 400}, 9, 0},
+    };
+    for (const auto& [shape, r, prefix] : cases) {
+        SCOPED_TRACE(::testing::Message() << "tokens " << shape.tokens << " dim " << shape.dim);
+        const Array x = random_metric(GetParam(), shape, 3);
+        const Plan want = on_cpu(contiguous(x, shape), r, prefix);
+        for_each_machine([&] { EXPECT_EQ(on_cuda(contiguous(x, shape), r, prefix), want); });
+    }
+}
+
+TEST_P(CudaMatchTest, ManyTokensPassInTilesAndRankByRadix) {
+    const bool is_double = GetParam() == DType::kFloat64;  // which has no radix, and is slow here
+    const Shape s{1, 1, 1040, is_double ? 3 : 8};
+    static_assert(1040 / 2 > tiles::kCountingRank);
+    const Array x = random_metric(GetParam(), s, 4);
+    for (int64_t r : {1, 300, 520}) {
+        if (is_double && r != 300) continue;
+        const UseOptions use(with(5, r == 300 ? 1 : 40, kHopperShared));
+        EXPECT_EQ(on_cuda(contiguous(x, s), r, 0), on_cpu(contiguous(x, s), r, 0)) << r;
+    }
+}
+
+// Token 0 has 64 neighbours, all at nearly the same angle in different directions: products in
+// float16, bfloat16 or TF32 could not tell which is the nearest.
+TEST(CudaMatch, ChoosesWithFloat32Accuracy) {
+    const Shape s{4, 1, 128, 64};
+    Array x = random_metric(DType::kFloat32, s, 13);
+    const auto dot = [&](int64_t i, int64_t j) {
+        double sum = 0;
+        for (int64_t d = 0; d < s.dim; ++d) sum += x[i * s.dim + d] * x[j * s.dim + d];
+        return sum;
+    };
+    const auto cosine = [&](int64_t i, int64_t j) {
+        return dot(i, j) / std::sqrt(dot(i, i) * dot(j, j));
+    };
+    for (int64_t first = 0; first < s.batch * s.tokens; first += s.tokens) {
+        for (int64_t j = first + 1; j < first + s.tokens; j += 2) {
+            const double along = dot(first, j) / dot(first, first), length = dot(first, first);
+            const double across = std::sqrt(dot(j, j) - along * along * length);
+            const double wanted = 0.7 + 1e-6 * double((j - first) * 37 % 128);
+            const double add = wanted / std::sqrt(1 - wanted * wanted) * across / std::sqrt(length);
+            for (int64_t d = 0; d < s.dim; ++d) {
+                const double a = x[first * s.dim + d], b = x[j * s.dim + d];
+                x.set(j * s.dim + d, b + (add - along) * a);
+            }
+        }
+    }
+    for_each_machine([&] {
+        const Plan plan = on_cuda(contiguous(x, s), 64, 0);
+        for (int64_t first = 0; first < s.batch * s.tokens; first += s.tokens) {
+            double chosen = -1, best = -1;
+            for (int64_t j = first + 1; j < first + s.tokens; j += 2) {
+                EXPECT_NEAR(cosine(first, j), 0.7, 3e-4);  // the data are what they should be
+                best = std::max(best, cosine(first, j));
+                if (plan.assign[size_t(first)] == plan.assign[size_t(j)]) chosen = cosine(first, j);
+            }
+            EXPECT_GE(chosen, best - 4e-7) << first;
+        }
+    });
+}
+
+TEST_P(CudaMatchTest, RowsTooLongForATileTakeThePlainKernel) {
+    const Shape s{2, 2, 45, 70};
+    const Array x = random_metric(GetParam(), s, 6);
+    const UseOptions use(with(7, 2, kNoTile));
+    const bool is_double = GetParam() == DType::kFloat64;
+    ASSERT_FALSE(tiles::choose(2, 22, 22, 70, is_double, {2, kNoTile}).use_tensor_cores);
+    EXPECT_EQ(on_cuda(contiguous(x, s), 11, 1), on_cpu(contiguous(x, s), 11, 1));
+}
+
+TEST_P(CudaMatchTest, ReadsAnyStridesInPlace) {
+    for (const auto& [dim, offset] : {std::pair{16, 0}, {16, 1}, {24, 0}, {13, 0}}) {
+        const Shape s{2, 3, 37, dim};
+        // (batch, tokens, 3, heads, dim): q and v hold NaN, so that reading them would show.
+        Array qkv(GetParam(), s.batch * s.tokens * 3 * s.heads * s.dim + offset);
+        const Array keys = random_metric(GetParam(), s, 8);
+        for (int64_t i = 0; i < qkv.count(); ++i) qkv.set(i, kNaN);
+        for (int64_t b = 0; b < s.batch; ++b) {
+            for (int64_t h = 0; h < s.heads; ++h) {
+                for (int64_t n = 0; n < s.tokens; ++n) {
+                    for (int64_t d = 0; d < s.dim; ++d) {
+                        qkv.set(offset + (((b * s.tokens + n) * 3 + 1) * s.heads + h) * s.dim + d,
+                                keys[((b * s.heads + h) * s.tokens + n) * s.dim + d]);
+                    }
+                }
+            }
+        }
+        const Metric view{GetParam(),
+                          s,
+                          qkv.at(offset + s.heads * s.dim),
+                          s.tokens * 3 * s.heads * s.dim,
+                          s.dim,
+                          3 * s.heads * s.dim};
+        EXPECT_EQ(on_cuda(view, 9, 1), on_cpu(contiguous(keys, s), 9, 1));
+        Metric expanded = contiguous(keys, s);
+        expanded.stride_batch = 0;
+        EXPECT_EQ(on_cuda(expanded, 9, 1), on_cpu(expanded, 9, 1));
+    }
+}
+
+TEST_P(CudaMatchTest, TiesGoToTheLowerIndexAcrossEveryTileEdge) {
+    const Shape s{1, 2, 151, 37};
+    Array x(GetParam(), s.heads * s.tokens * s.dim);
+    const Array token = random_array(GetParam(), s.heads * s.dim, 5);
+    for (int64_t i = 0; i < x.count(); ++i) {
+        x.set(i, token[i / (s.tokens * s.dim) * s.dim + i % s.dim]);
+    }
+    std::vector<int32_t> assign(151);  // tokens 0, 2, .. 2 (r - 1) join token 1
+    const int32_t r = 30, first_b = 76 - r;
+    for (int32_t n = 0; n < 151; ++n) {
+        assign[static_cast<size_t>(n)] = n % 2 ? first_b + n / 2 : n < 2 * r ? first_b : n / 2 - r;
+    }
+    const Plan want = plan_of(assign, 1, 151, 151 - r);
+    for_each_machine([&] { EXPECT_EQ(on_cuda(contiguous(x, s), r, 0), want); });
+}
+
+TEST_P(CudaMatchTest, TiesGoToTheLowerIndexInRadixSelection) {
+    const Shape s{1, 1, 1101, 3};               // three directions only: scores tie by the hundred
+    if (GetParam() == DType::kFloat64) return;  // no radix
+    Array x(GetParam(), s.tokens * s.dim);
+    for (int64_t i = 0; i < x.count(); ++i) x.set(i, i / 3 * 7 % 11 % 3 == i % 3 ? 1.0 : 0.0);
+    for (int64_t r : {7, 549}) {
+        EXPECT_EQ(on_cuda(contiguous(x, s), r, 1), on_cpu(contiguous(x, s), r, 1)) << r;
+    }
+}
+
+TEST_P(CudaMatchTest, BadTokensDoNotCorruptOthers) {
+    const Shape s{3, 2, 60, 24};
+    for (int64_t r : {5, 25, 29}) {
+        Array x = random_metric(GetParam(), s, 10);
+        const auto spoil = [&](int64_t b, int64_t n, double value) {
+            x.set(((b * s.heads + 1) * s.tokens + n) * s.dim + 7, value);
+        };
+        spoil(0, 0, kNaN);  // a prefix token
+        spoil(0, 10, kNaN);
+        spoil(0, 11, kInf);
+        spoil(0, 59, -kInf);
+        for (int64_t n = 0; n < s.tokens; ++n) spoil(1, n, n % 4 == 3 ? kInf : kNaN);
+        for (int64_t h = 0; h < s.heads; ++h) {
+            for (int64_t d = 0; d < s.dim; ++d) {
+                for (int64_t n : {20, 31}) x.set(((2 * s.heads + h) * s.tokens + n) * s.dim + d, 0);
+            }
+        }
+        const Plan want = on_cpu(contiguous(x, s), r, 2);
+        for_each_machine([&] { EXPECT_EQ(on_cuda(contiguous(x, s), r, 2), want); });
+    }
+}
+
+TEST_P(CudaMatchTest, ZeroVectorsScoreZero) {
+    const Shape s{1, 1, 12, 3};
+    Array x(GetParam(), 36);
+    for (int64_t i = 0; i < 36; ++i) x.set(i, 0.0);
+    // B tokens 1 and 3 point one way, A tokens 0 and 2 the other: both prefer the zero token 5.
+    for (int64_t n : {1, 3}) x.set(n * 3, 1.0);
+    for (int64_t n : {0, 2}) x.set(n * 3, -1.0);
+    const Plan got = on_cuda(contiguous(x, s), 2, 0);
+    EXPECT_EQ(got, on_cpu(contiguous(x, s), 2, 0));
+    EXPECT_EQ(got.assign[0], got.assign[5]);
+}
+
+TEST_P(CudaMatchTest, LengthDoesNotMatter) {
+    const Shape s{1, 1, 64, 70};
+    const int exponent = GetParam() == DType::kFloat64   ? 900
+                         : GetParam() == DType::kFloat16 ? 8
+                                                         : 110;
+    const Array x = random_metric(GetParam(), s, 11);
+    const Plan want = on_cpu(contiguous(x, s), 20, 0);
+    const int lowest = GetParam() == DType::kFloat16 ? 0 : -exponent;  // float16 rounds below
+    for (int by : {exponent, lowest}) {
+        Array scaled(GetParam(), x.count());
+        for (int64_t i = 0; i < x.count(); ++i) {
+            scaled.set(i, std::ldexp(x[i], i / s.dim % 3 == 0 ? by : 0));
+        }
+        EXPECT_EQ(on_cuda(contiguous(scaled, s), 20, 0), want) << by;
+        const UseOptions use(with(1, 2, kNoTile));
+        EXPECT_EQ(on_cuda(contiguous(scaled, s), 20, 0), want) << by << " plain";
+    }
+}
+
+TEST_P(CudaMatchTest, CutsRAndTakesDegenerateShapes) {
+    for (int64_t tokens : {0, 1, 2, 3, 9}) {
+        for (int64_t prefix : {0, 1, 5, 20}) {
+            for (int64_t r : {int64_t{-3}, int64_t{1}, std::numeric_limits<int64_t>::max()}) {
+                for (int64_t dim : {0, 3}) {
+                    for (int64_t batch : {0, 2}) {
+                        const Shape s{batch, 1, tokens, dim};
+                        Array x(GetParam(), batch * tokens * dim);
+                        for (int64_t i = 0; i < x.count(); ++i) x.set(i, i % 3 == 0 ? 1.0 : 0.0);
+                        EXPECT_EQ(on_cuda(contiguous(x, s), r, prefix),
+                                  on_cpu(contiguous(x, s), r, prefix))
+                            << "tokens " << tokens << " prefix " << prefix << " r " << r << " dim "
+                            << dim;
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST_P(CudaMatchTest, TheSameBitsInAnyOrderAndMemory) {
+    const Shape s{3, 2, 67, 16};  // ties and near-ties included
+    Array x = random_metric(GetParam(), s, 9);
+    for (int64_t i = 0; i < x.count(); ++i) x.set(i, std::round(x[i]));
+    const UseOptions first(with(1, 60, kHopperShared));
+    const Plan want = on_cuda(contiguous(x, s), 20, 1);
+    for (uint32_t seed = 2; seed < 6; ++seed) {
+        const UseOptions use(with(seed, 60, kHopperShared));
+        EXPECT_EQ(on_cuda(contiguous(x, s), 20, 1, static_cast<unsigned char>(seed * 51)), want);
+    }
+    // Neither the machine nor the rest of the batch decides what an image's plan is.
+    for_each_machine([&] {
+        EXPECT_EQ(on_cuda(contiguous(x, s), 20, 1), want);
+        Metric one = contiguous(x, {1, s.heads, s.tokens, s.dim});
+        one.data = x.at(one.stride_batch);
+        const auto begin = want.assign.begin() + s.tokens;
+        EXPECT_EQ(on_cuda(one, 20, 1).assign, std::vector<int32_t>(begin, begin + s.tokens));
+    });
+}
+
+// --- packed scores -----------------------------------------------------------------------------
+
+template <class T>
+void expect_ordered_like_scores() {
+    const T lowest = std::numeric_limits<T>::lowest(), least = std::numeric_limits<T>::denorm_min();
+    const T ascending[] = {lowest, T(-1), -least, T(0), least, T(0.5), T(1), -lowest};
+    tome::match_cuda_detail::Packed before = 0;  // below every score: nothing may be chosen
+    for (T score : ascending) {
+        EXPECT_GT(tome::match_cuda_detail::ordered(score), before) << score;
+        before = tome::match_cuda_detail::ordered(score);
+    }
+    EXPECT_EQ(tome::match_cuda_detail::ordered(T(-0.0)), tome::match_cuda_detail::ordered(T(0)));
+}
+
+TEST(PackedScore, IsOrderedLikeScoresThenLowerColumns) {
+    expect_ordered_like_scores<float>();
+    expect_ordered_like_scores<double>();
+    using tome::match_cuda_detail::pack_score;
+    EXPECT_GT(pack_score(0.5f, 3), pack_score(0.5f, 4));
+    EXPECT_GT(pack_score(0.5f, 2000000), pack_score(0.25f, 0));
+    EXPECT_GT(pack_score(-1e30f, std::numeric_limits<int32_t>::max()), 0u);
+}
+
+// --- tiles -------------------------------------------------------------------------------------
+
+constexpr tiles::Device kHopper{132, kHopperShared}, kAmpere{108, 163 * 1024}, kAda{128, 99 * 1024},
+    kTuring{40, kTuringShared};
+
+TEST(MatchTiles, FitTheMachineAndCoverTheWork) {
+    for (const tiles::Device& device : {kHopper, kAmpere, kAda, kTuring}) {
+        for (int64_t batch : {1, 2, 64, 256, 4096}) {
+            for (int64_t set : {1, 15, 98, 288, 2048, 8192, 100000}) {
+                for (int64_t dim : {0, 1, 32, 64, 80, 320, 768, 1024, 4096}) {
+                    const tiles::Tiles t = tiles::choose(batch, set, set, dim, false, device);
+                    SCOPED_TRACE(::testing::Message()
+                                 << batch << " x " << set << " x " << dim << ": " << t.rows_a
+                                 << " x " << t.rows_b << ", " << t.splits_b << " splits");
+                    EXPECT_LE(t.shared_bytes, device.shared_per_block);
+                    EXPECT_GE(t.shared_bytes, tiles::kFinishBytes);
+                    EXPECT_GE(t.blocks_a * t.rows_a, set);
+                    EXPECT_EQ(t.rows_a % 16, 0);
+                    EXPECT_EQ(t.rows_b % 16, 0);
+                    EXPECT_LE(t.splits_b, tiles::ceil_div(set, t.rows_b));
+                    if (t.use_tensor_cores) {
+                        EXPECT_GE(t.shared_bytes, tiles::layout(dim, t.rows_a, t.rows_b).total);
+                    } else {
+                        EXPECT_GT(dim, 64);
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST(MatchTiles, UsualShapes) {
+    // ViT-B, a full batch: one block per image, two of them per multiprocessor.
+    const tiles::Tiles vit = tiles::choose(256, 98, 98, 64, false, kHopper);
+    EXPECT_EQ(vit.blocks_per_image(), 1);
+    EXPECT_LE(vit.shared_bytes, kHopper.shared_for_two());
+    // More tokens: even parts.
+    EXPECT_EQ(tiles::choose(64, 288, 288, 64, false, kHopper).rows_a, 96);
+    // One image: more than one multiprocessor's work.
+    EXPECT_GE(tiles::choose(1, 98, 98, 64, false, kHopper).blocks_per_image(), 16);
+    // Diffusion: enough blocks for every multiprocessor, tiles not below 64 x 64.
+    const tiles::Tiles large = tiles::choose(2, 2048, 2048, 320, false, kHopper);
+    EXPECT_GE(2 * large.blocks_per_image(), kHopper.multiprocessors);
+    EXPECT_GE(std::min(large.rows_a, large.rows_b), 64);
+    EXPECT_FALSE(tiles::choose(2, 98, 98, 64, true, kHopper).use_tensor_cores);
+}
+
+TEST(MatchTiles, RowsOfAQuarterWarpHitDifferentBanks) {
+    for (int64_t dim : {0, 1, 16, 17, 64, 100, 320, 1024}) {
+        EXPECT_EQ(tiles::row_records(dim) * 16 % 128, 64) << dim;
+        EXPECT_GE(tiles::row_records(dim) * 4, tiles::round_up(dim, 16)) << dim;
+    }
+}
+
+TEST(MatchTiles, WorkspaceIsSmallBesideTheScores) {
+    const auto share = [](int64_t set) {
+        const double scores = 2.0 * double(set) * double(set);  // 16-bit
+        return double(tiles::workspace(1, set, false).total) / scores;
+    };
+    EXPECT_LT(share(2048), 0.02);
+    EXPECT_LT(share(8192), 0.02);
+}
+
+}  // namespace
+}  // namespace tome_test

@@ -1,0 +1,222 @@
+"""The CUDA operators: against the CPU's results, repeated, captured, on other streams."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import tome_ext
+from tome_ext import MergePlan, _library
+
+OPERATORS = ("match", "plan", "merge", "merge_backward", "unmerge")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+on_gpu = pytest.mark.cuda
+
+
+def test_kernels_are_registered_where_the_library_loaded() -> None:
+    loaded = _library.cuda_status().startswith("loaded")
+    for name in OPERATORS:
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", "CUDA")
+        assert found == loaded, name
+
+
+def separated_keys(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
+    """(B, H, N, D) keys of which no two pairs are nearly equally alike.
+
+    Every even token is an odd one turned by an angle of its own, so rounding changes no choice.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    half = tokens // 2
+    odd = torch.nn.functional.normalize(torch.randn(batch, half, dim, generator=generator), dim=-1)
+    other = torch.randn(batch, half, dim, generator=generator)
+    other = other - (other * odd).sum(-1, keepdim=True) * odd
+    other = torch.nn.functional.normalize(other, dim=-1)
+    order = torch.randperm(half, generator=generator)
+    angle = (0.2 + 0.6 * order / half)[:, None]
+    keys = torch.empty(batch, tokens, dim)
+    keys[:, 1 : 2 * half : 2] = odd
+    keys[:, 0 : 2 * half : 2] = odd * angle.cos() + other * angle.sin()
+    if tokens % 2:
+        keys[:, -1] = -odd[:, 0]
+    # Heads that differ, with the mean above.
+    spread = torch.randn(batch, heads, tokens, dim, generator=generator)
+    return keys[:, None] + 0.1 * (spread - spread.mean(1, keepdim=True))
+
+
+def shaped_like_qkv(keys: Tensor) -> Tensor:
+    """The same keys as a strided view of a packed (B, N, 3, H, D) tensor."""
+    batch, heads, tokens, dim = keys.shape
+    packed = keys.new_zeros(batch, tokens, 3, heads, dim)
+    packed[:, :, 1] = keys.transpose(1, 2)
+    return packed.permute(2, 0, 3, 1, 4)[1]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim", "r"),
+    [(1, 12, 197, 64, 13), (3, 1, 64, 48, 32), (2, 2, 50, 33, 8), (4, 3, 577, 64, 23)],
+)
+def test_match_agrees_with_the_cpu(
+    dtype: torch.dtype, batch: int, heads: int, tokens: int, dim: int, r: int
+) -> None:
+    keys = separated_keys(batch, heads, tokens, dim).to(dtype)
+    want = tome_ext.match(keys, r, 1)
+    for view in (keys.cuda(), shaped_like_qkv(keys.cuda())):
+        got = tome_ext.match(view, r, 1)
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+
+
+@on_gpu
+@pytest.mark.parametrize(("tokens", "r"), [(4096, 2048), (16384, 4096)])
+def test_large_matches_are_as_good_as_the_cpus(tokens: int, r: int) -> None:
+    keys = torch.randn(1, tokens, 64)
+    unit = torch.nn.functional.normalize(keys[0].double(), dim=-1)
+
+    def kept_likeness(plan: MergePlan) -> float:
+        assign, members, offsets = (x[0].cpu().long() for x in plan)
+        first = members[offsets[:-1]]
+        odd_of_row = torch.where(first % 2 == 1, first, members[offsets[1:] - 1])
+        return float((unit * unit[odd_of_row[assign]]).sum(-1)[::2].sum())
+
+    got, want = tome_ext.match(keys.cuda(), r), tome_ext.match(keys, r)
+    assert kept_likeness(got) == pytest.approx(kept_likeness(want), rel=1e-3)
+
+
+def some_plan(batch: int = 3, tokens: int = 61, rows: int = 33) -> MergePlan:
+    generator = torch.Generator().manual_seed(1)
+    return MergePlan.from_assign(
+        torch.randint(-1, rows, (batch, tokens), generator=generator), rows
+    )
+
+
+def to_gpu(plan: MergePlan) -> MergePlan:
+    return MergePlan(*(x.cuda() for x in plan))
+
+
+@on_gpu
+def test_plan_agrees_with_the_cpu() -> None:
+    for batch, tokens, rows in ((1, 1, 1), (3, 61, 33), (2, 20000, 12000), (2, 0, 4), (2, 5, 0)):
+        generator = torch.Generator().manual_seed(rows)
+        assign = torch.randint(-1, max(rows, 1), (batch, tokens), generator=generator)
+        assign = assign.clamp(max=rows - 1)
+        got = MergePlan.from_assign(assign.cuda(), rows)
+        for mine, theirs in zip(got, MergePlan.from_assign(assign, rows), strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduce", ["mean", "sum", "amax"])
+@pytest.mark.parametrize("channels", [1, 37, 64, 768, 1100])
+def test_merge_and_unmerge_agree_with_the_cpu(
+    dtype: torch.dtype, reduce: str, channels: int
+) -> None:
+    plan, size = some_plan(), torch.randint(1, 5, (3, 61)).float()
+    x = torch.randn(3, 61, channels + 1).to(dtype)[..., 1:]  # rows that no vector fits
+    for tokens in (x, x.contiguous()):
+        want, want_size = plan.merge(tokens, size, reduce)
+        on_device = torch.empty_strided(
+            tokens.shape, tokens.stride(), dtype=dtype, device="cuda"
+        ).copy_(tokens)
+        got, got_size = to_gpu(plan).merge(on_device, size.cuda(), reduce)
+        torch.testing.assert_close(got.cpu(), want)
+        assert torch.equal(got_size.cpu(), want_size)
+        assert torch.equal(to_gpu(plan).unmerge(got).cpu(), plan.unmerge(got.cpu()))
+
+
+@on_gpu
+def test_gradients() -> None:
+    plan, size = to_gpu(some_plan(2, 9, 4)), torch.rand(2, 9, device="cuda") + 0.5
+    x = torch.randn(2, 9, 5, device="cuda", dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 4, 5, device="cuda", dtype=torch.float64, requires_grad=True)
+    for reduce in ("mean", "sum"):
+        assert torch.autograd.gradcheck(lambda t, how=reduce: plan.merge(t, size, how)[0], (x,))
+    assert torch.autograd.gradcheck(plan.unmerge, (y,))
+
+
+def layer(keys: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    plan = tome_ext.match(keys, 13, 1)
+    merged, size = plan.merge(x)
+    return (*plan, merged, size, plan.unmerge(merged))
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    keys = torch.randn(2, 12, 197, 64, device="cuda", generator=generator).bfloat16()
+    return keys, torch.randn(2, 197, 768, device="cuda", generator=generator).bfloat16()
+
+
+@on_gpu
+def test_a_thousand_repeats_are_bitwise_equal() -> None:
+    keys, x = inputs()
+    first = layer(keys, x)
+    for _ in range(1000):
+        again = layer(keys, x)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@on_gpu
+def test_graph_capture_and_replay() -> None:
+    keys, x = inputs()
+    layer(keys, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(keys, x)
+    for seed in (1, 2, 3):
+        new_keys, new_x = inputs(seed)
+        keys.copy_(new_keys)
+        x.copy_(new_x)
+        graph.replay()
+        want = layer(new_keys, new_x)
+        assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+@on_gpu
+def test_side_streams() -> None:
+    wanted = [layer(*inputs(seed)) for seed in range(4)]
+    streams = [torch.cuda.Stream() for _ in wanted]
+    prepared = [inputs(seed) for seed in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for stream, (keys, x) in zip(streams, prepared, strict=True):
+        with torch.cuda.stream(stream):
+            got.append([layer(keys, x) for _ in range(20)][-1])
+    torch.cuda.synchronize()
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("value", [-(2**31), -1, 61, 2**31 - 1])
+def test_what_points_outside_is_skipped(value: int) -> None:
+    plan = to_gpu(some_plan())
+    for tensor in plan:
+        tensor[:, 3] = value
+    x = torch.randn(3, 61, 40, device="cuda")
+    merged, _ = plan.merge(x)
+    plan.unmerge(merged)
+    MergePlan.from_assign(plan.assign, 33)
+    torch.ops.tome.merge_backward(merged, None, plan.members, plan.offsets, "mean")
+    torch.cuda.synchronize()
+
+
+@on_gpu
+def test_errors_are_the_cpus() -> None:
+    with pytest.raises(RuntimeError, match="metric: expected"):
+        torch.ops.tome.match(torch.zeros(3, device="cuda"), 1, 0)
+    plan = some_plan()
+    with pytest.raises(RuntimeError, match="expected one device"):
+        torch.ops.tome.merge(
+            torch.zeros(3, 61, 4, device="cuda"), None, plan.members, plan.offsets, "mean"
+        )
+
+
+@on_gpu
+def test_plans_are_plans() -> None:
+    keys, _ = inputs()
+    plan = tome_ext.match(keys, 50, 1)
+    oracle.check_plan(*(x.cpu() for x in plan), plan.num_tokens, plan.num_output_tokens)
