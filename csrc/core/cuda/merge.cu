@@ -261,14 +261,16 @@ __device__ __forceinline__ float backward_weight(const MergeBackwardParams& p, i
     const bool mean = p.reduce == Reduce::kMean;
     if (end - begin == 1 && mean) return 1.0f;
     const auto even = static_cast<float>(end - begin);
-    if (p.size == nullptr) return mean ? 1.0f / even : 1.0f;
+    if (p.size == nullptr) return mean ? divide(1.0f, even, reciprocal(even)) : 1.0f;
     const float* size = p.size + b * p.tokens;
     if (!mean) return size[token];
     float total = 0.0f;
     for (int64_t m = begin; m < end; ++m) {
         if (inside(members[m], p.tokens)) total += size[members[m]];
     }
-    return total == 0.0f ? 1.0f / even : size[token] / total;
+    const float share = total == 0.0f ? 1.0f : size[token];
+    const float of = total == 0.0f ? even : total;
+    return divide(share, of, reciprocal(of));
 }
 
 // A warp owns a chunk of the token at one place of `members`: long rows and short ones cost a place
