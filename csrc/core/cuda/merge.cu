@@ -361,15 +361,10 @@ cudaError_t launch_rows(Kernel<P> vectors, Kernel<P> elements, const P& p, const
     return launch(fit ? vectors : elements, grid, dim3(kBlock), 0, stream, work);
 }
 
-}  // namespace
-
-cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
-    const auto go = [&]<class T>(T) {
-        constexpr int kVec = 16 / sizeof(T);
-        return launch_rows<MergeParams>(merge_kernel<T, kVec>, merge_kernel<T, 1>, p, p.x, p.out,
-                                        p.stride_batch, p.stride_token, p.rows, sizeof(T), stream);
-    };
-    switch (p.dtype) {
+// go(T{}) with the element type T of a dtype.
+template <class Go>
+cudaError_t for_dtype(DType dtype, const Go& go) {
+    switch (dtype) {
         case DType::kFloat32:
             return go(float{});
         case DType::kFloat16:
@@ -382,6 +377,17 @@ cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
     return go(double{});
 }
 
+}  // namespace
+
+cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
+    const auto go = [&]<class T>(T) {
+        constexpr int kVec = 16 / sizeof(T);
+        return launch_rows<MergeParams>(merge_kernel<T, kVec>, merge_kernel<T, 1>, p, p.x, p.out,
+                                        p.stride_batch, p.stride_token, p.rows, sizeof(T), stream);
+    };
+    return for_dtype(p.dtype, go);
+}
+
 cudaError_t merge_backward_cuda(const MergeBackwardParams& p, cudaStream_t stream) {
     const auto go = [&]<class T>(T) {
         constexpr int kVec = 16 / sizeof(T);
@@ -389,17 +395,7 @@ cudaError_t merge_backward_cuda(const MergeBackwardParams& p, cudaStream_t strea
             merge_backward_kernel<T, kVec>, merge_backward_kernel<T, 1>, p, p.grad, p.out,
             p.stride_batch, p.stride_row, p.tokens, sizeof(T), stream);
     };
-    switch (p.dtype) {
-        case DType::kFloat32:
-            return go(float{});
-        case DType::kFloat16:
-            return go(Half{});
-        case DType::kBFloat16:
-            return go(BFloat{});
-        case DType::kFloat64:
-            break;
-    }
-    return go(double{});
+    return for_dtype(p.dtype, go);
 }
 
 cudaError_t unmerge_cuda(const UnmergeParams& p, cudaStream_t stream) {
