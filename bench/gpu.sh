@@ -88,12 +88,12 @@ section "Without torch"
     -gencode "arch=compute_${TORCH_CUDA_ARCH_LIST//./},code=sm_${TORCH_CUDA_ARCH_LIST//./}" \
     -I"$BENCH/../csrc/core/include" -I"$BENCH/../csrc/core/cuda" \
     "$BENCH/cpp/bench_cuda.cu" "$BENCH"/../csrc/core/cuda/*.cu -o bench_cuda
-if [ "$DRY" = 0 ]; then ./bench_cuda | tee gpu-cpp.json; else echo "built, not run: no GPU"; fi
+if [ "$DRY" = 0 ]; then ./bench_cuda | tee gpu-cpp.json; else ./bench_cuda --dry-run > gpu-cpp.json; fi
 
 section "Measurements"
 if [ "$DRY" = 0 ]; then
-    "$PY" "$BENCH/gpu_ops.py" --json gpu.json
+    "$PY" "$BENCH/gpu_ops.py" --json gpu.json --cpp gpu-cpp.json
 else
-    "$PY" "$BENCH/gpu_ops.py" --dry-run --json gpu.json
+    "$PY" "$BENCH/gpu_ops.py" --dry-run --json gpu.json --cpp gpu-cpp.json
 fi
 section "Done: $OUT/gpu.json"

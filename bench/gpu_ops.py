@@ -5,10 +5,14 @@
                                                        small shape on the CPU, figures stay null
     python bench/gpu_ops.py --exercise                 each operator once, for compute-sanitizer
 
+With --cpp FILE, bench_cuda's output (bench/cpp/bench_cuda.cu), the figures that both measured are
+compared, and those more than 10% apart are named.
+
 Inputs rotate through more memory than the L2 cache holds. All contenders of a row run in turns;
 a figure is the median over rounds. "device" times are of a replayed CUDA graph, which holds one
 call per input, so that the host's launches do not count; "eager" times are of the same loop run
-from Python. The floor is a device-to-device copy, measured in the same process.
+from Python. In a loop of merges, too, each is launched early, behind the one before it, where the
+chip can. The floor is a device-to-device copy, measured in the same process.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ Contender = Callable[..., object]
 ROTATED_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 VIT_B = {"name": "ViT-B", "batch": 256, "tokens": 197, "channels": 768, "heads": 12, "r": 13}
 VIT_L = {"name": "ViT-L@384", "batch": 64, "tokens": 577, "channels": 1024, "heads": 16, "r": 23}
+CPP_TOLERANCE = 0.1  # of bench_cuda's figures against these
 LARGE = (
     {"name": "B2 N4096", "batch": 2, "tokens": 4096, "dim": 320, "r": 2048},
     {"name": "B1 N16384", "batch": 1, "tokens": 16384, "dim": 320, "r": 8192},
@@ -215,6 +220,23 @@ def large_row(watch: Stopwatch, shape: dict) -> dict[str, object]:
     }
 
 
+def compare_with_cpp(rows: list[dict], cpp: dict[str, dict[str, float | None]]) -> list[str] | None:
+    """Add bench_cuda's figures to the rows of their names.
+
+    Returns those that disagree, or None if there was nothing to compare.
+    """
+    apart, compared = [], False
+    for row in rows:
+        row["cpp_us"] = cpp.get(row["row"], {})
+        row["cpp_over_python"] = {}
+        for name, us in row["cpp_us"].items():
+            ratio = row["cpp_over_python"][name] = over(us, row["us"][name])
+            compared |= ratio is not None
+            if ratio is not None and abs(ratio - 1) > CPP_TOLERANCE:
+                apart.append(f"{row['row']}: {name}")
+    return apart if compared else None
+
+
 def exercise(device: str) -> None:
     """Each operator at small shapes and every dtype, for compute-sanitizer to watch."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -254,16 +276,20 @@ def print_table(report: dict) -> None:
     """Every ratio and time, a line each."""
     for row in report["rows"]:
         print(row["row"])
-        for name, value in [*row["us"].items(), *row.items()]:
+        ratios = {f"C++ / {name}": x for name, x in row.get("cpp_over_python", {}).items()}
+        for name, value in [*row["us"].items(), *row.items(), *ratios.items()]:
             if value is None:
                 print(f"  {name:28} not yet measured")
             elif isinstance(value, float):
                 print(f"  {name:28} {value:10.3f}{' us' if name in row['us'] else ''}")
+    for name in report["cpp_apart"] or []:
+        print(f"C++ and Python are more than {CPP_TOLERANCE:.0%} apart: {name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--cpp", type=Path, help="compare with what bench_cuda printed")
     parser.add_argument("--dry-run", action="store_true", help="no GPU, no figures")
     parser.add_argument("--exercise", action="store_true", help="each operator once, then stop")
     parser.add_argument("--rounds", type=int, default=50)
@@ -282,7 +308,13 @@ def main() -> None:
         bandwidth = copy_bandwidth(watch)
         rows = [layer_row(watch, shape, bandwidth) for shape in layers]
         rows += [large_row(watch, shape) for shape in large]
-    report = {**about(args.dry_run), "copy_bandwidth_gb_per_s": over(bandwidth, 1e3), "rows": rows}
+    apart = compare_with_cpp(rows, json.loads(args.cpp.read_text())) if args.cpp else None
+    report = {
+        **about(args.dry_run),
+        "copy_bandwidth_gb_per_s": over(bandwidth, 1e3),
+        "cpp_apart": apart,
+        "rows": rows,
+    }
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     print_table(report)

@@ -4,13 +4,15 @@
 //       csrc/core/cuda/*.cu -o bench_cuda && ./bench_cuda
 //
 // Prints one JSON object: microseconds per call, medians over rounds of a replayed graph that holds
-// one call per input; the inputs rotate through more memory than the L2 cache holds.
+// one call per input; the inputs rotate through more memory than the L2 cache holds. With --dry-run
+// it prints null for every figure and needs no GPU.
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "tome_core/cuda.h"
@@ -44,6 +46,11 @@ __global__ void fill(uint16_t* data, int64_t count, uint32_t seed) {
     }
 }
 
+__global__ void fill_ones(float* data, int64_t count) {
+    int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+    for (; i < count; i += int64_t{gridDim.x} * blockDim.x) data[i] = 1.0f;
+}
+
 template <class Call>
 float median_us(const Call& call, int inputs, int rounds) {
     cudaStream_t stream = nullptr;
@@ -75,7 +82,13 @@ float median_us(const Call& call, int inputs, int rounds) {
 
 // A layer of a ViT, in bfloat16; keys lie in packed qkv.
 void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, int64_t heads,
-           int64_t r, const char* end) {
+           int64_t r, bool dry, const char* end) {
+    std::printf(" \"%s B=%lld\": ", name, static_cast<long long>(batch));
+    if (dry) {
+        std::printf("{\"match device\": null, \"merge device\": null, \"both device\": null}%s\n",
+                    end);
+        return;
+    }
     const int64_t dim = channels / heads, rows = tokens - r;
     const int64_t key_count = batch * tokens * 3 * channels, x_count = batch * tokens * channels;
     const int inputs =
@@ -87,14 +100,16 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
         auto* x = allocate<uint16_t>(x_count);
         fill<<<1024, 256>>>(qkv, key_count, static_cast<uint32_t>(2 * i));
         fill<<<1024, 256>>>(x, x_count, static_cast<uint32_t>(2 * i + 1));
+        auto* size = allocate<float>(batch * tokens);
+        fill_ones<<<1024, 256>>>(size, batch * tokens);
         auto* members = allocate<int32_t>(batch * tokens);
         auto* offsets = allocate<int32_t>(batch * (rows + 1));
         matches.push_back({qkv + channels, tome::DType::kBFloat16, batch, heads, tokens, dim,
                            tokens * 3 * channels, dim, 3 * channels, r, 1,
                            allocate<int32_t>(batch * tokens), members, offsets});
         merges.push_back({x, tome::DType::kBFloat16, batch, tokens, rows, channels,
-                          tokens * channels, channels, nullptr, members, offsets,
-                          tome::Reduce::kMean, allocate<uint16_t>(batch * rows * channels),
+                          tokens * channels, channels, size, members, offsets, tome::Reduce::kMean,
+                          allocate<uint16_t>(batch * rows * channels),
                           allocate<float>(batch * rows)});
     }
     check(cudaDeviceSynchronize(), "fill");
@@ -106,10 +121,15 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
     const auto merge = [&](int i, cudaStream_t stream) {
         return tome::merge_cuda(merges[static_cast<size_t>(i)], stream);
     };
+    const auto both = [&](int i, cudaStream_t stream) {
+        const cudaError_t error = match(i, stream);
+        return error == cudaSuccess ? merge(i, stream) : error;
+    };
     const float match_us = median_us(match, inputs, 50);
     const float merge_us = median_us(merge, inputs, 50);
-    std::printf(" \"%s B=%lld\": {\"match device\": %.3f, \"merge device\": %.3f}%s\n", name,
-                static_cast<long long>(batch), match_us, merge_us, end);
+    const float both_us = median_us(both, inputs, 50);
+    std::printf("{\"match device\": %.3f, \"merge device\": %.3f, \"both device\": %.3f}%s\n",
+                match_us, merge_us, both_us, end);
     for (const tome::MatchParams& p : matches) {
         cudaFree(const_cast<uint16_t*>(static_cast<const uint16_t*>(p.metric)) - channels);
         cudaFree(p.assign);
@@ -118,6 +138,7 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
     }
     for (const tome::MergeParams& p : merges) {
         cudaFree(const_cast<void*>(p.x));
+        cudaFree(const_cast<float*>(p.size));
         cudaFree(p.out);
         cudaFree(p.out_size);
     }
@@ -126,11 +147,12 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+    const bool dry = count == 2 && std::strcmp(arguments[1], "--dry-run") == 0;
     std::printf("{\n");
-    layer("layer ViT-B", 256, 197, 768, 12, 13, ",");
-    layer("layer ViT-L@384", 64, 577, 1024, 16, 23, ",");
-    layer("layer ViT-B", 1, 197, 768, 12, 13, ",");
-    layer("layer ViT-L@384", 1, 577, 1024, 16, 23, "");
+    layer("layer ViT-B", 256, 197, 768, 12, 13, dry, ",");
+    layer("layer ViT-L@384", 64, 577, 1024, 16, 23, dry, ",");
+    layer("layer ViT-B", 1, 197, 768, 12, 13, dry, ",");
+    layer("layer ViT-L@384", 1, 577, 1024, 16, 23, dry, "");
     std::printf("}\n");
 }

@@ -130,6 +130,8 @@ int block_barrier(const char* what, int predicate, const Site& site);
 void warp_barrier(unsigned mask, const Site& site);
 
 unsigned char* dynamic_shared();  // exactly as many bytes as the launch asked for
+void wait_for_earlier_kernels();
+void let_next_kernel_begin();
 void async_copy_16(void* shared, const void* global, int bytes);
 void async_commit();
 void async_wait(int groups_left);

@@ -57,6 +57,7 @@ struct Fiber {
     jmp_buf place;
     bool started = false;
     State state = State::kDone;
+    bool waited = false;  // for earlier kernels
     unsigned char* stack = nullptr;
     void* fake_stack = nullptr;  // AddressSanitizer's
     // What it waits for.
@@ -73,6 +74,7 @@ struct Launch {
     Body body = nullptr;
     const void* kernel = nullptr;
     const void* params = nullptr;
+    size_t shared_bytes = 0;
 };
 
 Options the_options;
@@ -80,6 +82,8 @@ std::string failure;
 int64_t launch_count = 0;
 uint32_t serials = 0;
 Launch launch_now;
+Neighbours neighbours_now;
+uint32_t released_by = 0;   // the last block that let the next kernel begin
 std::vector<Fiber> fibers;  // kMaxThreads of them, kept from block to block
 int threads = 0;            // of the block
 int current = 0;
@@ -132,11 +136,26 @@ __attribute__((noinline)) void to_scheduler() {
     arrived_in_fiber();
 }
 
+bool may_touch_memory() {
+    return !neighbours_now.overlapping || fibers[static_cast<size_t>(current)].waited;
+}
+
+template <class T>
+bool within(const void* data, const T* begin, size_t count) {
+    return data >= begin && data < begin + count;
+}
+
 // A fiber serves one thread of block after block.
 void fiber_main() {
     arrived_in_fiber();
     for (;;) {
         launch_now.body(launch_now.kernel, launch_now.params);
+        if (!may_touch_memory()) {
+            record_failure(("thread " + std::to_string(current) +
+                            " ends without having waited for earlier kernels")
+                               .c_str());
+            stop = true;
+        }
         fibers[static_cast<size_t>(current)].state = State::kDone;
         to_scheduler();
     }
@@ -240,6 +259,7 @@ void run_block(std::mt19937& random, size_t shared_bytes) {
     for (int t = 0; t < threads; ++t) {
         Fiber& fiber = fibers[static_cast<size_t>(t)];
         fiber.state = State::kReady;
+        fiber.waited = false;
         fiber.copies.assign(1, {});
     }
     std::vector<int> order(static_cast<size_t>(threads));
@@ -359,10 +379,29 @@ int block_barrier(const char* what, int predicate, const Site& site) {
 
 unsigned char* dynamic_shared() { return shared_begin; }
 
+void wait_for_earlier_kernels() { fibers[static_cast<size_t>(current)].waited = true; }
+
+void let_next_kernel_begin() {
+    if (!may_touch_memory()) {
+        fail("thread %d lets the next kernel begin before it has waited for earlier ones", current);
+    }
+    if (released_by != running.serial) ++neighbours_now.releasing_blocks;
+    released_by = running.serial;
+}
+
+void check_waited(const void* data) {
+    if (may_touch_memory() || within(data, shared_begin, launch_now.shared_bytes) ||
+        within(data, &blockIdx, 1) || within(data, &blockDim, 1) || within(data, &gridDim, 1)) {
+        return;
+    }
+    fail("thread %d touches memory at %p before it has waited for earlier kernels", current, data);
+}
+
 void async_copy_16(void* shared, const void* global, int bytes) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
         fail("cp_async_16 from %p to %p: not aligned to 16 bytes", global, shared);
     }
+    check_waited(global);
     fibers[static_cast<size_t>(current)].copies.back().push_back({shared, global, bytes});
 }
 
@@ -389,13 +428,15 @@ void async_wait(int groups_left) {
 Options& options() { return the_options; }
 const std::string& last_failure() { return failure; }
 int64_t launches() { return launch_count; }
+const Neighbours& neighbours() { return neighbours_now; }
 
 cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, const void* kernel,
-                     const void* params) {
+                     const void* params, bool overlapping) {
     ++launch_count;
     failure.clear();
     const uint64_t count = uint64_t{block.x} * block.y * block.z;
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+    neighbours_now = {overlapping, blocks, 0};
     if (count == 0 || count > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu ||
         grid.y > 65535 || grid.z > 65535 ||
         shared_bytes > static_cast<size_t>(the_options.shared_limit)) {
@@ -420,7 +461,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, cons
     warp_epochs.assign(kMaxThreads / kWarp, 0);
     blockDim = block;
     gridDim = grid;
-    launch_now = {body, kernel, params};
+    launch_now = {body, kernel, params, shared_bytes};
     running.launch_begin = serials + 1;
     stop = false;
     forget_accesses();

@@ -7,6 +7,8 @@
 //  - a thread reads or writes what another thread of the block wrote (or writes what it read) and
 //    no barrier lies between; or what another block of the launch wrote, without both having used
 //    one atomic in between (builds without AddressSanitizer: see races.cpp);
+//  - of a kernel that may overlap the one before it, a thread ends without having waited for it,
+//    touches global memory before (ordinary accesses: the same builds), or lets the next one begin;
 //  - the launch itself is out of a GPU's bounds.
 // Accesses out of bounds are left to AddressSanitizer. Nothing here says anything about speed, or
 // about reorderings that a GPU's memory model allows beyond the checks above.
@@ -35,19 +37,27 @@ const std::string& last_failure();
 // How many launches there were, failed ones included.
 int64_t launches();
 
+// What the last launch said about its neighbours on the stream.
+struct Neighbours {
+    bool overlapping = false;       // it may begin before the one before it has ended
+    uint64_t blocks = 0;            // of its grid
+    uint64_t releasing_blocks = 0;  // that let the next kernel begin
+};
+const Neighbours& neighbours();
+
 using Body = void (*)(const void* kernel, const void* params);
 cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, const void* kernel,
-                     const void* params);
+                     const void* params, bool overlapping);
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
-                   const Params& params) {
+                   const Params& params, bool overlapping = false) {
     return run_grid(
         grid, block, shared_bytes,
         [](const void* k, const void* p) TOME_NO_HOOKS {
             (*static_cast<void (*const*)(Params)>(k))(*static_cast<const Params*>(p));
         },
-        &kernel, &params);
+        &kernel, &params, overlapping);
 }
 
 }  // namespace tome_emulation

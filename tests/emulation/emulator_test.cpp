@@ -9,6 +9,7 @@ namespace tome_test {
 namespace {
 
 using tome::device::launch;
+using tome::device::launch_overlapping;
 
 cudaError_t run(Probe probe, unsigned blocks, unsigned threads, size_t shared,
                 std::vector<int>& out) {
@@ -57,6 +58,18 @@ TEST_P(RightKernels, AsynchronousCopies) {
     for (int i = 0; i < 128; ++i) out[size_t(i)] = i;
     EXPECT_LAUNCHED(run(async_copies, 1, 32, 512, out));
     for (int i = 0; i < 128; ++i) EXPECT_EQ(out[size_t(i)], i / 4 == 3 ? 0 : 2 * i);
+}
+
+TEST_P(RightKernels, OverlappingTheOneBefore) {
+    std::vector<int> out(3 * 64, -1);
+    const Ints p{out.data()};
+    EXPECT_LAUNCHED(launch_overlapping(waits_first, dim3(3), dim3(64), 256, nullptr, p));
+    for (int i = 0; i < 3 * 64; ++i) EXPECT_EQ(out[size_t(i)], i);
+    EXPECT_TRUE(tome_emulation::neighbours().overlapping);
+    EXPECT_EQ(tome_emulation::neighbours().releasing_blocks, 3u);
+    // Without need the wait does no harm.
+    EXPECT_LAUNCHED(run(waits_first, 3, 64, 256, out));
+    EXPECT_FALSE(tome_emulation::neighbours().overlapping);
 }
 
 TEST_P(RightKernels, MatrixInstructions) {
@@ -135,6 +148,24 @@ TEST(WrongKernels, BarrierThatAThreadDoesNotReach) {
     expect_failure(returns_before_a_barrier, 1, 64, "thread 40 has returned");
 }
 
+void expect_no_overlap(Probe probe, const char* says) {
+    for (uint32_t seed : {0u, 1u, 2u}) {
+        tome_emulation::options().seed = seed;
+        std::vector<int> out(64, 0);
+        EXPECT_LAUNCHED(run(probe, 1, 64, 0, out));
+        const Ints p{out.data()};
+        EXPECT_NE(launch_overlapping(probe, dim3(1), dim3(64), 0, nullptr, p), cudaSuccess);
+        EXPECT_NE(tome_emulation::last_failure().find(says), std::string::npos)
+            << "expected: " << says << "\ngot: " << tome_emulation::last_failure();
+    }
+    tome_emulation::options().seed = 0;
+}
+
+TEST(WrongKernels, ThreadThatDoesNotWaitForEarlierKernels) {
+    expect_no_overlap(returns_before_waiting, "thread 9 ends without having waited");
+    expect_no_overlap(lets_go_before_waiting, "lets the next kernel begin before");
+}
+
 TEST(WrongKernels, LaunchOutOfBounds) {
     std::vector<int> out(2048, 0);
     EXPECT_EQ(run(reverse_block, 1, 1025, 8192, out), cudaErrorInvalidConfiguration);
@@ -146,6 +177,10 @@ TEST(WrongKernels, LaunchOutOfBounds) {
 
 TEST(WrongKernels, ReadWithoutBarrier) {
     expect_failure(reads_without_barrier, 1, 64, "data race");
+}
+
+TEST(WrongKernels, ReadBeforeWaiting) {
+    expect_no_overlap(reads_before_waiting, "before it has waited for earlier kernels");
 }
 
 TEST(WrongKernels, WriteWithoutBarrier) {

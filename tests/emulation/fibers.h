@@ -18,6 +18,9 @@ extern Running running;
 // Fibers' stacks: memory of one thread, not tracked.
 extern const unsigned char *stacks_begin, *stacks_end;
 
+// Whether the running thread may touch global memory; if not, it stops at `data`.
+void check_waited(const void* data);
+
 void record_failure(const char* text);
 void forget_accesses();                                 // a new launch
 void forget_accesses(const void* begin, size_t bytes);  // memory with a new life

@@ -78,6 +78,11 @@ Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0x
     EXPECT_EQ(tome::match_cuda(params, workspace.data(), nullptr), cudaSuccess)
         << tome_emulation::last_failure();
     EXPECT_EQ(tome_emulation::launches() - before, m.shape.batch == 0 ? 0 : 1);
+    if (m.shape.batch > 0 && plan.rows < m.shape.tokens) {  // merge may begin early, match may not
+        EXPECT_EQ(tome_emulation::neighbours().releasing_blocks,
+                  tome_emulation::neighbours().blocks);
+        EXPECT_FALSE(tome_emulation::neighbours().overlapping);
+    }
     return plan;
 }
 

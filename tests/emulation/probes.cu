@@ -64,6 +64,14 @@ __global__ void async_copies(const __grid_constant__ Ints p) {
     for (int i = 0; i < 4; ++i) out[i] = 2 * shared[i];
 }
 
+__global__ void waits_first(const __grid_constant__ Ints p) {
+    int* shared = shared_ints();
+    shared[threadIdx.x] = thread_number() + static_cast<int>(blockIdx.x * blockDim.x);
+    wait_for_earlier_kernels();
+    let_next_kernel_begin();
+    p.out[blockIdx.x * blockDim.x + threadIdx.x] = shared[threadIdx.x];
+}
+
 __global__ void reads_without_barrier(const __grid_constant__ Ints p) {
     int* shared = shared_ints();
     shared[threadIdx.x] = thread_number();
@@ -124,6 +132,24 @@ __global__ void forgets_to_wait_for_copies(const __grid_constant__ Ints p) {
 
 __global__ void passes_the_end_of_shared_memory(const __grid_constant__ Ints p) {
     p.out[threadIdx.x] = shared_ints()[threadIdx.x + 1];
+}
+
+__global__ void returns_before_waiting(const __grid_constant__ Ints p) {
+    if (threadIdx.x == 9) return;
+    wait_for_earlier_kernels();
+    p.out[threadIdx.x] = 0;
+}
+
+__global__ void reads_before_waiting(const __grid_constant__ Ints p) {
+    const int early = p.out[threadIdx.x];
+    wait_for_earlier_kernels();
+    p.out[threadIdx.x] = early + 1;
+}
+
+__global__ void lets_go_before_waiting(const __grid_constant__ Ints p) {
+    let_next_kernel_begin();
+    wait_for_earlier_kernels();
+    p.out[threadIdx.x] = 0;
 }
 
 namespace {

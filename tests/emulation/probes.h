@@ -16,6 +16,7 @@ void warp_operations(Ints p);  // out[thread] = sum of the warp's thread numbers
 void last_block_sums(Ints p);  // out[0]: ticket, out[1]: sum of block numbers, out[2 + block]
 void warp_exchange(Ints p);    // out[thread] = its neighbour's number, by __syncwarp
 void async_copies(Ints p);     // out[4 * thread + i] doubled, by cp_async_16; zeros for thread 3
+void waits_first(Ints p);      // out[thread] = its number, shared memory before the wait; lets go
 
 // Wrong ones.
 void reads_without_barrier(Ints p);
@@ -28,6 +29,9 @@ void forgets_a_barrier(Ints p);
 void returns_before_a_barrier(Ints p);
 void forgets_to_wait_for_copies(Ints p);  // out as async_copies
 void passes_the_end_of_shared_memory(Ints p);
+void returns_before_waiting(Ints p);  // these three if they may overlap
+void reads_before_waiting(Ints p);
+void lets_go_before_waiting(Ints p);
 
 // mma_m16n8k16 of Half (index 0) or BFloat (1), and ldmatrix. One warp.
 struct Matrices {

@@ -125,6 +125,7 @@ void note_access(const void* data, size_t bytes, Access access) {
     if (running.serial == 0) return;
     if (data >= stacks_begin && data < stacks_end) return;
     if (data >= &threadIdx && data < &threadIdx + 1) return;
+    check_waited(data);
     if (access == Access::kAtomic) follow_atomic(data);
     if (ordered_serial != running.serial) {
         ordered_serial = running.serial;

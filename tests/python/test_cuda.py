@@ -175,6 +175,100 @@ def test_graph_capture_and_replay() -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
 
 
+# On chips of 9.0 and later merge is launched while the kernel before it still runs. The tests below
+# give it every kind of neighbour: what it reads was just written, what it writes just read.
+
+
+def chain(keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Layers back to back, each of which takes memory that the ones before have just given back."""
+    size = torch.ones(x.shape[:2], device=x.device)
+    for _ in range(6):
+        plan = tome_ext.match(keys[:, :, : x.shape[1]], 14)
+        x, size = plan.merge(x * 1.0, size * 1.0)  # behind kernels of torch's
+        plan = tome_ext.match(keys[:, :, : x.shape[1]], 2)
+        x, size = plan.merge(x, size)  # behind match
+        x, _ = plan.merge(plan.unmerge(x))  # behind unmerge
+    return x, size
+
+
+@on_gpu
+def test_chains_of_overlapping_kernels_agree_with_the_cpu() -> None:
+    keys, x = separated_keys(2, 3, 198, 64), torch.randn(2, 198, 768)
+    want = chain(keys, x)
+    keys, x = keys.cuda(), x.cuda()
+    first = chain(keys, x)
+    assert torch.equal(first[1].cpu(), want[1])
+    torch.testing.assert_close(first[0].cpu(), want[0], rtol=1e-5, atol=1e-5)
+    for _ in range(200):
+        assert all(torch.equal(a, b) for a, b in zip(chain(keys, x), first, strict=True))
+
+
+@on_gpu
+def test_graph_of_match_and_merge_agrees_with_the_cpu() -> None:
+    keys = shaped_like_qkv(separated_keys(2, 3, 197, 64).cuda())
+    x, size = torch.zeros(2, 197, 64, device="cuda"), torch.zeros(2, 197, device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        plan = tome_ext.match(keys, 40, 1)
+        return (*plan, *plan.merge(x, size))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        # Whole numbers, so that every sum is exact.
+        new_x = torch.randint(-50, 50, x.shape, generator=generator).float()
+        new_size = torch.randint(1, 5, size.shape, generator=generator).float()
+        x.copy_(new_x)
+        size.copy_(new_size)
+        graph.replay()
+        plan = MergePlan(*(part.cpu() for part in captured[:3]))
+        want = tome_ext.match(keys.cpu(), 40, 1)
+        assert all(torch.equal(a, b) for a, b in zip(plan, want, strict=True))
+        merged, merged_size = want.merge(new_x, new_size)
+        torch.testing.assert_close(captured[3].cpu(), merged)
+        assert torch.equal(captured[4].cpu(), merged_size)
+
+
+@on_gpu
+def test_merge_behind_a_copy_in_a_graph() -> None:
+    # A copy is no kernel, nor is the wait for another stream: there is nothing to overlap with.
+    plan, source = to_gpu(some_plan()), torch.randn(3, 61, 40, device="cuda")
+    x, side = torch.zeros_like(source), torch.cuda.Stream()
+    plan.merge(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.copy_(source)
+        merged, _ = plan.merge(x, reduce="sum")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            doubled = 2 * x
+        again, _ = plan.merge(x, reduce="sum")
+        torch.cuda.current_stream().wait_stream(side)
+        of_doubled, _ = plan.merge(doubled, reduce="sum")
+    for seed in range(20):
+        source.copy_(torch.randn(3, 61, 40, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        want, _ = plan.merge(source.clone(), reduce="sum")
+        assert torch.equal(merged, want)
+        assert torch.equal(again, want)
+        assert torch.equal(of_doubled, 2 * want)
+
+
+@on_gpu
+def test_float64_sums_sizes_in_float64() -> None:
+    plan, size = some_plan(), torch.rand(3, 61) + 0.5
+    x = torch.randn(3, 61, 8, dtype=torch.float64)
+    for reduce in ("mean", "sum"):
+        want, want_size = plan.merge(x, size, reduce)
+        got, got_size = to_gpu(plan).merge(x.cuda(), size.cuda(), reduce)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-14, atol=1e-14)
+        assert torch.equal(got_size.cpu(), want_size)
+
+
 @on_gpu
 def test_side_streams() -> None:
     wanted = [layer(*inputs(seed)) for seed in range(4)]

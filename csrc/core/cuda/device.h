@@ -107,6 +107,27 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
 
+// 2^x to within two units in the last place; 0 where that is below 2^-126, 0 of -inf.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef TOME_EMULATION
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// x, of which the compiler no longer knows where it came from: what is computed from it is computed
+// there and then, not kept in registers from where the same was computed before.
+__device__ __forceinline__ unsigned forget_origin(unsigned x) {
+#ifndef TOME_EMULATION
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // Two 16-bit values in a register; `low` is the one at the lower address.
 __device__ __forceinline__ uint32_t pack(BFloat low, BFloat high) {
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
@@ -209,6 +230,33 @@ __device__ __forceinline__ void cp_async_wait() {
     tome_emulation::async_wait(kLeft);
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// --- programmatic dependent launch
+// --------------------------------------------------------------------------------
+//
+// A kernel started by launch_overlapping (launch.h) may begin while the one before it on the stream
+// still runs. Before sm_90 both of these do nothing.
+
+// Returns when the kernels before this one have ended and all they wrote can be seen. Every thread
+// calls it, also one with nothing to do, before it reads or writes global memory: what follows this
+// kernel counts on its end being behind theirs.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#ifdef TOME_EMULATION
+    tome_emulation::wait_for_earlier_kernels();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900  // launch.h's kWaitsFrom
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin, if it was started by launch_overlapping, as soon as every block of
+// this one has come here or ended. It says nothing about memory: the other one waits for that.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#ifdef TOME_EMULATION
+    tome_emulation::let_next_kernel_begin();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

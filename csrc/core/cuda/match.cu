@@ -3,6 +3,9 @@
 //   keys -> scores, maxima (match_tile.cu or match_plain.cu) -> ranks, plan (match_finish.cuh)
 //
 // all in one launch; where several blocks work on an image, behind a clear of the workspace.
+//
+// Each block lets the next kernel, mostly merge, begin right away. That happens when the last block
+// of match has a place, so merge takes none from it; merge's blocks then wait without computing.
 #include <limits>
 
 #include "launch.h"

@@ -100,6 +100,7 @@ __device__ void stage_step(const MatchParams& p, const In* image, int64_t first_
 template <class In>
 __global__ void __launch_bounds__(kThreads, 2)
     match_plain_kernel(const __grid_constant__ MatchArgs m) {
+    device::let_next_kernel_begin();  // merge: see match.cu
     using T = typename device::Accumulate<In>::Type;
     const int thread = static_cast<int>(threadIdx.x);
     const int row = thread / kPlainRows, column = thread % kPlainRows;

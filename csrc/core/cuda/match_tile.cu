@@ -84,6 +84,7 @@ __device__ __forceinline__ void score_unit(const MatchArgs& m, const Record* row
 template <class In, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     match_tile_kernel(const __grid_constant__ MatchArgs m) {
+    device::let_next_kernel_begin();  // merge: see match.cu
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / device::kWarp;
     const int64_t image = blockIdx.x / m.blocks_per_image;

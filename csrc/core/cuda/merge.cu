@@ -9,6 +9,8 @@
 //
 // blockIdx.y is the image, blockIdx.x and the warp count the chunks of its rows. No two warps write
 // one address and no sum is shared between threads, so results never depend on timing.
+//
+// merge follows match, and is launched while it still runs where the chip can (launch.h).
 
 #include "device.h"
 #include "launch.h"
@@ -118,10 +120,9 @@ __device__ __forceinline__ A divide(A sum, A divisor, A inverse) {
 
 // kCount vectors of a row for each lane: to[c] = sum over members of size * x[c], over `divisor` or
 // over the sum of sizes where that is 0; or their maximum. Returns the sum of sizes.
-template <class T, int kVec, int kCount, bool kMaximum>
-__device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted, float divisor,
-                                                T* to, int64_t first) {
-    using A = typename Accumulate<T>::Type;
+template <class T, int kVec, int kCount, bool kMaximum, class A = typename Accumulate<T>::Type>
+__device__ __forceinline__ A reduce_vectors(const Row<T>& row, bool weighted, A divisor, T* to,
+                                            int64_t first) {
     const Lane lane = Lane::of<kVec>(first, row.channels);
     A sum[kCount][kVec];
 #pragma unroll
@@ -129,7 +130,7 @@ __device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sum[u][i] = kMaximum ? -A(INFINITY) : A(-0.0f);
     }
-    float total = 0.0f;
+    A total = 0;
 #pragma unroll 1
     for (int begin = 0; begin < row.count; begin += kWarp) {
         // Each lane fetches one member, then all go through them together.
@@ -143,7 +144,7 @@ __device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted
             const int32_t token = __shfl_sync(kFullMask, mine, j);
             const float weight = __shfl_sync(kFullMask, my_weight, j);
             if (!inside(token, row.tokens)) continue;
-            total += weight;
+            total += A(weight);
             const T* from = row.x + token * row.stride_token + lane.begin;
             Vector<T, kVec> held[kCount];
 #pragma unroll
@@ -164,7 +165,7 @@ __device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted
             }
         }
     }
-    const A by = A(divisor == 0.0f ? total : divisor);
+    const A by = divisor == 0 ? total : divisor;
     const A inverse = reciprocal(by);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -181,11 +182,11 @@ __device__ __forceinline__ float reduce_vectors(const Row<T>& row, bool weighted
 
 // A chunk of a row with several members, two vectors at a time: more would not leave
 // room in 64 registers for their sums and the next member's data.
-template <class T, int kVec, bool kMaximum>
-__device__ __forceinline__ float reduce_chunk(const Row<T>& row, bool weighted, float divisor,
-                                              T* to, int64_t first) {
+template <class T, int kVec, bool kMaximum, class A = typename Accumulate<T>::Type>
+__device__ __forceinline__ A reduce_chunk(const Row<T>& row, bool weighted, A divisor, T* to,
+                                          int64_t first) {
     constexpr int kCount = 2;
-    float total = 0.0f;
+    A total = 0;
 #pragma unroll 1
     for (int u = 0; u < kUnroll; u += kCount) {
         if (u > 0 && (first + u * kWarp) * kVec >= row.channels) break;
@@ -198,7 +199,9 @@ __device__ __forceinline__ float reduce_chunk(const Row<T>& row, bool weighted, 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
     merge_kernel(const __grid_constant__ Work<MergeParams> work) {
+    using A = typename Accumulate<T>::Type;
     const MergeParams& p = work.p;
+    wait_for_earlier_kernels();  // they may have written x, size and the plan, and have read `out`
 #pragma unroll 1
     for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
         for_each_chunk(work, [&](int64_t m, int64_t first) {
@@ -214,25 +217,27 @@ __global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
                              p.size == nullptr ? nullptr : p.size + b * p.tokens};
             const bool sized = row.size != nullptr;
             T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels;
-            float total = 0.0f;
+            A total = 0;
 
             const int64_t only = row.count == 1 ? row.members[0] : -1;
-            if (inside(only, p.tokens)) total = sized ? row.size[only] : 1.0f;
+            if (inside(only, p.tokens)) total = sized ? A(row.size[only]) : A(1);
             if (row.count == 0) {
                 copy_chunk<T, kVec>(nullptr, out, first, p.channels);
-            } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1.0f)) {
+            } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1)) {
                 copy_chunk<T, kVec>(row.x + only * p.stride_token, out, first, p.channels);
             } else if (p.reduce == Reduce::kAmax) {
-                total = reduce_chunk<T, kVec, true>(row, sized, 1.0f, out, first);
+                total = reduce_chunk<T, kVec, true>(row, sized, A(1), out, first);
             } else {
-                const float divisor = p.reduce == Reduce::kSum ? 1.0f : 0.0f;
+                const A divisor = p.reduce == Reduce::kSum ? A(1) : A(0);
                 total = reduce_chunk<T, kVec, false>(row, sized, divisor, out, first);
-                if (p.reduce == Reduce::kMean && total == 0.0f && sized) {
+                if (p.reduce == Reduce::kMean && total == 0 && sized) {
                     // Padding: nothing says how to weigh it, but it stays finite.
-                    reduce_chunk<T, kVec, false>(row, false, 0.0f, out, first);
+                    reduce_chunk<T, kVec, false>(row, false, A(0), out, first);
                 }
             }
-            if (first == 0 && lane_id() == 0) p.out_size[b * p.rows + m] = total;
+            if (first == 0 && lane_id() == 0) {
+                p.out_size[b * p.rows + m] = static_cast<float>(total);
+            }
         });
     }
 }
@@ -254,22 +259,23 @@ __device__ __forceinline__ int64_t row_of(int64_t place, const int32_t* offsets,
     return low;
 }
 
-// What a member's token gets of its row's gradient.
-__device__ __forceinline__ float backward_weight(const MergeBackwardParams& p, int64_t b,
-                                                 const int32_t* members, int64_t begin, int64_t end,
-                                                 int64_t token) {
+// What a member's token gets of its row's gradient; A is what the elements are summed in.
+template <class A>
+__device__ __forceinline__ A backward_weight(const MergeBackwardParams& p, int64_t b,
+                                             const int32_t* members, int64_t begin, int64_t end,
+                                             int64_t token) {
     const bool mean = p.reduce == Reduce::kMean;
-    if (end - begin == 1 && mean) return 1.0f;
-    const auto even = static_cast<float>(end - begin);
-    if (p.size == nullptr) return mean ? divide(1.0f, even, reciprocal(even)) : 1.0f;
+    if (end - begin == 1 && mean) return 1;
+    const auto even = static_cast<A>(end - begin);
+    if (p.size == nullptr) return mean ? divide(A(1), even, reciprocal(even)) : A(1);
     const float* size = p.size + b * p.tokens;
     if (!mean) return size[token];
-    float total = 0.0f;
+    A total = 0;
     for (int64_t m = begin; m < end; ++m) {
-        if (inside(members[m], p.tokens)) total += size[members[m]];
+        if (inside(members[m], p.tokens)) total += A(size[members[m]]);
     }
-    const float share = total == 0.0f ? 1.0f : size[token];
-    const float of = total == 0.0f ? even : total;
+    const A share = total == 0 ? A(1) : A(size[token]);
+    const A of = total == 0 ? even : total;
     return divide(share, of, reciprocal(of));
 }
 
@@ -295,9 +301,9 @@ __global__ void __launch_bounds__(kBlock)
             }
             const int64_t begin = clamp(offsets[row], 0, p.tokens);
             const int64_t end = clamp(offsets[row + 1], begin, p.tokens);
-            const float weight = backward_weight(p, b, members, begin, end, token);
+            const A weight = backward_weight<A>(p, b, members, begin, end, token);
             const T* grad = static_cast<const T*>(p.grad) + b * p.stride_batch + row * p.stride_row;
-            if (weight == 1.0f) {
+            if (weight == 1) {
                 copy_chunk<T, kVec>(grad, out, first, p.channels);
                 return;
             }
@@ -308,8 +314,7 @@ __global__ void __launch_bounds__(kBlock)
                 const int64_t c = lane.begin + u * kWarp * kVec;
                 Vector<T, kVec> value = load_vector<T, kVec>(grad + c);
 #pragma unroll
-                for (int i = 0; i < kVec; ++i)
-                    value.v[i] = narrow<T>(widen(value.v[i]) * A(weight));
+                for (int i = 0; i < kVec; ++i) value.v[i] = narrow<T>(widen(value.v[i]) * weight);
                 store_vector(out + c, value);
             }
         });
@@ -342,12 +347,15 @@ __global__ void __launch_bounds__(kBlock)
 template <class P>
 using Kernel = void (*)(Work<P>);
 
-// Launches `vectors` if all addresses allow 16 bytes at a time, else `elements`. `rows` are the
+template <class P>
+using Launch = cudaError_t (*)(Kernel<P>, dim3, dim3, size_t, cudaStream_t, const Work<P>&);
+
+// Starts `vectors` if all addresses allow 16 bytes at a time, else `elements`. `rows` are the
 // output's, of every image.
 template <class P>
-cudaError_t launch_rows(Kernel<P> vectors, Kernel<P> elements, const P& p, const void* from,
-                        const void* to, int64_t stride_batch, int64_t stride_row, int64_t rows,
-                        int64_t element, cudaStream_t stream) {
+cudaError_t launch_rows(Launch<P> start, Kernel<P> vectors, Kernel<P> elements, const P& p,
+                        const void* from, const void* to, int64_t stride_batch, int64_t stride_row,
+                        int64_t rows, int64_t element, cudaStream_t stream) {
     if (p.batch == 0 || rows == 0) return cudaSuccess;
     const bool fit =
         tiles::vectors_fit(reinterpret_cast<uintptr_t>(from), reinterpret_cast<uintptr_t>(to),
@@ -358,7 +366,7 @@ cudaError_t launch_rows(Kernel<P> vectors, Kernel<P> elements, const P& p, const
     const dim3 grid(
         tiles::blocks_for(work.items),
         static_cast<unsigned>(p.batch < tiles::kMaxImages ? p.batch : tiles::kMaxImages));
-    return launch(fit ? vectors : elements, grid, dim3(kBlock), 0, stream, work);
+    return start(fit ? vectors : elements, grid, dim3(kBlock), 0, stream, work);
 }
 
 // go(T{}) with the element type T of a dtype.
@@ -382,8 +390,9 @@ cudaError_t for_dtype(DType dtype, const Go& go) {
 cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
     const auto go = [&]<class T>(T) {
         constexpr int kVec = 16 / sizeof(T);
-        return launch_rows<MergeParams>(merge_kernel<T, kVec>, merge_kernel<T, 1>, p, p.x, p.out,
-                                        p.stride_batch, p.stride_token, p.rows, sizeof(T), stream);
+        return launch_rows<MergeParams>(launch_overlapping, merge_kernel<T, kVec>,
+                                        merge_kernel<T, 1>, p, p.x, p.out, p.stride_batch,
+                                        p.stride_token, p.rows, sizeof(T), stream);
     };
     return for_dtype(p.dtype, go);
 }
@@ -392,7 +401,7 @@ cudaError_t merge_backward_cuda(const MergeBackwardParams& p, cudaStream_t strea
     const auto go = [&]<class T>(T) {
         constexpr int kVec = 16 / sizeof(T);
         return launch_rows<MergeBackwardParams>(
-            merge_backward_kernel<T, kVec>, merge_backward_kernel<T, 1>, p, p.grad, p.out,
+            launch, merge_backward_kernel<T, kVec>, merge_backward_kernel<T, 1>, p, p.grad, p.out,
             p.stride_batch, p.stride_row, p.tokens, sizeof(T), stream);
     };
     return for_dtype(p.dtype, go);
@@ -401,9 +410,9 @@ cudaError_t merge_backward_cuda(const MergeBackwardParams& p, cudaStream_t strea
 cudaError_t unmerge_cuda(const UnmergeParams& p, cudaStream_t stream) {
     const auto go = [&]<class T>(T) {
         constexpr int kVec = 16 / sizeof(T);
-        return launch_rows<UnmergeParams>(unmerge_kernel<T, kVec>, unmerge_kernel<T, 1>, p, p.x,
-                                          p.out, p.stride_batch, p.stride_row, p.tokens, sizeof(T),
-                                          stream);
+        return launch_rows<UnmergeParams>(launch, unmerge_kernel<T, kVec>, unmerge_kernel<T, 1>, p,
+                                          p.x, p.out, p.stride_batch, p.stride_row, p.tokens,
+                                          sizeof(T), stream);
     };
     switch (element_size(p.dtype)) {
         case 2:

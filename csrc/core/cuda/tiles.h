@@ -1,4 +1,6 @@
-// Every choice of tile and launch, with its reason. Plain C++: tests/cpp covers it.
+// Every choice of tile and launch of merge and plan, with its reason; match_tiles.h has match's.
+// Plain C++: tests/cpp covers it. The reasons come from counting bytes, registers and blocks, and
+// from what ptxas reports; no choice has been measured against another on a GPU yet.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +12,20 @@ namespace tome::tiles {
 
 // One warp works on one chunk of one row: kUnroll vectors of up to 16 bytes per lane.
 //
-// Four loads in flight per lane hide most of the latency of memory behind one another. More would
+// Four loads in flight per lane are to hide the latency of memory behind one another. More would
 // cost registers (eight float32 sums per vector), and with them warps, which hide it as well. A
 // chunk is 2 KiB at most: one row of ViT-L's 1024 channels in 16-bit floats.
 inline constexpr int kUnroll = 4;
 
-// Warps per block. Four let enough blocks share a multiprocessor that all 64 of its warps are used,
-// and still spread a single image (N - r = 184 rows) over 46 multiprocessors.
+// Warps per block. With four, the limit of blocks on a multiprocessor (16 to 32) keeps none of its
+// places for warps (32 to 64) empty, and a single image (N - r = 184 rows) still makes 46 blocks,
+// each of which may have a multiprocessor of its own.
 inline constexpr int kWarpsPerBlock = 4;
 
 // Blocks of the merge kernel that must fit on a multiprocessor. Seven leave a thread 72 registers,
-// by which nothing spills on any architecture (eight would spill on sm_80), and 28 warps with up to
-// 2 KiB each on their way, above what latency times bandwidth asks of one multiprocessor.
+// with which ptxas spills nothing on any architecture (with eight it does on sm_80). They are 28
+// warps with up to 2 KiB each on their way, 56 KiB; the 3.35 TB/s of an H100's data sheet ask one
+// of its 132 multiprocessors for 25 KiB per microsecond of latency.
 inline constexpr int kBlocksResident = 7;
 
 // Vectors of 16 bytes serve where every address they'd have is a multiple of 16.
@@ -56,11 +60,8 @@ inline constexpr int64_t kMaxImages = 4096;
 // their order, and the others then have nothing to do.
 inline constexpr int kPlanThreads = 256;
 
-// Up to this many rows, their cursors lie in shared memory, where a warp's turn takes tens of
-// cycles instead of a thousand; above, in the output. 40 KiB are had without asking.
+// Up to this many rows, their cursors lie in shared memory, so that the placing warp does not wait
+// for global memory in every turn; above, in the output. 40 KiB are had without asking.
 inline constexpr int64_t kPlanSharedRows = 10 * 1024;
-
-// --- match
-// ----------------------------------------------------------------------------------------
 
 }  // namespace tome::tiles
