@@ -30,11 +30,31 @@ def check(dtype: torch.dtype) -> None:
     rows = plan.merge(x, size)[0]
     torch.testing.assert_close(plan.unmerge(rows), reference.unmerge(rows, plan.assign))
 
+    q, v = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype) for _ in range(2))
+    out, lse = torch.ops.tome.attention_forward(q, keys, v, size)
+    wanted = reference.attention_forward(q, keys, v, size)
+    for got, want in zip((out, lse), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.ops.tome.attention(q, keys, v, size), out)
+    backward = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype), q, keys, v, size)
+    wanted = reference.attention_backward(*backward, out, lse)
+    for got, want in zip(
+        torch.ops.tome.attention_backward(*backward, out, lse), wanted, strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    scores = tome_ext.cls_attention(q, keys, size)
+    torch.testing.assert_close(scores, reference.cls_attention(q, keys, size))
+
     ops, live = torch.ops.tome, x.clone().requires_grad_()
     torch.library.opcheck(ops.match.default, (keys, 12, 1))
     torch.library.opcheck(ops.plan.default, (plan.assign, plan.num_output_tokens))
     torch.library.opcheck(ops.merge.default, (live, size, plan.members, plan.offsets))
     torch.library.opcheck(ops.unmerge.default, (rows.detach().requires_grad_(), plan.assign))
+    query = q.clone().requires_grad_()
+    torch.library.opcheck(ops.attention.default, (query, keys, v, size))
+    torch.library.opcheck(ops.attention_forward.default, (query, keys, v, size))
+    torch.library.opcheck(ops.attention_backward.default, (*backward, out, lse))
+    torch.library.opcheck(ops.cls_attention.default, (query, keys, size))
 
 
 def main() -> None:

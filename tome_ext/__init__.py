@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops, patch, reference, utils
 from ._version import __version__
-from .attention import proportional_attention
+from .attention import cls_attention, proportional_attention
 from .matching import (
     bipartite_soft_matching,
     kth_bipartite_soft_matching,
@@ -31,6 +31,7 @@ __all__ = [
     "MergePlan",
     "__version__",
     "bipartite_soft_matching",
+    "cls_attention",
     "info",
     "kth_bipartite_soft_matching",
     "make_visualization",

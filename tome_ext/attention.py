@@ -10,11 +10,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops, reference
 from .ops import describe
 from .plan import MergePlan
 from .reference import accumulate_dtype
 
-__all__ = ["attention_bias", "log_size_bias", "proportional_attention", "reduce_mask"]
+__all__ = [
+    "OPERATOR",
+    "attend",
+    "attention_bias",
+    "cls_attention",
+    "key_mask",
+    "log_size_bias",
+    "proportional_attention",
+    "reduce_mask",
+    "unsupported",
+]
+
+OPERATOR = "tome::attention"
+MAX_CUDA_HEAD_DIM = 128  # kMaxCudaHeadDim of tome_core/cuda.h
+
+
+def unsupported(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout_p: float = 0.0,
+    sized: bool = True,
+) -> str | None:
+    """Why ``tome::attention`` does not serve attention of this kind, in words; None if it does."""
+    if not sized and device.type != "cpu":
+        # There stock attention is flash. On the CPU it is slower, see docs/attention.md.
+        return "without sizes it is the same"
+    if dropout_p > 0:
+        return f"attention dropout of {dropout_p:g}"
+    if device.type not in ops.kernel_devices:
+        return f"no kernel for {device.type}"
+    if dtype not in ops.FLOATS or (device.type == "cuda" and dtype == torch.float64):
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device.type}"
+    if device.type == "cuda" and head_dim > MAX_CUDA_HEAD_DIM:
+        return f"heads of {head_dim} channels, more than {MAX_CUDA_HEAD_DIM}"
+    return None
+
+
+def _operator_serves(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, attn_mask: Tensor | None, dropout_p: float
+) -> str | None:
+    """Why stock attention is called instead of ``tome::attention``, in words; None if it is not."""
+    if attn_mask is not None:
+        return "a mask that does more than hide keys"
+    if size is not None and size.requires_grad:
+        return "sizes that require a gradient"
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        return "q, k and v that differ in batch, heads or channels"
+    return unsupported(q.device, q.dtype, q.shape[3], dropout_p, size is not None)
+
+
+def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast gives them to stock attention: in its dtype, but for float64."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check(size: Tensor | None, **tensors: Tensor) -> None:
+    """Refuse tensors of several dtypes or devices, and sizes that are not those of the keys."""
+    q, k = tensors["q"], tensors["k"]
+    if any(x.dtype != q.dtype or x.device != q.device for x in tensors.values()):
+        names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
+        raise ValueError(f"expected one dtype and one device, got {names}")
+    if size is None:
+        return
+    if size.shape != (k.shape[0], k.shape[-2]):
+        raise ValueError(
+            f"size: expected {(k.shape[0], k.shape[-2])}, one per key token, got {describe(size)}"
+        )
+    if size.device != q.device or not size.is_floating_point():
+        raise ValueError(f"size: expected float32 on {q.device}, got {describe(size)}")
+
+
+def key_mask(attn_mask: Tensor | None, batch: int, num_keys: int) -> Tensor | None:
+    """The keys that a mask shows, if that is all it says.
+
+    Args:
+        attn_mask: a mask broadcastable to (B, H, M, N), or None.
+        batch: B.
+        num_keys: N.
+
+    Returns:
+        (B, N) bool, True for the keys that every query may see; None if the mask is not bool, or
+        differs between heads or queries.
+    """
+    if attn_mask is None or attn_mask.dtype != torch.bool or attn_mask.dim() > 4:
+        return None
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if shape[0] not in (1, batch) or shape[1:3] != (1, 1) or shape[3] not in (1, num_keys):
+        return None
+    return attn_mask.reshape(shape[0], shape[3]).expand(batch, num_keys)
 
 
 def log_size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,31 +160,101 @@ def proportional_attention(
 ) -> Tensor:
     """Attention in which a key token of size s weighs as much as s equal tokens.
 
-    ``softmax(q k^T * scale + log(size) + attn_mask) v`` (ToMe, section 3; arXiv 2210.09461). With
-    ``size`` None it is ``F.scaled_dot_product_attention``.
+    ``softmax(q k^T * scale + log(size) + attn_mask) v`` (ToMe, section 3; arXiv 2210.09461),
+    without ever writing the (M, N) matrix: by ``torch.ops.tome.attention``, which adds log(size)
+    in float32 to float32 logits. ``F.scaled_dot_product_attention``, with log(size) in the mask,
+    serves where that operator cannot: with dropout, with a mask that does more than hide keys,
+    where v has other channels than q, where sizes require a gradient, on a CUDA device with
+    float64 or more than 128 channels, and on devices without a kernel; and without sizes on other
+    devices than the CPU, where stock attention is flash. Under autocast, q, k and v are cast as for
+    stock attention.
 
     Args:
         q: (B, H, M, D) queries.
         k: (B, H, N, D) keys.
-        v: (B, H, N, D') values, all of one floating dtype.
+        v: (B, H, N, D') values, all of one floating dtype. Views of one packed qkv tensor are read
+            in place, as any with a contiguous last dimension.
         size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
         attn_mask: bool (True may be attended) or float (added to the logits), broadcastable to
-            (B, H, M, N).
+            (B, H, M, N). A bool mask that is the same for all heads and queries costs nothing.
         scale: factor of the logits; None means ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight (the caller passes 0 in eval mode).
 
     Returns:
-        (B, H, M, D') in q's dtype.
+        (B, H, M, D') in q's dtype, laid out so that ``.transpose(1, 2).flatten(2)`` is a view where
+        the operator serves. A query that may see no key gets zeros. Differentiable once in q, k
+        and v; a second derivative through the operator raises NotImplementedError.
 
     Raises:
-        ValueError: ``size`` does not have the shape (B, N) of the keys.
+        ValueError: q, k and v differ in dtype or device, or ``size`` does not have the shape (B, N)
+            of the keys, a floating dtype and their device. Nothing is computed.
     """
-    if size is not None and size.shape != (k.shape[0], k.shape[-2]):
-        raise ValueError(
-            f"size: expected {(k.shape[0], k.shape[-2])}, one per key token, got {describe(size)}"
-        )
+    return attend(q, k, v, size, attn_mask, scale, dropout_p)[0]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, str | None]:
+    """:func:`proportional_attention`, and why it was not ``tome::attention``; None if it was."""
+    q, k, v = _cast_for_autocast(q, k, v)
+    _check(size, q=q, k=k, v=v)
+    shown = key_mask(attn_mask, k.shape[0], k.shape[-2])
+    if shown is not None:
+        size = shown.to(torch.float32) if size is None else torch.where(shown, size, 0.0)
+        attn_mask = None
+    reason = _operator_serves(q, k, v, size, attn_mask, dropout_p)
+    if reason is None:
+        size = None if size is None else size.to(torch.float32)
+        return ops.attention_forward(q, k, v, size, scale)[0], None
     bias = attention_bias(size, attn_mask, q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    return out, reason
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """How much the class token attends to each token, without the attention matrix.
+
+    ``softmax(q[:, :, 0] k^T * scale + log(size))`` averaged over heads, in one pass over the keys:
+    the score by which EViT (arXiv 2202.07800) and other pruning methods rank tokens.
+
+    Args:
+        q: (B, H, M, D) queries, M >= 1, of which only the first token's is read.
+        k: (B, H, N, D) keys, of q's dtype: float32, float16, bfloat16 or float64. Any strides with
+            a contiguous last dimension (others are copied), so views of a packed qkv tensor are
+            read in place.
+        size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
+            None means 1.
+        scale: factor of the logits; None means ``D ** -0.5``.
+
+    Returns:
+        (B, N) float32 (float64 for float64): every row sums to 1, or is 0 if all keys are hidden.
+        Differentiable in q and k.
+
+    Raises:
+        ValueError: wrong rank, shapes that do not go together, no query, several dtypes or
+            devices. Nothing is computed.
+    """
+    q, k = _cast_for_autocast(q, k)
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q, k: expected (B, H, M, D) and (B, H, N, D), got q {describe(q)} and k {describe(k)}"
+        )
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        raise ValueError(f"q: expected at least one head and one query, got {describe(q)}")
+    _check(size, q=q, k=k)
+    if size is not None:
+        size = size.to(torch.float32)
+    if unsupported(q.device, q.dtype, q.shape[3]) is not None:
+        return reference.cls_attention(q, k, size, scale)
+    return ops.cls_attention(q, k, size, scale)
 
 
 def reduce_mask(

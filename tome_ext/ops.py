@@ -1,7 +1,8 @@
 """``torch.ops.tome``: calling, fake kernels, autograd, and the fallback for other devices.
 
 The schemas live in ``csrc/torch/schema.cpp``; the contract of each operator is in the docstrings
-of :func:`tome_ext.match` and :class:`tome_ext.MergePlan`.
+of :func:`tome_ext.match`, :class:`tome_ext.MergePlan`, :func:`tome_ext.proportional_attention` and
+:func:`tome_ext.cls_attention`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,24 @@ from torch import Tensor
 
 from . import _library, reference
 
-__all__ = ["describe", "match", "merge", "merge_backward", "plan", "unmerge"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "cls_attention",
+    "describe",
+    "match",
+    "merge",
+    "merge_backward",
+    "plan",
+    "unmerge",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Devices that run the plain PyTorch form. CUDA joins them when its library is not loaded.
 FALLBACK_KEYS = ("MPS", "XPU", "PrivateUse1")
+# Device types that have kernels of their own, once they are registered.
+kernel_devices: tuple[str, ...] = ()
 
 
 def describe(x: object) -> str:
@@ -53,6 +67,14 @@ merge: Callable[..., tuple[Tensor, Tensor]] = _operator("merge")
 merge_backward: Callable[..., Tensor] = _operator("merge_backward")
 # (x, assign) -> tokens (B, N, C)
 unmerge: Callable[..., Tensor] = _operator("unmerge")
+# (q, k, v, size=None, scale=None) -> out (B, H, M, D): the first output of the next one
+attention: Callable[..., Tensor] = _operator("attention")
+# (q, k, v, size=None, scale=None) -> out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)
+attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator("attention_forward")
+# (grad, q, k, v, size, out, lse, scale=None) -> gradients of q, k and v
+attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("attention_backward")
+# (q, k, size=None, scale=None) -> (B, N) float32 (float64 for float64)
+cls_attention: Callable[..., Tensor] = _operator("cls_attention")
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -97,6 +119,40 @@ def _fake_merge_backward(
 
 def _fake_unmerge(x: Tensor, assign: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
+
+
+def _new_heads_inside(like: Tensor) -> Tensor:
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+def _fake_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    torch._check(q.dim() == 4, lambda: f"q: expected (B, H, M, D), got {describe(q)}")
+    lse = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
+    return _new_heads_inside(q), lse
+
+
+def _fake_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_heads_inside(q), _new_heads_inside(k), _new_heads_inside(v)
+
+
+def _fake_cls_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    torch._check(k.dim() == 4, lambda: f"k: expected (B, H, N, D), got {describe(k)}")
+    dtype = reference.accumulate_dtype(k.dtype)
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=dtype)
 
 
 # merge ("mean", "sum") and merge_backward are adjoint to each other for fixed sizes, so each is
@@ -150,27 +206,95 @@ def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None
 
 
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, size, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, size, out, lse = ctx.saved_tensors
+    return *attention_backward(grad, q, k, v, size, out, lse, ctx.scale), None, None
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    # As torch's own fused attention. Without this, second derivatives would be silently 0.
+    raise NotImplementedError(
+        "tome::attention has no second derivative: expected at most one backward through it, got "
+        "a backward through its gradient (create_graph=True); compute attention with "
+        "F.scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and the mask log(size) instead"
+    )
+
+
+def _cls_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, size)
+
+
+def _cls_attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # In torch's operators, which are differentiable in turn; memory is that of k, times a constant.
+    q, k, size = ctx.saved_tensors
+    scale = reference.default_scale(q) if ctx.scale is None else ctx.scale
+    weights = reference.cls_weights(q, k, size, scale)
+    wide = grad.unsqueeze(1) / q.shape[1]
+    grad_logits = weights * (wide - (weights * wide).sum(-1, keepdim=True)) * scale  # (B, H, N)
+    first = (grad_logits.unsqueeze(2) @ k.to(grad_logits.dtype)).to(q.dtype)  # (B, H, 1, D)
+    grad_q = torch.nn.functional.pad(first, (0, 0, 0, q.shape[2] - 1))
+    grad_k = grad_logits.unsqueeze(-1) * q[:, :, :1].to(grad_logits.dtype)
+    return grad_q, grad_k.to(k.dtype), None, None
+
+
+def _twin(name: str) -> Callable[..., Any]:
+    twin: Callable[..., Any] = getattr(reference, name)
+
+    def call(*args: Any) -> Any:
+        # Kernels compute in the precision they promise, under autocast too.
+        with torch._C._DisableAutocast():
+            return twin(*args)
+
+    return call
+
+
 def _register() -> None:
+    global kernel_devices
     fakes: dict[str, Callable[..., Any]] = {
         "match": _fake_match,
         "plan": _fake_plan,
         "merge": _fake_merge,
         "merge_backward": _fake_merge_backward,
         "unmerge": _fake_unmerge,
+        "attention_forward": _fake_attention_forward,
+        "attention_backward": _fake_attention_backward,
+        "cls_attention": _fake_cls_attention,
     }
     keys = list(FALLBACK_KEYS)
-    if torch._C._dispatch_has_kernel_for_dispatch_key("tome::match", "CUDA") is False:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("tome::match", "CUDA"):
+        kernel_devices = ("cpu", "cuda")
+    else:
+        kernel_devices = ("cpu",)
         keys.append("CUDA")
     for name, fake in fakes.items():
         torch.library.register_fake(f"tome::{name}", fake)
         for key in keys:
-            torch.library.impl(f"tome::{name}", key, getattr(reference, name))
+            torch.library.impl(f"tome::{name}", key, _twin(name))
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
     register_autograd(
         "tome::merge_backward", _merge_backward_backward, setup_context=_merge_backward_setup
     )
     register_autograd("tome::unmerge", _unmerge_backward, setup_context=_unmerge_setup)
+    register_autograd(
+        "tome::attention_forward", _attention_backward, setup_context=_attention_setup
+    )
+    register_autograd("tome::attention_backward", _no_second_derivative, setup_context=_no_setup)
+    register_autograd(
+        "tome::cls_attention", _cls_attention_backward, setup_context=_cls_attention_setup
+    )
 
 
 if _library.load_error is None:

@@ -2,7 +2,8 @@
 
 Each function takes and returns what ``torch.ops.tome.<name>`` does. The tests hold the kernels
 against these, and devices without kernels of their own (MPS, XPU, ...) run them. They are written
-to be read: nothing here is tuned, and ``match`` writes the whole score matrix.
+to be read: nothing here is tuned, ``match`` writes the whole score matrix and ``attention`` the
+whole attention matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from torch import Tensor
 
 __all__ = [
     "REDUCTIONS",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "cls_attention",
     "cut_r",
     "match",
     "match_sets",
@@ -213,3 +218,107 @@ def unmerge(x: Tensor, assign: Tensor) -> Tensor:
     index = assign.to(torch.int64)
     out = x.gather(1, index.clamp_min(0).unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return torch.where((index >= 0).unsqueeze(-1), out, 0.0)
+
+
+def default_scale(q: Tensor) -> float:
+    """``D ** -0.5``; 1 for heads without channels, whose logits are 0 at any scale."""
+    return max(q.shape[-1], 1) ** -0.5
+
+
+def _logits(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    """``scale * q k^T + log(size)`` (B, H, M, N) in the accumulate dtype; -inf hides a key."""
+    work = accumulate_dtype(q.dtype)
+    logits = (q.to(work) @ k.to(work).transpose(2, 3)) * scale
+    return logits if size is None else logits + size.to(work).log()[:, None, None, :]
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of weights, and the logarithms of their sums; both 0 where all keys are hidden.
+
+    Safe to differentiate in such rows too, which ``logsumexp`` is not.
+    """
+    if logits.shape[-1] == 0:
+        return logits, logits.new_zeros(logits.shape[:-1])
+    peak = logits.detach().amax(-1, keepdim=True)
+    peak = torch.where(peak == float("-inf"), 0.0, peak)
+    weights = (logits - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    total = torch.where(total == 0, 1.0, total)
+    return weights / total, (peak + total.log()).squeeze(-1)
+
+
+def _heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, N, D) laid out as (B, N, H, D), which the next projection reads without a copy."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2).copy_(x)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Proportional attention (B, H, M, D). See :func:`tome_ext.proportional_attention`."""
+    return attention_forward(q, k, v, size, scale)[0]
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + log(size)) v``, a row at a time.
+
+    Args:
+        q: (B, H, M, D).
+        k: (B, H, N, D).
+        v: (B, H, N, D).
+        size: (B, N) float32 >= 0, or None for ones; 0 hides a key.
+        scale: None means ``D ** -0.5``.
+
+    Returns:
+        out (B, H, M, D) in q's dtype, a view of a contiguous (B, M, H, D); lse (B, H, M) in the
+        accumulate dtype, the natural logarithm of each row's sum of exponentials. Both are 0 in
+        rows whose keys are all hidden.
+    """
+    scale = default_scale(q) if scale is None else scale
+    weights, lse = _softmax(_logits(q, k, size, scale))
+    return _heads_inside(weights @ v.to(weights.dtype), q.dtype), lse.contiguous()
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in q, k and v from the gradient (B, H, M, D) in ``attention_forward``'s out.
+
+    Each is laid out as ``attention_forward``'s out.
+    """
+    scale = default_scale(q) if scale is None else scale
+    logits = _logits(q, k, size, scale)
+    work = logits.dtype
+    weights = (logits - lse.unsqueeze(-1)).exp()
+    grad, wide_q, wide_k, wide_v = (x.to(work) for x in (grad, q, k, v))
+    # The derivative of softmax: sum(weights * grad_weights) of a row is its sum(grad * out).
+    row = (grad * out.to(work)).sum(-1, keepdim=True)
+    grad_logits = weights * (grad @ wide_v.transpose(2, 3) - row)
+    return (
+        _heads_inside((grad_logits @ wide_k) * scale, q.dtype),
+        _heads_inside((grad_logits.transpose(2, 3) @ wide_q) * scale, k.dtype),
+        _heads_inside(weights.transpose(2, 3) @ grad, v.dtype),
+    )
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention of the first query token (B, N). See :func:`tome_ext.cls_attention`."""
+    scale = default_scale(q) if scale is None else scale
+    return cls_weights(q, k, size, scale).mean(1)
+
+
+def cls_weights(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    """The rows (B, H, N) that ``cls_attention`` averages over heads."""
+    return _softmax(_logits(q[:, :, :1], k, size, scale))[0].squeeze(2)

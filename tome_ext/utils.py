@@ -10,8 +10,9 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from . import _library
+from . import _library, ops
 from ._version import __version__
+from .patch._model import PatchedModel
 from .schedule import parse_r
 
 __all__ = ["benchmark", "info", "parse_r"]
@@ -94,11 +95,26 @@ def _progress(runs: int, verbose: bool) -> Iterable[int]:
     return progress
 
 
-def info() -> dict[str, str]:
+def info(model: nn.Module | None = None) -> dict[str, str]:
     """What is installed, built and in use, by name; for bug reports and ``tome-ext info``.
 
     Works when the compiled library is missing or broken, and then says why.
+
+    Args:
+        model: a patched model, to be described too. "attention" says, block by block, what computes
+            attention: ``tome::attention``, the model's own code (where nothing has merged), or
+            ``scaled_dot_product_attention`` and in parentheses why. That is what the last forward
+            did (but for one under ``torch.compile``); before the first, what its weights' device
+            and dtype, its mode and its settings lead to.
+
+    Returns:
+        A dict of lines of text.
+
+    Raises:
+        ValueError: the model is not patched.
     """
+    if model is not None and not isinstance(model, PatchedModel):
+        raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
     built = _library.build_info()
     devices = [f"cpu ({platform.machine()})"]
     if torch.cuda.is_available():
@@ -119,8 +135,10 @@ def info() -> dict[str, str]:
         "built against torch": str(built.get("torch", "unknown")),
         "compiler": str(built.get("compiler", "unknown")),
         "instruction set": str(built.get("isa", "unknown")),
+        "attention kernels": ", ".join(ops.kernel_devices) or "none",
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
+        **({} if model is None else model._tome_report()),
     }
 
 

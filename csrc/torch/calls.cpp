@@ -1,5 +1,7 @@
 #include "calls.h"
 
+#include <cmath>
+
 #include "checks.h"
 
 namespace tome::torch_layer {
@@ -26,6 +28,23 @@ std::optional<Tensor> optional_contiguous(const std::optional<Tensor>& x) {
 
 const float* optional_data(const std::optional<Tensor>& x) {
     return x.has_value() ? data<float>(*x) : nullptr;
+}
+
+HeadStrides head_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// As F.scaled_dot_product_attention does it.
+double scale_of(std::optional<double> scale, int64_t dim) {
+    return scale.has_value() ? *scale
+                             : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim)));
+}
+
+// (batch, heads, tokens, dim) that lies in memory as (batch, tokens, heads, dim), x itself if it
+// does already.
+Tensor as_heads(const Tensor& x) {
+    const Tensor tokens_first = torch::stable::transpose(x, 1, 2);
+    return tokens_first.is_contiguous()
+               ? x
+               : torch::stable::transpose(torch::stable::contiguous(tokens_first), 1, 2);
 }
 
 }  // namespace
@@ -138,6 +157,98 @@ UnmergeCall::UnmergeCall(const Tensor& given, const Tensor& given_assign) {
     params.stride_row = x.stride(1);
     params.assign = data<int32_t>(assign);
     out = empty_like_with(x, {params.batch, params.tokens, params.channels}, x.scalar_type());
+    params.out = out.mutable_data_ptr();
+}
+
+AttentionCall::AttentionCall(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+                             const std::optional<Tensor>& given_size, std::optional<double> scale) {
+    check_attention(given_q, given_k, given_v, given_size);
+    q = with_contiguous_last_dim(given_q);
+    k = with_contiguous_last_dim(given_k);
+    v = with_contiguous_last_dim(given_v);
+    size = optional_contiguous(given_size);
+    params.q = q.const_data_ptr();
+    params.k = k.const_data_ptr();
+    params.v = v.const_data_ptr();
+    params.dtype = float_dtype(q, "q");
+    params.batch = q.size(0);
+    params.heads = q.size(1);
+    params.queries = q.size(2);
+    params.keys = k.size(2);
+    params.dim = q.size(3);
+    params.q_strides = head_strides(q);
+    params.k_strides = head_strides(k);
+    params.v_strides = head_strides(v);
+    params.size = optional_data(size);
+    params.scale = scale_of(scale, params.dim);
+    out = empty_heads_like(q, params.batch, params.heads, params.queries, params.dim);
+    lse = empty_like_with(q, {params.batch, params.heads, params.queries}, accumulate_dtype(q));
+    params.out = out.mutable_data_ptr();
+    params.lse = lse.mutable_data_ptr();
+}
+
+AttentionBackwardCall::AttentionBackwardCall(const Tensor& given_grad, const Tensor& given_q,
+                                             const Tensor& given_k, const Tensor& given_v,
+                                             const std::optional<Tensor>& given_size,
+                                             const Tensor& given_out, const Tensor& given_lse,
+                                             std::optional<double> scale) {
+    check_attention(given_q, given_k, given_v, given_size);
+    check_same_as(given_grad, "grad", given_q, "q");
+    check_same_as(given_out, "out", given_q, "q");
+    check_lse(given_lse, given_q);
+    grad = with_contiguous_last_dim(given_grad);
+    q = with_contiguous_last_dim(given_q);
+    k = with_contiguous_last_dim(given_k);
+    v = with_contiguous_last_dim(given_v);
+    size = optional_contiguous(given_size);
+    out = as_heads(given_out);
+    lse = as_contiguous(given_lse);
+    params.grad = grad.const_data_ptr();
+    params.q = q.const_data_ptr();
+    params.k = k.const_data_ptr();
+    params.v = v.const_data_ptr();
+    params.dtype = float_dtype(q, "q");
+    params.batch = q.size(0);
+    params.heads = q.size(1);
+    params.queries = q.size(2);
+    params.keys = k.size(2);
+    params.dim = q.size(3);
+    params.grad_strides = head_strides(grad);
+    params.q_strides = head_strides(q);
+    params.k_strides = head_strides(k);
+    params.v_strides = head_strides(v);
+    params.size = optional_data(size);
+    params.scale = scale_of(scale, params.dim);
+    params.out = out.const_data_ptr();
+    params.lse = lse.const_data_ptr();
+    grad_q = empty_heads_like(q, params.batch, params.heads, params.queries, params.dim);
+    grad_k = empty_heads_like(q, params.batch, params.heads, params.keys, params.dim);
+    grad_v = empty_heads_like(q, params.batch, params.heads, params.keys, params.dim);
+    params.grad_q = grad_q.mutable_data_ptr();
+    params.grad_k = grad_k.mutable_data_ptr();
+    params.grad_v = grad_v.mutable_data_ptr();
+}
+
+ClsAttentionCall::ClsAttentionCall(const Tensor& given_q, const Tensor& given_k,
+                                   const std::optional<Tensor>& given_size,
+                                   std::optional<double> scale) {
+    check_cls_attention(given_q, given_k, given_size);
+    q = with_contiguous_last_dim(given_q);
+    k = with_contiguous_last_dim(given_k);
+    size = optional_contiguous(given_size);
+    params.q = q.const_data_ptr();
+    params.k = k.const_data_ptr();
+    params.dtype = float_dtype(q, "q");
+    params.batch = q.size(0);
+    params.heads = q.size(1);
+    params.keys = k.size(2);
+    params.dim = q.size(3);
+    params.q_stride_batch = q.stride(0);
+    params.q_stride_head = q.stride(1);
+    params.k_strides = head_strides(k);
+    params.size = optional_data(size);
+    params.scale = scale_of(scale, params.dim);
+    out = empty_like_with(q, {params.batch, params.keys}, accumulate_dtype(q));
     params.out = out.mutable_data_ptr();
 }
 

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "stable.h"
+#include "tome_core/attention.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
 
@@ -53,6 +54,36 @@ struct UnmergeCall {
     Tensor x, assign, out;
 
     UnmergeCall(const Tensor& x, const Tensor& assign);
+};
+
+struct AttentionCall {
+    AttentionParams params{};
+    Tensor q, k, v, out, lse;
+    std::optional<Tensor> size;
+
+    AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
+                  const std::optional<Tensor>& size, std::optional<double> scale);
+    std::tuple<Tensor, Tensor> outputs() const { return {out, lse}; }
+};
+
+struct AttentionBackwardCall {
+    AttentionBackwardParams params{};
+    Tensor grad, q, k, v, out, lse, grad_q, grad_k, grad_v;
+    std::optional<Tensor> size;
+
+    AttentionBackwardCall(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const std::optional<Tensor>& size, const Tensor& out, const Tensor& lse,
+                          std::optional<double> scale);
+    std::tuple<Tensor, Tensor, Tensor> outputs() const { return {grad_q, grad_k, grad_v}; }
+};
+
+struct ClsAttentionCall {
+    ClsAttentionParams params{};
+    Tensor q, k, out;
+    std::optional<Tensor> size;
+
+    ClsAttentionCall(const Tensor& q, const Tensor& k, const std::optional<Tensor>& size,
+                     std::optional<double> scale);
 };
 
 }  // namespace tome::torch_layer

@@ -49,6 +49,32 @@ void check_table(const Tensor& x, const char* name, int64_t batch, int64_t colum
                     ") ", dtype_name(dtype), ", got ", describe(x));
 }
 
+bool same_shape(const Tensor& x, const Tensor& y) {
+    if (x.dim() != y.dim()) return false;
+    for (int64_t d = 0; d < x.dim(); ++d) {
+        if (x.size(d) != y.size(d)) return false;
+    }
+    return true;
+}
+
+// (batch, heads, tokens, dim) twice, alike but for the number of tokens.
+void check_heads(const Tensor& q, const char* q_name, const Tensor& k, const char* k_name) {
+    STD_TORCH_CHECK(q.dim() == 4, q_name, ": expected (B, H, M, D), got ", describe(q));
+    float_dtype(q, q_name);
+    const bool fits = k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
+                      k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type();
+    STD_TORCH_CHECK(fits, k_name, ": expected (B, H, N, D) = (", q.size(0), ", ", q.size(1),
+                    ", N, ", q.size(3), ") ", dtype_name(q.scalar_type()), " as ", q_name,
+                    " is, got ", describe(k));
+    check_same_device(q, q_name, k, k_name);
+}
+
+void check_key_sizes(const Tensor& k, const std::optional<Tensor>& size) {
+    if (!size.has_value()) return;
+    check_table(*size, "size", k.size(0), k.size(2), "N", ScalarType::Float);
+    check_same_device(k, "k", *size, "size");
+}
+
 }  // namespace
 
 std::string describe(const Tensor& x) { return shape_of(x) + " " + dtype_name(x.scalar_type()); }
@@ -68,6 +94,10 @@ DType float_dtype(const Tensor& x, const char* name) {
     }
     STD_TORCH_CHECK(false, name, ": expected float32, float16, bfloat16 or float64, got ",
                     describe(x));
+}
+
+ScalarType accumulate_dtype(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 Reduce parse_reduce(const std::string& reduce) {
@@ -123,6 +153,38 @@ void check_unmerge(const Tensor& x, const Tensor& assign) {
     float_dtype(x, "x");
     check_table(assign, "assign", x.size(0), -1, "N", ScalarType::Int);
     check_same_device(x, "x", assign, "assign");
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                     const std::optional<Tensor>& size) {
+    check_heads(q, "q", k, "k");
+    STD_TORCH_CHECK(same_shape(k, v) && v.scalar_type() == k.scalar_type(),
+                    "v: expected the shape and dtype of k, ", describe(k), ", got ", describe(v));
+    check_same_device(q, "q", v, "v");
+    check_key_sizes(k, size);
+}
+
+void check_same_as(const Tensor& x, const char* name, const Tensor& of, const char* of_name) {
+    STD_TORCH_CHECK(same_shape(x, of) && x.scalar_type() == of.scalar_type(), name,
+                    ": expected the shape and dtype of ", of_name, ", ", describe(of), ", got ",
+                    describe(x));
+    check_same_device(of, of_name, x, name);
+}
+
+void check_lse(const Tensor& lse, const Tensor& q) {
+    const ScalarType dtype = accumulate_dtype(q);
+    STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) &&
+                        lse.size(2) == q.size(2) && lse.scalar_type() == dtype,
+                    "lse: expected (B, H, M) = (", q.size(0), ", ", q.size(1), ", ", q.size(2),
+                    ") ", dtype_name(dtype), ", got ", describe(lse));
+    check_same_device(q, "q", lse, "lse");
+}
+
+void check_cls_attention(const Tensor& q, const Tensor& k, const std::optional<Tensor>& size) {
+    check_heads(q, "q", k, "k");
+    STD_TORCH_CHECK(q.size(1) > 0 && q.size(2) > 0,
+                    "q: expected at least one head and one token, got ", describe(q));
+    check_key_sizes(k, size);
 }
 
 }  // namespace tome::torch_layer

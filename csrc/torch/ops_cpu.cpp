@@ -80,6 +80,28 @@ Tensor unmerge(Tensor x, Tensor assign) {
     return call.out;
 }
 
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v,
+                                             std::optional<Tensor> size,
+                                             std::optional<double> scale) {
+    const AttentionCall call(q, k, v, size, scale);
+    tome::attention(call.params, torch_threads());
+    return call.outputs();
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v,
+                                                      std::optional<Tensor> size, Tensor out,
+                                                      Tensor lse, std::optional<double> scale) {
+    const AttentionBackwardCall call(grad, q, k, v, size, out, lse, scale);
+    tome::attention_backward(call.params, torch_threads());
+    return call.outputs();
+}
+
+Tensor cls_attention(Tensor q, Tensor k, std::optional<Tensor> size, std::optional<double> scale) {
+    const ClsAttentionCall call(q, k, size, scale);
+    tome::cls_attention(call.params, torch_threads());
+    return call.out;
+}
+
 }  // namespace
 }  // namespace tome::torch_layer
 
@@ -89,4 +111,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome, CPU, m) {
     m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
     m.impl("merge_backward", TORCH_BOX(&tome::torch_layer::merge_backward));
     m.impl("unmerge", TORCH_BOX(&tome::torch_layer::unmerge));
+    m.impl("attention_forward", TORCH_BOX(&tome::torch_layer::attention_forward));
+    m.impl("attention_backward", TORCH_BOX(&tome::torch_layer::attention_backward));
+    m.impl("cls_attention", TORCH_BOX(&tome::torch_layer::cls_attention));
 }

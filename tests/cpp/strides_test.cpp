@@ -117,5 +117,67 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
     }
 }
 
+TEST_P(StridesTest, AttentionReadsFarTokensHeadsAndImages) {
+    const int64_t batch = 2, heads = 2, tokens = 5, dim = 20;
+    const DType dtype = GetParam();
+    const DType sums = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+    const Array x = random_array(dtype, batch * heads * tokens * dim, 3);
+    struct Results {
+        Array out, lse, grad_q, grad_k, grad_v, cls;
+        bool operator==(const Results&) const = default;
+    };
+    const auto run = [&](const void* data, const tome::HeadStrides& far) {
+        Results r{Array(dtype, x.count()), Array(sums, batch * heads * tokens),
+                  Array(dtype, x.count()), Array(dtype, x.count()),
+                  Array(dtype, x.count()), Array(sums, batch * tokens)};
+        tome::attention({data, data, data, dtype, batch, heads, tokens, tokens, dim, far, far, far,
+                         nullptr, 0.3, r.out.data(), r.lse.data()},
+                        pool());
+        tome::attention_backward({data,
+                                  data,
+                                  data,
+                                  data,
+                                  dtype,
+                                  batch,
+                                  heads,
+                                  tokens,
+                                  tokens,
+                                  dim,
+                                  far,
+                                  far,
+                                  far,
+                                  far,
+                                  nullptr,
+                                  0.3,
+                                  r.out.data(),
+                                  r.lse.data(),
+                                  r.grad_q.data(),
+                                  r.grad_k.data(),
+                                  r.grad_v.data()},
+                                 pool());
+        tome::cls_attention({data, data, dtype, batch, heads, tokens, dim, far.batch, far.head, far,
+                             nullptr, 0.3, r.cls.data()},
+                            pool());
+        return r;
+    };
+    const Results want = run(x.data(), {heads * tokens * dim, tokens * dim, dim});
+    for (int64_t far : kFar) {
+        const tome::HeadStrides strides[] = {
+            {far * 4, 1000, 40}, {heads * tokens * dim, far * 4, dim}, {10000, 1000, far}};
+        for (const tome::HeadStrides& by : strides) {
+            const Sparse memory(kMostBytes);
+            for (int64_t i = 0; i < batch * heads * tokens; ++i) {
+                const int64_t n = i % tokens, h = i / tokens % heads, b = i / tokens / heads;
+                const int64_t at = b * by.batch + h * by.head + n * by.token;
+                for (int64_t d = 0; d < dim; ++d) {
+                    store(dtype, memory.data(), at + d, x[i * dim + d]);
+                }
+            }
+            EXPECT_EQ(run(memory.data(), by), want)
+                << by.batch << " " << by.head << " " << by.token;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace tome_test

@@ -8,6 +8,9 @@
 #define TOME_VECTOR_BYTES 64
 #define TOME_TILE_ROWS 12
 
+#include "attention.inl"
+#include "attention_backward.inl"
+#include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
 
@@ -88,6 +91,73 @@ TEST(WideKernels, MergeTheSameRowsAsThePortableOnes) {
             tome::kPortableKernels.merge_rows(p, 0, kRows);
             EXPECT_EQ(wide_size, portable_size);
             for (size_t i = 0; i < wide.size(); ++i) EXPECT_NEAR(wide[i], portable[i], 1e-5f);
+        }
+    }
+}
+
+TEST(WideKernels, AttendAsThePortableOnes) {
+    for (int64_t tokens : {1, 30, 131}) {
+        for (int64_t dim : {1, 16, 40, 64}) {
+            const int64_t count = tokens * dim;
+            const auto q = random_values(count, 1), k = random_values(count, 2);
+            const auto v = random_values(count, 3), grad = random_values(count, 4);
+            std::vector<float> size(static_cast<size_t>(tokens), 3.0f);
+            size[0] = 0.5f;
+            const tome::HeadStrides strides{0, 0, dim};
+            const auto zeros = [&](int64_t n) {
+                return std::vector<float>(static_cast<size_t>(n));
+            };
+            struct Results {
+                std::vector<float> out, lse, grad_q, grad_k, grad_v, cls;
+            };
+            const auto run = [&](const auto& attention, const auto& backward, const auto& cls) {
+                Results r{zeros(count), zeros(tokens), zeros(count),
+                          zeros(count), zeros(count),  zeros(tokens)};
+                const auto dtype = tome::DType::kFloat32;
+                attention(tome::AttentionParams{q.data(), k.data(), v.data(), dtype, 1, 1, tokens,
+                                                tokens, dim, strides, strides, strides, size.data(),
+                                                0.5, r.out.data(), r.lse.data()},
+                          1, 0, 1);
+                backward(tome::AttentionBackwardParams{grad.data(),
+                                                       q.data(),
+                                                       k.data(),
+                                                       v.data(),
+                                                       dtype,
+                                                       1,
+                                                       1,
+                                                       tokens,
+                                                       tokens,
+                                                       dim,
+                                                       strides,
+                                                       strides,
+                                                       strides,
+                                                       strides,
+                                                       size.data(),
+                                                       0.5,
+                                                       r.out.data(),
+                                                       r.lse.data(),
+                                                       r.grad_q.data(),
+                                                       r.grad_k.data(),
+                                                       r.grad_v.data()},
+                         0, 1);
+                cls(tome::ClsAttentionParams{q.data(), k.data(), dtype, 1, 1, tokens, dim, 0, 0,
+                                             strides, size.data(), 0.5, r.cls.data()},
+                    0, 0, r.cls.data());
+                return r;
+            };
+            const Results wide =
+                run(tome::wide::attention_parts, tome::wide::attention_backward_heads,
+                    tome::wide::cls_attention_head);
+            const auto& kernels = tome::kPortableKernels;
+            const Results portable = run(kernels.attention_parts, kernels.attention_backward_heads,
+                                         kernels.cls_attention_head);
+            for (auto part : {&Results::out, &Results::lse, &Results::grad_q, &Results::grad_k,
+                              &Results::grad_v, &Results::cls}) {
+                for (size_t i = 0; i < (wide.*part).size(); ++i) {
+                    EXPECT_NEAR((wide.*part)[i], (portable.*part)[i], 3e-5f)
+                        << tokens << " " << dim;
+                }
+            }
         }
     }
 }

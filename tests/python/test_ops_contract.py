@@ -34,6 +34,24 @@ def samples():
             yield OPS.merge_backward.default, (rows, size, plan.members, plan.offsets, "mean")
             yield OPS.merge_backward.default, (rows, None, plan.members, plan.offsets, "sum")
             yield OPS.unmerge.default, (rows, plan.assign)
+        yield from attention_samples(dtype)
+
+
+def attention_samples(dtype):
+    size = torch.rand(2, 11) + 0.5
+    for grad in (False, True):
+        qkv = torch.randn(2, 11, 3, 2, 8).to(dtype)
+        q, k, v = (x.detach().requires_grad_(grad) for x in qkv.permute(2, 0, 3, 1, 4))
+        for args in ((q, k, v, size), (q, k, v), (q, k, v, size, 0.3)):
+            yield OPS.attention_forward.default, args
+        # Composite: what opcheck looks at is checked on attention_forward, which it calls.
+        yield OPS.attention.default, (q, k, v, size)
+        yield OPS.cls_attention.default, (q, k, size)
+        yield OPS.cls_attention.default, (q[:, :, :1].detach(), k, None, 0.3)
+    out, lse = OPS.attention_forward(q.detach(), k.detach(), v.detach(), size)
+    for sizes in (size, None):
+        args = (torch.randn(2, 2, 11, 8).to(dtype), q.detach(), k.detach(), v.detach(), sizes)
+        yield OPS.attention_backward.default, (*args, out, lse)
 
 
 @pytest.mark.parametrize(("op", "args"), list(samples()), ids=lambda v: str(v)[:24])
@@ -64,12 +82,19 @@ def test_outputs_keep_dtype_and_device_under_fake_tensors():
         assert (merged.shape, merged.dtype) == ((2, 181, 768), torch.bfloat16)
         assert (size.shape, size.dtype) == ((2, 181), torch.float32)
         assert plan.unmerge(merged).shape == (2, 197, 768)
+        qkv = torch.empty(3, 2, 3, 181, 64, dtype=torch.bfloat16)
+        for out in (OPS.attention(*qkv, size), OPS.attention_forward(*qkv, size)[0]):
+            assert (out.shape, out.dtype) == ((2, 3, 181, 64), torch.bfloat16)
+            assert out.transpose(1, 2).is_contiguous()
+        scores = tome_ext.cls_attention(*qkv[:2], size)
+        assert (scores.shape, scores.dtype) == ((2, 181), torch.float32)
     meta = tome_ext.match(torch.empty(2, 9, 4, device="meta"), 2)
     assert meta.num_output_tokens == 7
 
 
 def test_devices_without_kernels_run_the_twin():
-    for name in ("match", "plan", "merge", "merge_backward", "unmerge"):
+    attention = ("attention_forward", "attention_backward", "cls_attention")
+    for name in ("match", "plan", "merge", "merge_backward", "unmerge", *attention):
         for key in ops.FALLBACK_KEYS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", key)
 
@@ -148,14 +173,16 @@ def test_non_integer_r_is_refused():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """The match and merge tests once more with a lower instruction set (the best is the default).
+    """The operators' tests once more with a lower instruction set (the best is the default).
 
     A set that the machine lacks falls back to its best one, which is then tested twice.
     """
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(here / "test_match.py"), str(here / "test_merge.py")],
+        + [str(here / f"test_{name}.py") for name in ("match", "merge")]
+        + [str(here / f"test_{name}.py") for name in ("attention", "cls_attention")]
+        + ["-k", "not compiles"],
         env={**os.environ, "TOME_ISA": isa},
         cwd=here,
         capture_output=True,

@@ -106,6 +106,9 @@ def test_info_says_what_is_there() -> None:
     assert rows["instruction set"] == _library.build_info()["isa"]
     assert rows["devices"].startswith("cpu (")
     assert rows["threads"] == str(torch.get_num_threads())
+    assert rows["attention kernels"].startswith("cpu")
+    with pytest.raises(ValueError, match="expected a patched model, got Linear"):
+        info(nn.Linear(1, 1))
 
 
 def test_info_works_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 Nothing here knows a model library. A host's adapter calls, in each block::
 
     step = engine.enter(layer, x)       # what is known about these tokens
-    ... attention, which reads step.size and step.mask(...) and sets step.metric to its keys ...
+    ... attention: its own if not step.active, else step.attend(q, k, v, ...) ...
     x = step.merge(x)                   # between attention and MLP
     ... MLP ...
     return step.leave(x)
@@ -23,14 +23,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import reduce_mask
+from ..attention import OPERATOR, attend, key_mask, reduce_mask, unsupported
 from ..ops import describe
 from ..plan import MergePlan, match
 from ..schedule import Schedule, parse_r
 
-__all__ = ["Engine", "Step", "Tokens"]
+__all__ = ["AttentionKind", "Engine", "Step", "Tokens"]
 
 RECORD = "_tome"  # attribute of a storage: (engine, tokens)
+OWN_ATTENTION = "the model's own, as nothing has merged"
+STOCK_ATTENTION = "scaled_dot_product_attention"
+
+
+class AttentionKind(NamedTuple):
+    """What is known about a layer's attention before it runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    dropout_p: float
 
 
 class Tokens(NamedTuple):
@@ -112,6 +123,8 @@ class Engine:
     def _find_first_merge(self) -> None:
         merging = (layer for layer, r in enumerate(self.schedule) if r > 0)
         self.first_merge = next(merging, self.num_layers)
+        # Per layer, by what its last call computed attention; None if not called since.
+        self.attention: list[str | None] = [None] * self.num_layers
 
     def __getstate__(self) -> dict[str, Any]:
         # State of running forwards belongs to this object's threads, not to copies.
@@ -197,6 +210,16 @@ class Engine:
             return None
         return tokens if engine is self else None
 
+    def attention_of(self, layer: int, kind: AttentionKind) -> str:
+        """What computes a layer's attention: what did in its last call, else what will."""
+        used = self.attention[layer]
+        if used is not None:
+            return used
+        if layer < self.first_merge:
+            return OWN_ATTENTION
+        sizes = self.prop_attn and layer > self.first_merge
+        return attention_name(unsupported(*kind, sized=sizes))
+
     def info(self) -> dict[str, Any]:
         """What the published patch keeps in ``model._tome_info``; sizes as (B, M, 1)."""
         tokens = self.current
@@ -223,7 +246,7 @@ class Step:
         active: whether attention must be proportional or hand over its keys; if not, the
             module's own attention is right as it is.
         size: (B, M) float32 for proportional attention; None if it is off or all are 1.
-        metric: set by attention to its keys (B, H, M, D).
+        metric: the keys (B, H, M, D) of attention.
     """
 
     def __init__(self, engine: Engine, tokens: Tokens) -> None:
@@ -235,14 +258,46 @@ class Step:
         self.active = self.r > 0 or tokens.size is not None
         self.size = tokens.size if engine.prop_attn else None
 
-    def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-        """The caller's mask over original tokens, carried to the present ones.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of an active block, which weights keys by size; its keys become the metric.
 
-        ``q`` (B, H, M, D) are the queries.
-        Where tokens have merged, the returned mask contains the sizes, and ``size`` becomes None.
+        Args:
+            q: (B, H, M, D) queries; k and v alike.
+            k: keys.
+            v: values.
+            attn_mask: the caller's mask over the original tokens, broadcastable to (B, H, N, N).
+            is_causal: the mask is the lower triangle over the original tokens.
+            dropout_p: probability of dropping an attention weight.
+            scale: factor of the logits; None means ``D ** -0.5``.
+
+        Returns:
+            (B, H, M, D).
 
         Raises:
             ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
+        """
+        self.metric = k.detach()
+        mask = self.mask(q, attn_mask, is_causal)
+        out, reason = attend(q, k, v, self.size, mask, scale, dropout_p)
+        if not torch.compiler.is_compiling():
+            self.engine.attention[self.tokens.layer] = attention_name(reason)
+        return out
+
+    def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+        """The caller's mask over original tokens, carried to the present ones.
+
+        ``q`` (B, H, M, D) are the queries. Where tokens have merged, ``size`` is changed: to None
+        where the returned mask contains the sizes, or to the visible sizes where the mask only
+        hides keys, and none is returned.
         """
         if is_causal and attn_mask is not None:
             raise ValueError("expected attn_mask or is_causal, got both")
@@ -254,8 +309,14 @@ class Step:
             attn_mask = q.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
         if plan is None or attn_mask is None:
             return attn_mask
-        self.size = None
-        return reduce_mask(attn_mask, plan, self.engine.prop_attn, q.dtype)
+        proportional = self.engine.prop_attn
+        shown = key_mask(attn_mask, *plan.assign.shape)
+        if shown is None:
+            self.size = None
+            return reduce_mask(attn_mask, plan, proportional, q.dtype)
+        weight = shown.to(torch.float32).unsqueeze(-1)
+        self.size = plan.merge(weight, reduce="sum" if proportional else "mean")[0].squeeze(-1)
+        return None
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge the tokens (B, M, C), weighted by their sizes, where the keys are most similar."""
@@ -281,6 +342,11 @@ class Step:
         """End the block, which returns ``x``."""
         self.engine.leave(self.tokens, x)
         return x
+
+
+def attention_name(reason: str | None) -> str:
+    """What computes attention, given why it is not the operator."""
+    return OPERATOR if reason is None else f"{STOCK_ATTENTION} ({reason})"
 
 
 def _slot() -> str:

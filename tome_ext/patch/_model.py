@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..schedule import Schedule
-from ._engine import Engine, Tokens
+from ._engine import AttentionKind, Engine, Tokens
 from ._swap import Swapped, restore
 
 __all__ = ["PatchedModel", "remove"]
@@ -39,6 +39,27 @@ class PatchedModel(Swapped):
         """
         return self._tome.current
 
+    def _tome_attention(self, layer: int) -> AttentionKind:
+        """What the host knows about a layer's attention before it runs."""
+        raise NotImplementedError
+
+    def _tome_report(self) -> dict[str, str]:
+        """The model's lines of :func:`tome_ext.info`."""
+        engine = self._tome
+        spans: list[tuple[int, int, str]] = []
+        for layer in range(engine.num_layers):
+            what = engine.attention_of(layer, self._tome_attention(layer))
+            first = spans.pop()[0] if spans and spans[-1][2] == what else layer
+            spans.append((first, layer, what))
+        return {
+            "model": f"{self._tome_base.__name__}, {engine.num_layers} blocks",
+            "r": str(engine.r),
+            "proportional attention": "on" if engine.prop_attn else "off",
+            "attention": "; ".join(
+                f"{_blocks(first, last)}: {what}" for first, last, what in spans
+            ),
+        }
+
     @property
     def _tome_info(self) -> dict[str, Any]:
         return self._tome.info()
@@ -50,6 +71,10 @@ class PatchedModel(Swapped):
         # Nothing to do if the body has removed the patch itself.
         if isinstance(self, nn.Module) and isinstance(self, PatchedModel):
             remove(self)
+
+
+def _blocks(first: int, last: int) -> str:
+    return f"block {first}" if first == last else f"blocks {first}-{last}"
 
 
 def remove(model: nn.Module) -> None:

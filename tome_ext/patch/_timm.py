@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention_bias, log_size_bias, proportional_attention
+from ..attention import log_size_bias
 from ..reference import accumulate_dtype
 from ..schedule import Schedule
-from ._engine import Engine, Step
+from ._engine import AttentionKind, Engine, Step
 from ._model import PatchedModel
 from ._swap import Swapped, swap
 
@@ -47,6 +47,12 @@ def timm(
     their plan. ``forward_intermediates`` and ``get_intermediate_layers`` return maps of the
     usual shape, in which merged tokens share their value. Average pooling and attention pooling
     weight tokens by size, as if over the original tokens.
+
+    In blocks that merge, and in those behind them, no attention matrix is built, whatever
+    ``fused_attn`` says: ``torch.ops.tome.attention`` computes attention, or
+    ``F.scaled_dot_product_attention`` where that cannot (attention dropout while training, masks
+    that do more than hide keys); ``tome_ext.info(model)`` says which and why. Hooks on
+    ``attn_drop``, which would see the matrix, do not run there.
 
     Args:
         model: a :class:`timm.models.VisionTransformer` or ``VisionTransformerDistilled`` whose
@@ -161,19 +167,11 @@ class TimmAttention(Swapped):
         qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        tome.metric = k.detach()
-        mask = tome.mask(q, attn_mask, is_causal)
-        if self.fused_attn:
-            dropout_p = self.attn_drop.p if self.training else 0.0
-            x = proportional_attention(q, k, v, tome.size, mask, dropout_p=dropout_p)
-        else:
-            scores = (q * self.scale) @ k.transpose(-2, -1)
-            bias = attention_bias(tome.size, mask, scores.dtype)
-            if bias is not None and bias.dtype == torch.bool:
-                scores = scores.masked_fill(~bias, float("-inf"))
-            elif bias is not None:
-                scores = scores + bias
-            x = self.attn_drop(scores.softmax(dim=-1)) @ v
+        # The attention matrix is never built: without fused attention the numbers are the same, but
+        # attn_drop is not called. With it, timm ignores self.scale.
+        scale = None if self.fused_attn else self.scale
+        dropout_p = getattr(self.attn_drop, "p", 0.0) if self.training else 0.0
+        x = tome.attend(q, k, v, attn_mask, is_causal, dropout_p, scale)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -269,6 +267,12 @@ class TimmModel(PatchedModel):
         if prefix and return_prefix_tokens:
             out = list(zip(maps, prefixes, strict=True))
         return out if intermediates_only else (final, out)
+
+    def _tome_attention(self: Any, layer: int) -> AttentionKind:
+        attn = self.blocks[layer].attn
+        weight = next(attn.parameters())
+        dropout_p = getattr(attn.attn_drop, "p", 0.0) if attn.training else 0.0
+        return AttentionKind(weight.device, weight.dtype, attn.head_dim, dropout_p)
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the layers that stay keep the number of tokens they remove."""

@@ -1,13 +1,14 @@
 // The kernels that exist once per instruction set, behind one table.
 //
-//   match.cpp, merge.cpp      entry points: check, split over threads       (compiled once)
-//   match.inl, merge.inl      the arithmetic, on vectors of simd.inl        (compiled per set)
+//   attention.cpp, ...        entry points: check, split over threads       (compiled once)
+//   attention.inl, ...        the arithmetic, on vectors of simd.inl        (compiled per set)
 //   kernels_<set>.cpp         names a set and includes the .inl files
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "tome_core/attention.h"
 #include "tome_core/isa.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
@@ -24,6 +25,18 @@ struct Kernels {
     // Output rows [begin, end) of the flattened (batch, rows).
     void (*merge_rows)(const MergeParams& params, int64_t begin, int64_t end);
     void (*merge_backward_rows)(const MergeBackwardParams& params, int64_t begin, int64_t end);
+
+    // Parts [begin, end) of the flattened (batch, heads, parts): the queries of each head are split
+    // into `parts`.
+    void (*attention_parts)(const AttentionParams& params, int64_t parts, int64_t begin,
+                            int64_t end);
+    // Heads [begin, end) of the flattened (batch, heads).
+    void (*attention_backward_heads)(const AttentionBackwardParams& params, int64_t begin,
+                                     int64_t end);
+    // The softmax row of one image and head.
+    //   weights (keys) out: double for float64, else float
+    void (*cls_attention_head)(const ClsAttentionParams& params, int64_t image, int64_t head,
+                               void* weights);
 };
 
 extern const Kernels kPortableKernels;

@@ -14,6 +14,9 @@
 #define TOME_TILE_ROWS 6
 #define TOME_X86_VECTORS 1
 
+#include "attention.inl"
+#include "attention_backward.inl"
+#include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
 
@@ -21,6 +24,12 @@
 #pragma clang attribute pop
 #endif
 
-const tome::Kernels tome::kAvx2Kernels = {tome::avx2::nearest, tome::avx2::merge_rows,
-                                          tome::avx2::merge_backward_rows};
+const tome::Kernels tome::kAvx2Kernels = {
+    tome::avx2::nearest,
+    tome::avx2::merge_rows,
+    tome::avx2::merge_backward_rows,
+    tome::avx2::attention_parts,
+    tome::avx2::attention_backward_heads,
+    tome::avx2::cls_attention_head,
+};
 #endif

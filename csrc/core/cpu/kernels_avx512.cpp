@@ -21,6 +21,9 @@
 #define TOME_TILE_ROWS 12
 #define TOME_X86_VECTORS 1
 
+#include "attention.inl"
+#include "attention_backward.inl"
+#include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
 
@@ -28,6 +31,12 @@
 #pragma clang attribute pop
 #endif
 
-const tome::Kernels tome::kAvx512Kernels = {tome::avx512::nearest, tome::avx512::merge_rows,
-                                            tome::avx512::merge_backward_rows};
+const tome::Kernels tome::kAvx512Kernels = {
+    tome::avx512::nearest,
+    tome::avx512::merge_rows,
+    tome::avx512::merge_backward_rows,
+    tome::avx512::attention_parts,
+    tome::avx512::attention_backward_heads,
+    tome::avx512::cls_attention_head,
+};
 #endif

@@ -5,8 +5,17 @@
 #define TOME_VECTOR_BYTES 16
 #define TOME_TILE_ROWS 4
 
+#include "attention.inl"
+#include "attention_backward.inl"
+#include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
 
-const tome::Kernels tome::kPortableKernels = {tome::portable::nearest, tome::portable::merge_rows,
-                                              tome::portable::merge_backward_rows};
+const tome::Kernels tome::kPortableKernels = {
+    tome::portable::nearest,
+    tome::portable::merge_rows,
+    tome::portable::merge_backward_rows,
+    tome::portable::attention_parts,
+    tome::portable::attention_backward_heads,
+    tome::portable::cls_attention_head,
+};

@@ -1,41 +1,17 @@
 // The nearest B token of every A token: a matrix product that keeps only its row maxima.
 //
-//                 set B, packed in panels:           One tile of kTileRows A tokens passes over
-//                 (dim, kPanel) each, L2             all panels of a chunk. Its sums live in
-//              +--------+--------+--------+          registers; when a panel is done, each lane
-//   set A      | panel  | panel  | panel  |          keeps the largest sum it has seen and the
-//   +------+   |        |        |        |          column it came from. The scores themselves
-//   | tile | x |        |        |        |          are never written.
-//   +------+   +--------+--------+--------+
-//   (kTileRows, dim), L1
-//
-// Every score is one chain of multiply-adds over dim, whatever tile or panel it falls in, so equal
+// Set B is packed into the panels of panels.inl, in L2; a tile of A tokens, in L1, passes over
+// them. When a panel is done, each lane keeps the largest sum it has seen and the column it came
+// from. The scores themselves are never written. As each is one chain of multiply-adds, equal
 // tokens score equally and an image's result does not depend on its neighbours or the threads.
 #ifndef TOME_MATCH_INL
 #define TOME_MATCH_INL
 
-#include "simd.inl"
+#include "panels.inl"
 
 namespace tome::TOME_ISA_NAMESPACE {
 
-constexpr int kTileRows = TOME_TILE_ROWS;
-constexpr int kPanelVectors = 2;
 constexpr int64_t kTokensAhead = 2;  // of the same set: enough to cover the latency of memory
-
-template <class T>
-constexpr int64_t kPanel = kPanelVectors * Vector<T>::kLanes;
-
-// The sum of a vector's lanes, by halves.
-template <class V>
-TOME_INLINE auto total(V v) {
-    constexpr int kLanes = sizeof(V) / sizeof(v[0]);
-    decltype(v[0] + v[0]) lanes[kLanes];
-    store(lanes, v);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
-}
 
 // Rows whose squares overflow, vanish, or are not numbers. Returns false, and zeros, for the last.
 template <class T>
@@ -114,39 +90,6 @@ bool load_unit_row(const In* x, int64_t heads, int64_t stride_head, int64_t dim,
     return true;
 }
 
-// rows (lanes, dim) -> out (dim, kPanel): one vector of B tokens becomes a column of vectors.
-template <class T>
-void transpose_into_panel(const T* rows, int64_t dim, T* out) {
-    using V = typename Vector<T>::Type;
-    using Int = typename Vector<T>::Int;
-    constexpr int kLanes = Vector<T>::kLanes;
-    int64_t d = 0;
-#if !defined(__clang__)
-    // log2(lanes) rounds of interleaving vector i with vector i + lanes/2 transpose the square.
-    Int low{}, high{};
-    for (int lane = 0; lane < kLanes; ++lane) {
-        low[lane] = lane / 2 + lane % 2 * kLanes;
-        high[lane] = low[lane] + kLanes / 2;
-    }
-    for (; d + kLanes <= dim; d += kLanes) {
-        V square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(rows + i * dim + d);
-        for (int round = 1; round < kLanes; round *= 2) {
-            V next[kLanes];
-            for (int i = 0; i < kLanes / 2; ++i) {
-                next[2 * i] = __builtin_shuffle(square[i], square[i + kLanes / 2], low);
-                next[2 * i + 1] = __builtin_shuffle(square[i], square[i + kLanes / 2], high);
-            }
-            for (int i = 0; i < kLanes; ++i) square[i] = next[i];
-        }
-        for (int i = 0; i < kLanes; ++i) store(out + (d + i) * kPanel<T>, square[i]);
-    }
-#endif
-    for (; d < dim; ++d) {
-        for (int i = 0; i < kLanes; ++i) out[d * kPanel<T> + i] = rows[i * dim + d];
-    }
-}
-
 // Columns [begin, end) of one image's set B.
 template <class T>
 struct PackedColumns {
@@ -180,7 +123,7 @@ void pack_panel(const MatchParams& p, int64_t image, const Sets& sets,
             packed.bias[panel * kPanel<T> + lane + i] =
                 usable ? T(0) : -std::numeric_limits<T>::infinity();
         }
-        transpose_into_panel(rows, p.dim, values + lane);
+        transpose_into_panel(rows, p.dim, p.dim, values + lane);
     }
 }
 
@@ -198,14 +141,7 @@ TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* b
     using Int = typename Vector<T>::Int;
     constexpr int kLanes = Vector<T>::kLanes;
     V sum[kRows][kVectors] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-        V b[kVectors];
-        for (int v = 0; v < kVectors; ++v) b[v] = load(panel + d * kPanel<T> + v * kLanes);
-        for (int i = 0; i < kRows; ++i) {
-            const V value = broadcast<V>(a[i * dim + d]);
-            for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
-        }
-    }
+    multiply_panel<T, kRows, kVectors>(a, dim, 1, panel, dim, sum);
     Int column = lane_numbers<Int>() + broadcast<Int>(first_column);
     for (int v = 0; v < kVectors; ++v) {
         const V add = load(bias + v * kLanes);

@@ -34,4 +34,25 @@ constexpr bool split_image(int64_t batch, int64_t threads, int64_t multiply_adds
     return batch < 4 * threads && batch % threads != 0;
 }
 
+// Keys and values of one head that are packed together stay in L2 while all queries pass over them,
+// beside the scores of a tile in L1: 512 keys of 64 channels in float32 are 256 KiB.
+constexpr int64_t kKeyBlockBytes = 256 * 1024;
+constexpr int64_t kMaxBlockKeys = 1024;
+
+// Keys per block, a multiple of `panel`, evenly shared out.
+constexpr int64_t keys_per_block(int64_t keys, int64_t dim, int64_t element_bytes, int64_t panel) {
+    const int64_t fit = kKeyBlockBytes / std::max<int64_t>(1, 2 * dim * element_bytes);
+    const int64_t most = std::clamp<int64_t>(fit, panel, kMaxBlockKeys);
+    const int64_t blocks = std::max<int64_t>(1, (keys + most - 1) / most);
+    const int64_t share = (keys + blocks - 1) / blocks;
+    return std::max(panel, (share + panel - 1) / panel * panel);
+}
+
+// Into how many parts the queries of one head are split, so that all threads have work to the end.
+// Each part packs the head's keys again, which costs as much as about 8 queries.
+constexpr int64_t query_parts(int64_t heads, int64_t threads, int64_t queries) {
+    if (heads <= 0 || threads <= 1 || heads % threads == 0 || heads >= 4 * threads) return 1;
+    return std::clamp<int64_t>(queries / 64, 1, (4 * threads + heads - 1) / heads);
+}
+
 }  // namespace tome::tuning

@@ -1,0 +1,218 @@
+// Attention with sizes, a block of keys at a time: no matrix of queries x keys is ever whole.
+//
+//                    keys of a block, packed       values of a block, packed
+//                    (key panels, dim, kPanel)     (channel panels, keys, kPanel)
+//                     +-----+-----+-----+           +-----+-----+
+//   kTileRows    +--+ |     |     |     |  exp2     |     |     |      +---------+
+//   queries      |  |x|     |     |     | ------>   |     |     |  ->  |   out   |
+//                +--+ +-----+-----+-----+           |     |     |      +---------+
+//                     = scores (kTileRows, keys) x  +-----+-----+
+//
+// Logits are in units of log2. Scale and bias log2(size) come behind the sum over channels, in one
+// multiply-add: in front they would add a rounding to every term. A row's maximum, sum and weighted
+// values are carried from block to block (online softmax; Milakov and Gimelshein, arXiv
+// 1805.02867), where there is more than one.
+#ifndef TOME_ATTENTION_INL
+#define TOME_ATTENTION_INL
+
+#include "panels.inl"
+
+namespace tome::TOME_ISA_NAMESPACE {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// bias (padded keys) of one image: log2 of the sizes, -inf behind the last key.
+template <class T>
+void fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
+    for (int64_t j = 0; j < keys; ++j) bias[j] = size == nullptr ? T(0) : std::log2(T(size[j]));
+    std::fill(bias + keys, bias + padded, -std::numeric_limits<T>::infinity());
+}
+
+// Keys [begin, begin + count) of one image and head.
+template <class T>
+struct KeyBlock {
+    const T* columns;  // (key panels, dim, kPanel)
+    const T* values;   // (channel panels, count, kPanel)
+    const T* bias;     // (padded count)
+    int64_t count;
+    bool first, last;
+};
+
+// What a row carries from block to block; not touched where there is only one.
+template <class T>
+struct RowState {
+    T* values;  // (queries, padded dim)
+    T* peak;    // (queries)
+    T* sum;     // (queries)
+};
+
+// scores (kRows, padded count) = factor * queries x columns + bias; each row's maximum in `top`.
+template <class T, int kRows>
+TOME_INLINE void score_tile_of(const T* queries, int64_t dim, T factor, const KeyBlock<T>& block,
+                               T* scores, T (&top)[kRows]) {
+    using V = typename Vector<T>::Type;
+    constexpr int kLanes = Vector<T>::kLanes;
+    const int64_t padded = round_up(block.count, kPanel<T>);
+    const V factors = broadcast<V>(factor);
+    V peak[kRows];
+    for (int i = 0; i < kRows; ++i) peak[i] = broadcast<V>(-std::numeric_limits<T>::infinity());
+    for (int64_t j = 0; j < padded; j += kPanel<T>) {
+        V sum[kRows][kPanelVectors] = {};
+        multiply_panel<T, kRows, kPanelVectors>(queries, dim, 1, block.columns + j * dim, dim, sum);
+        for (int v = 0; v < kPanelVectors; ++v) {
+            const V bias = load(block.bias + j + v * kLanes);
+            for (int i = 0; i < kRows; ++i) {
+                using M = typename Vector<T>::Int;
+                const V score = sum[i][v] * factors + bias;
+                store(scores + i * padded + j + v * kLanes, score);
+                peak[i] = select<V>(static_cast<M>(score > peak[i]), score, peak[i]);
+            }
+        }
+    }
+    for (int i = 0; i < kRows; ++i) {
+        T lanes[kLanes];
+        store(lanes, peak[i]);
+        top[i] = *std::max_element(lanes, lanes + kLanes);
+    }
+}
+
+// kRows queries against one block.
+//   queries (kRows, dim)
+//   scores  (kRows, padded count)  working memory
+//   row                            number of the first query
+template <class In, class T, int kRows>
+void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t row,
+                 const KeyBlock<T>& block, const T* queries, T* scores, const RowState<T>& state) {
+    using V = typename Vector<T>::Type;
+    constexpr int kLanes = Vector<T>::kLanes;
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const int64_t padded = round_up(block.count, kPanel<T>);
+    const int64_t padded_dim = round_up(p.dim, kPanel<T>);
+    T top[kRows];
+    score_tile_of<T, kRows>(queries, p.dim, T(p.scale * kLog2E), block, scores, top);
+
+    T scale[kRows];  // of what earlier blocks left; at last, of the result
+    T carry[kRows];
+    for (int i = 0; i < kRows; ++i) {
+        const T before = block.first ? kNone : state.peak[row + i];
+        const T peak = std::max(before, top[i]);
+        const T shift = peak == kNone ? T(0) : peak;  // all hidden so far: exp2(-inf) is 0
+        const V shifts = broadcast<V>(shift);
+        V sums{};
+        for (int64_t j = 0; j < padded; j += kLanes) {
+            const V weight = exp2_of_nonpositive(load(scores + i * padded + j) - shifts);
+            store(scores + i * padded + j, weight);
+            sums += weight;
+        }
+        carry[i] = block.first ? T(0) : std::exp2(before - shift);
+        const T sum = total(sums) + (block.first ? T(0) : carry[i] * state.sum[row + i]);
+        if (!block.last) {
+            state.peak[row + i] = peak;
+            state.sum[row + i] = sum;
+        }
+        scale[i] = sum == 0 ? T(0) : T(1) / sum;
+        if (block.last) {
+            T* lse = static_cast<T*>(p.lse) + (image * p.heads + head) * p.queries;
+            lse[row + i] = sum == 0 ? T(0) : (shift + std::log2(sum)) * T(kLn2);
+        }
+    }
+
+    In* out = static_cast<In*>(p.out) + ((image * p.queries + row) * p.heads + head) * p.dim;
+    for (int64_t d = 0; d < padded_dim; d += kPanel<T>) {
+        V sum[kRows][kPanelVectors] = {};
+        T* carried = state.values + row * padded_dim + d;
+        if (!block.first) {
+            for (int i = 0; i < kRows; ++i) {
+                for (int v = 0; v < kPanelVectors; ++v) {
+                    sum[i][v] =
+                        load(carried + i * padded_dim + v * kLanes) * broadcast<V>(carry[i]);
+                }
+            }
+        }
+        multiply_panel<T, kRows, kPanelVectors>(scores, padded, 1, block.values + d * block.count,
+                                                block.count, sum);
+        for (int i = 0; i < kRows; ++i) {
+            for (int v = 0; v < kPanelVectors; ++v) {
+                if (block.last) {
+                    store_channels(out + i * p.heads * p.dim, d + v * kLanes, p.dim,
+                                   sum[i][v] * broadcast<V>(scale[i]));
+                } else {
+                    store(carried + i * padded_dim + v * kLanes, sum[i][v]);
+                }
+            }
+        }
+    }
+}
+
+template <class In>
+void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
+    using T = typename Accumulate<In>::Type;
+    const int64_t per_block = tuning::keys_per_block(p.keys, p.dim, sizeof(T), kPanel<T>);
+    const int64_t per_part = round_up((p.queries + parts - 1) / parts, kTileRows);
+    const int64_t padded_dim = round_up(p.dim, kPanel<T>);
+    const int64_t padded_keys = round_up(p.keys, kPanel<T>);
+    const bool one_block = p.keys <= per_block;
+    const int64_t block_keys = one_block ? padded_keys : per_block;
+    const Scratch<T> columns(block_keys * p.dim), values(block_keys * padded_dim),
+        bias(padded_keys), scores(kTileRows * block_keys), queries(kTileRows * p.dim),
+        spare(Vector<T>::kLanes * p.dim);
+    const int64_t carried = one_block ? 0 : per_part;
+    const Scratch<T> state_values(carried * padded_dim), state_peak(carried), state_sum(carried);
+
+    int64_t packed = -1, biased = -1;  // which (image, head) and image the buffers hold
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t image_head = item / parts, first_row = item % parts * per_part;
+        const int64_t image = image_head / p.heads, head = image_head % p.heads;
+        const int64_t end_row = std::min(p.queries, first_row + per_part);
+        const auto at = [&](const void* x, const HeadStrides& s, int64_t token) {
+            return static_cast<const In*>(x) + image * s.batch + head * s.head + token * s.token;
+        };
+        if (biased != image) {
+            const float* size = p.size == nullptr ? nullptr : p.size + image * p.keys;
+            fill_bias(size, p.keys, padded_keys, bias.get());
+            biased = image;
+        }
+        const RowState<T> state{state_values.get() - first_row * (one_block ? 0 : padded_dim),
+                                state_peak.get() - (one_block ? 0 : first_row),
+                                state_sum.get() - (one_block ? 0 : first_row)};
+        // One block even where there are no keys, which writes the zeros.
+        for (int64_t key = 0; key == 0 || key < p.keys; key += per_block) {
+            const int64_t count = std::min(per_block, p.keys - key);
+            if (!one_block || packed != image_head) {
+                pack_columns(at(p.k, p.k_strides, key), p.k_strides.token, count, p.dim,
+                             spare.get(), columns.get());
+                pack_rows(at(p.v, p.v_strides, key), p.v_strides.token, count, p.dim, values.get());
+                packed = image_head;
+            }
+            const KeyBlock<T> block{columns.get(), values.get(), bias.get() + key,
+                                    count,         key == 0,     key + count >= p.keys};
+            for (int64_t row = first_row; row < end_row; row += kTileRows) {
+                const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
+                widen_rows(at(p.q, p.q_strides, row), p.q_strides.token, rows, p.dim,
+                           queries.get());
+                with_rows<kTileRows>(rows, [&](auto count) TOME_INLINE_LAMBDA {
+                    attend_tile<In, T, count()>(p, image, head, row, block, queries.get(),
+                                                scores.get(), state);
+                });
+            }
+        }
+    }
+}
+
+void attention_parts(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return attention_parts_of<float>(p, parts, begin, end);
+        case DType::kFloat16:
+            return attention_parts_of<Half>(p, parts, begin, end);
+        case DType::kBFloat16:
+            return attention_parts_of<BFloat>(p, parts, begin, end);
+        case DType::kFloat64:
+            return attention_parts_of<double>(p, parts, begin, end);
+    }
+}
+
+}  // namespace tome::TOME_ISA_NAMESPACE
+
+#endif  // TOME_ATTENTION_INL
