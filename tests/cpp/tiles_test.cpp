@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include "../../csrc/core/cuda/attention_tiles.h"
+
 namespace tome_test {
 namespace {
 
@@ -32,6 +34,87 @@ TEST(Tiles, BlocksCoverTheItemsUpToALimit) {
     EXPECT_EQ(tiles::blocks_for(184), 46u);
     EXPECT_EQ(tiles::blocks_for(185), 47u);
     EXPECT_EQ(tiles::blocks_for(int64_t{1} << 40), 1u << 20);
+}
+
+// --- attention ---------------------------------------------------------------------------------
+
+namespace attention = tome::attention_tiles;
+
+TEST(AttentionTiles, HeadsArePaddedToTheNextDimThereIsAKernelFor) {
+    EXPECT_EQ(attention::padded_dim(0), 32);
+    EXPECT_EQ(attention::padded_dim(64), 64);
+    EXPECT_EQ(attention::padded_dim(65), 80);
+    EXPECT_EQ(attention::padded_dim(72), 80);
+    EXPECT_EQ(attention::padded_dim(88), 96);
+    EXPECT_EQ(attention::padded_dim(128), 128);
+    EXPECT_EQ(attention::padded_dim(129), 0);
+    for (int padded : attention::kDims) {
+        EXPECT_EQ(attention::pitch(padded) * 2 / 16 % 2, 1) << "rows in different banks";
+    }
+}
+
+TEST(AttentionTiles, FitTheMachines) {
+    constexpr int64_t kTuring = 64 * 1024, kAmpere = 163 * 1024, kAda = 99 * 1024;
+    for (int padded : attention::kDims) {
+        const int64_t bytes = attention::shared_bytes(padded);
+        EXPECT_LE(bytes, kTuring) << padded;
+        EXPECT_LE(bytes, kAda) << padded;
+        EXPECT_LE(attention::resident_blocks(padded) * (bytes + 1024), kAmpere + 1024) << padded;
+        EXPECT_EQ(attention::tile_keys(padded) % attention::step_keys(padded), 0);
+    }
+    for (int64_t dim : {0, 1, 32, 33, 64, 80, 128}) {
+        const int padded = attention::plain_padded_dim(dim);
+        EXPECT_GE(padded, dim);
+        EXPECT_EQ(padded % 32, 0);
+        EXPECT_LE(attention::plain_shared_bytes(padded), kTuring);
+    }
+}
+
+TEST(AttentionTiles, CoverTheQueriesEvenly) {
+    for (int padded : attention::kDims) {
+        const int rows = attention::rows_per_warp(padded);
+        for (int64_t heads : {1, 12, 3072}) {
+            for (int64_t queries : {1, 16, 50, 80, 150, 197, 577, 2000, 100000}) {
+                const attention::Tiles t = attention::choose(heads, queries, padded, 132);
+                SCOPED_TRACE(::testing::Message() << padded << " " << heads << " " << queries);
+                EXPECT_GE(t.warps, attention::kMinWarps);
+                EXPECT_LE(t.warps, attention::kMaxWarps);
+                EXPECT_GE(t.query_tiles * t.warps * rows, queries);
+                EXPECT_LT((t.query_tiles - 1) * t.warps * rows, queries) << "no tile is empty";
+            }
+        }
+    }
+    using attention::Tiles;
+    // ViT-B, a full batch: 197 rows are 7 warps', 150 are 5, 80 are 3.
+    EXPECT_EQ(attention::choose(3072, 197, 64, 132), (Tiles{4, 2}));
+    EXPECT_EQ(attention::choose(3072, 150, 64, 132), (Tiles{3, 2}));
+    EXPECT_EQ(attention::choose(3072, 80, 64, 132), (Tiles{3, 1}));
+    EXPECT_EQ(attention::choose(1024, 577, 64, 132), (Tiles{4, 5}));
+    // One image: more, smaller blocks.
+    EXPECT_EQ(attention::choose(12, 197, 64, 132), (Tiles{2, 4}));
+    EXPECT_EQ(attention::choose(12, 0, 64, 132).query_tiles, 0);
+}
+
+TEST(AttentionTiles, VectorsNeedEveryAddressAligned) {
+    EXPECT_TRUE(attention::vectors_fit(256, 9216, 64, 2304, 64, 2));
+    EXPECT_TRUE(attention::vectors_fit(256, 0, 72, 2304, 72, 2)) << "an expanded batch";
+    EXPECT_FALSE(attention::vectors_fit(258, 9216, 64, 2304, 64, 2));
+    EXPECT_FALSE(attention::vectors_fit(256, 9216, 64, 2308, 64, 2));
+    EXPECT_FALSE(attention::vectors_fit(256, 9216, 68, 2304, 64, 2));
+    EXPECT_FALSE(attention::vectors_fit(256, 9216, 64, 2304, 60, 2));
+    EXPECT_TRUE(attention::vectors_fit(256, 9216, 60, 2304, 60, 4));
+    EXPECT_FALSE(attention::vectors_fit(256, 0, 0, 0, 0, 2)) << "nothing to address";
+}
+
+TEST(AttentionTiles, ClsChunksFit) {
+    EXPECT_EQ(attention::cls_chunk(12, 197, 64 * 1024), 197) << "one pass";
+    EXPECT_EQ(attention::cls_chunk(16, 3000, 227 * 1024), 3000);
+    EXPECT_EQ(attention::cls_chunk(0, 5, 64 * 1024), 5);
+    for (int64_t heads : {1, 16, 500, 20000, 100000}) {
+        const int64_t chunk = attention::cls_chunk(heads, 100000, 99 * 1024);
+        EXPECT_EQ(chunk > 0, heads <= 500) << heads;
+        EXPECT_TRUE(chunk == 0 || attention::cls_shared_bytes(heads, chunk) <= 99 * 1024) << heads;
+    }
 }
 
 }  // namespace

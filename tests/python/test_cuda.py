@@ -10,7 +10,10 @@ from torch import Tensor
 import tome_ext
 from tome_ext import MergePlan, _library
 
-OPERATORS = ("match", "plan", "merge", "merge_backward", "unmerge")
+OPERATORS = (
+    *("match", "plan", "merge", "merge_backward", "unmerge"),
+    *("attention_forward", "attention_backward", "cls_attention"),
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 on_gpu = pytest.mark.cuda
 
@@ -314,3 +317,127 @@ def test_plans_are_plans() -> None:
     keys, _ = inputs()
     plan = tome_ext.match(keys, 50, 1)
     oracle.check_plan(*(x.cpu() for x in plan), plan.num_tokens, plan.num_output_tokens)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+# Of the largest element: roundings of the result and, in half types, of the softmax weights.
+ATTENTION_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+HEADS = [(2, 12, 197, 64), (1, 3, 577, 64), (3, 2, 50, 72), (1, 1, 33, 17), (2, 2, 80, 128)]
+
+
+def packed_qkv(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Views (B, H, N, D) of a packed (B, N, 3, H, D) tensor."""
+    generator = torch.Generator().manual_seed(tokens)
+    packed = torch.randn(batch, tokens, 3, heads, dim, generator=generator).to(dtype)
+    return list(packed.permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def sizes_with_zeros(batch: int, tokens: int) -> Tensor:
+    size = torch.randint(0, 5, (batch, tokens), generator=torch.Generator().manual_seed(1)).float()
+    size[-1] = 0 if batch > 1 else size[-1]  # an image with nothing to see
+    return size
+
+
+def assert_close_to_largest(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    want = want.double()
+    error = (got.cpu().double() - want).abs().max()
+    assert error <= ATTENTION_ERROR[dtype] * max(1.0, float(want.abs().max()))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ATTENTION_ERROR)
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("sized", [False, True])
+def test_attention_and_its_gradient_agree_with_the_cpu(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], sized: bool
+) -> None:
+    batch, heads, tokens, dim = shape
+    size = sizes_with_zeros(batch, tokens) if sized else None
+    grad = torch.randn(batch, heads, tokens, dim).to(dtype)
+    results = []
+    for device, work in (("cpu", torch.float64), ("cuda", dtype)):
+        q, k, v = (x.to(device, work).requires_grad_() for x in packed_qkv(*shape, dtype))
+        out = torch.ops.tome.attention(q, k, v, None if size is None else size.to(device))
+        grads = torch.autograd.grad(out, (q, k, v), grad.to(device, work))
+        results.append((out.detach(), *grads))
+    for want, got in zip(*results, strict=True):
+        assert got.dtype == dtype
+        assert_close_to_largest(got, want, dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ATTENTION_ERROR)
+@pytest.mark.parametrize("shape", [*HEADS, (1, 2, 5000, 64), (64, 3, 20, 64)])
+def test_cls_attention_agrees_with_the_cpu(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    q, k, _ = packed_qkv(*shape, dtype)
+    size = sizes_with_zeros(shape[0], shape[2])
+    want = tome_ext.cls_attention(q.double(), k.double(), size)
+    got = tome_ext.cls_attention(q.cuda(), k.cuda(), size.cuda())
+    torch.testing.assert_close(got.cpu().double(), want, atol=1e-6, rtol=1e-4)
+
+
+@on_gpu
+def test_attention_reads_views_in_place_and_gives_the_same_bits() -> None:
+    q, k, v = (x.cuda() for x in packed_qkv(4, 12, 197, 64, torch.bfloat16))
+    packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
+    views = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    size = torch.ones(4, 197, device="cuda")
+    out, lse = torch.ops.tome.attention_forward(q.contiguous(), k.contiguous(), v.contiguous())
+    for _ in range(100):
+        again, lse_again = torch.ops.tome.attention_forward(*views, size)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+    gradients = torch.ops.tome.attention_backward(out, *views, size, out, lse)
+    for _ in range(20):
+        again = torch.ops.tome.attention_backward(out, *views, size, out, lse)
+        assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+@on_gpu
+def test_attention_is_captured_and_replayed() -> None:
+    q, k, v = (x.cuda() for x in packed_qkv(2, 12, 197, 64, torch.bfloat16))
+    size = torch.ones(2, 197, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.ops.tome.attention(q, k, v, size)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.tome.attention(q, k, v, size)
+        scores = torch.ops.tome.cls_attention(q, k, size)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q.normal_()
+        size.random_(1, 5)
+        graph.replay()
+        assert torch.equal(out, torch.ops.tome.attention(q, k, v, size))
+        assert torch.equal(scores, torch.ops.tome.cls_attention(q, k, size))
+
+
+@on_gpu
+def test_attention_takes_no_memory_that_grows_with_pairs() -> None:
+    q, k, v = (x.cuda() for x in packed_qkv(1, 4, 4096, 64, torch.bfloat16))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out, lse = torch.ops.tome.attention_forward(q, k, v)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= out.nbytes + lse.nbytes + 4096  # the allocator's rounding
+
+
+@on_gpu
+def test_attention_names_what_its_kernels_do_not_take() -> None:
+    wide = torch.zeros(1, 1, 4, 136, device="cuda")
+    with pytest.raises(RuntimeError, match="at most 128 channels"):
+        torch.ops.tome.attention(wide, wide, wide)
+    double = torch.zeros(1, 1, 4, 8, device="cuda", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16 on CUDA"):
+        torch.ops.tome.attention(double, double, double)
+    # The public function serves both, through stock attention.
+    size = torch.ones(1, 4, device="cuda")
+    for x in (wide, double):
+        assert tome_ext.proportional_attention(x, x, x, size).shape == x.shape

@@ -331,10 +331,11 @@ __device__ __forceinline__ float unpack(uint32_t packed, int which) {
 }
 
 // c (16 x 8, float) += a (16 x 16) * b (16 x 8), of T = Half or BFloat, by shuffles and plain
-// multiplications: for chips whose tensor cores lack it. The layout is mma_m16n8k16's.
+// multiplications: for chips whose tensor cores lack it. The layout is mma_m16n8k16's. Not inlined:
+// a kernel has hundreds of these, which took the compiler minutes.
 template <class T>
-__device__ __forceinline__ void mma_m16n8k16_plain(float (&c)[4], const uint32_t (&a)[4],
-                                                   const uint32_t (&b)[2]) {
+__device__ __attribute__((noinline)) void mma_m16n8k16_plain(float (&c)[4], const uint32_t (&a)[4],
+                                                             const uint32_t (&b)[2]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int row = lane / 4 * 4;  // the first lane that holds this lane's rows of a
     const int column = lane % 4 * 8;

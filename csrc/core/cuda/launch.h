@@ -62,6 +62,26 @@ inline cudaError_t can_overlap(const void* kernel, bool& answer) {
 
 #endif
 
+// What choices of tile and launch depend on.
+struct Chip {
+    int multiprocessors = 0;
+    int shared_per_block = 0;  // bytes, the most a block may ask for
+};
+
+inline cudaError_t current_chip(Chip& out) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error =
+            cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&out.shared_per_block,
+                                       cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    return error;
+}
+
 // Starts `kernel`, which takes one params struct (as const __grid_constant__), on `stream`. An
 // empty grid is no error. Never synchronises, and may be captured into a graph.
 template <class Params>

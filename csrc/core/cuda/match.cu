@@ -41,20 +41,6 @@ cudaError_t identity_plan(const MatchParams& p, cudaStream_t stream) {
                           p);
 }
 
-cudaError_t current_device(match_tiles::Device& out) {
-    int device = 0, shared = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-        error =
-            cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    }
-    out.shared_per_block = shared;
-    return error;
-}
-
 }  // namespace
 
 size_t match_cuda_workspace_bytes(const MatchParams& p) {
@@ -71,9 +57,10 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
     m.r = cut_r(p.tokens, p.r, p.num_prefix_tokens);
     if (m.r == 0) return identity_plan(p, stream);
     m.sets = split_sets(p.tokens, p.num_prefix_tokens);
-    match_tiles::Device device{};
-    cudaError_t error = current_device(device);
+    device::Chip chip;
+    cudaError_t error = device::current_chip(chip);
     if (error != cudaSuccess) return error;
+    const match_tiles::Device device{chip.multiprocessors, chip.shared_per_block};
     const bool is_double = p.dtype == DType::kFloat64;
     m.tiles = match_tiles::choose(p.batch, m.sets.num_a, m.sets.num_b, p.dim, is_double, device);
     m.layout = match_tiles::layout(p.dim, m.tiles.rows_a, m.tiles.rows_b);

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../calls.h"
+#include "../checks.h"
 #include "../stable.h"
 
 namespace tome::torch_layer {
@@ -78,6 +79,46 @@ Tensor unmerge(Tensor x, Tensor assign) {
     return call.out;
 }
 
+// What the CPU takes and these kernels do not.
+void check_cuda_heads(DType dtype, const Tensor& q) {
+    STD_TORCH_CHECK(dtype != DType::kFloat64,
+                    "q: expected float32, float16 or bfloat16 on CUDA, got ", describe(q));
+    STD_TORCH_CHECK(q.size(3) <= kMaxCudaHeadDim, "q: expected at most ", kMaxCudaHeadDim,
+                    " channels per head on CUDA, got ", describe(q));
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v,
+                                             std::optional<Tensor> size,
+                                             std::optional<double> scale) {
+    const OnDevice on(q);
+    const AttentionCall call(q, k, v, size, scale);
+    check_cuda_heads(call.params.dtype, q);
+    check_launch(attention_cuda(call.params, on.stream()), "attention_forward");
+    return call.outputs();
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v,
+                                                      std::optional<Tensor> size, Tensor out,
+                                                      Tensor lse, std::optional<double> scale) {
+    const OnDevice on(q);
+    const AttentionBackwardCall call(grad, q, k, v, size, out, lse, scale);
+    check_cuda_heads(call.params.dtype, q);
+    const auto bytes = static_cast<int64_t>(attention_backward_cuda_workspace_bytes(call.params));
+    const Tensor workspace = empty_like_with(q, {bytes}, ScalarType::Byte);
+    check_launch(attention_backward_cuda(call.params, workspace.mutable_data_ptr(), on.stream()),
+                 "attention_backward");
+    return call.outputs();
+}
+
+Tensor cls_attention(Tensor q, Tensor k, std::optional<Tensor> size, std::optional<double> scale) {
+    const OnDevice on(q);
+    const ClsAttentionCall call(q, k, size, scale);
+    STD_TORCH_CHECK(call.params.dtype != DType::kFloat64,
+                    "q: expected float32, float16 or bfloat16 on CUDA, got ", describe(q));
+    check_launch(cls_attention_cuda(call.params, on.stream()), "cls_attention");
+    return call.out;
+}
+
 }  // namespace
 }  // namespace tome::torch_layer
 
@@ -87,4 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome, CUDA, m) {
     m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
     m.impl("merge_backward", TORCH_BOX(&tome::torch_layer::merge_backward));
     m.impl("unmerge", TORCH_BOX(&tome::torch_layer::unmerge));
+    m.impl("attention_forward", TORCH_BOX(&tome::torch_layer::attention_forward));
+    m.impl("attention_backward", TORCH_BOX(&tome::torch_layer::attention_backward));
+    m.impl("cls_attention", TORCH_BOX(&tome::torch_layer::cls_attention));
 }

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 
+#include "tome_core/attention.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
 
@@ -27,5 +28,20 @@ cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
 cudaError_t merge_cuda(const MergeParams& params, cudaStream_t stream);
 cudaError_t merge_backward_cuda(const MergeBackwardParams& params, cudaStream_t stream);
 cudaError_t unmerge_cuda(const UnmergeParams& params, cudaStream_t stream);
+
+// The attention kernels take float32, float16 and bfloat16, and heads of at most this many
+// channels.
+constexpr int64_t kMaxCudaHeadDim = 128;
+
+cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
+
+// Device memory that attention_backward_cuda needs besides its outputs, O(batch * heads * queries).
+size_t attention_backward_cuda_workspace_bytes(const AttentionBackwardParams& params);
+
+// `workspace`: that many bytes, aligned to 256. Deterministic: no sums in an order left to chance.
+cudaError_t attention_backward_cuda(const AttentionBackwardParams& params, void* workspace,
+                                    cudaStream_t stream);
+
+cudaError_t cls_attention_cuda(const ClsAttentionParams& params, cudaStream_t stream);
 
 }  // namespace tome

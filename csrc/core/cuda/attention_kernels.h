@@ -1,0 +1,20 @@
+// The kernels that attention.cu chooses from, and their arguments.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "tome_core/attention.h"
+
+namespace tome::attention_cuda_detail {
+
+struct AttentionArgs {
+    AttentionParams p;
+    float scale_log2;      // scale * log2(e): logits are in units of log2 throughout
+    unsigned query_tiles;  // blocks per head
+    bool vector_q, vector_k, vector_v, vector_out;  // attention_tiles::vectors_fit
+};
+
+// float32, without tensor cores; dim up to kMaxCudaHeadDim.
+cudaError_t launch_attention_plain(const AttentionArgs& m, cudaStream_t stream);
+
+}  // namespace tome::attention_cuda_detail

@@ -1,0 +1,223 @@
+// How attention is cut into blocks, warps and tiles: pure functions, covered by C++ tests, with the
+// reasons.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// What kernels, too, compute their constants with.
+#ifdef __CUDACC__
+#define TOME_HOST_DEVICE __host__ __device__
+#else
+#define TOME_HOST_DEVICE
+#endif
+
+namespace tome::attention_tiles {
+
+TOME_HOST_DEVICE constexpr int64_t ceil_div(int64_t value, int64_t by) {
+    return (value + by - 1) / by;
+}
+
+// --- tiles of (tokens, dim) in shared memory ---------------------------------------------------
+
+// The dims there are kernels for. A head of another dim takes the next one, its tail zeros.
+inline constexpr int kDims[] = {32, 64, 80, 96, 128};
+
+// 0 where none is large enough.
+constexpr int padded_dim(int64_t dim) {
+    for (int padded : kDims) {
+        if (dim <= padded) return padded;
+    }
+    return 0;
+}
+
+// Elements (of 16 bits) from a staged row to the next: an odd number of 16-byte steps, so that the
+// 8 rows that ldmatrix reads at once lie in different banks. A swizzle would save the padding, but
+// works for powers of two only, and 80 and 96 are none.
+TOME_HOST_DEVICE constexpr int pitch(int padded) { return padded + 8; }
+
+// 16-byte copies serve where every row of every head begins at a multiple of 16 bytes.
+constexpr bool vectors_fit(uint64_t address, int64_t stride_batch, int64_t stride_head,
+                           int64_t stride_token, int64_t dim, int64_t element_bytes) {
+    const auto bytes = [=](int64_t count) { return static_cast<uint64_t>(count * element_bytes); };
+    const uint64_t all =
+        address | bytes(stride_batch) | bytes(stride_head) | bytes(stride_token) | bytes(dim);
+    return dim > 0 && all % 16 == 0;
+}
+
+// --- forward on tensor cores -------------------------------------------------------------------
+
+// Rows of m = 16 that a warp holds one below the other. What is loaded of k and v serves all of
+// them: with one, a 512-byte ldmatrix feeds two mma, which costs shared memory as many cycles as an
+// A100's tensor cores take for them; with two it is half. At 128 channels two would take more than
+// the 255 registers of a thread (32 x 128 outputs, and 32 x 128 of q: 192 of them).
+TOME_HOST_DEVICE constexpr int row_blocks(int padded) { return padded <= 96 ? 2 : 1; }
+TOME_HOST_DEVICE constexpr int rows_per_warp(int padded) { return 16 * row_blocks(padded); }
+
+// Keys between two looks at the rows' maxima, each key a register of logits per 32 rows and lane.
+// 32 keys would be a register or ten too many at 64 channels, which are to leave room for a third
+// block. Where no more than 16 keys are left they are a step of their own, so N = 197 costs 208
+// columns.
+TOME_HOST_DEVICE constexpr int step_keys(int padded) { return padded == 64 ? 16 : 32; }
+
+// Keys per copy from global memory, of which the next is under way while one is worked on. 64 of 64
+// channels leave room for four blocks in an A100's 164 KiB; 32 of 128 for three, and one fits
+// Turing's 64 KiB.
+TOME_HOST_DEVICE constexpr int tile_keys(int padded) { return padded <= 96 ? 64 : 32; }
+
+// Most warps in a block: 128 rows share the staged keys, and several blocks still fit the registers
+// of a multiprocessor, so that some compute while others wait for their first keys.
+inline constexpr int kMaxWarps = 4;
+// A thread brings a key's size: as many threads as keys in a tile.
+inline constexpr int kMinWarps = 2;
+
+// Blocks whose registers a multiprocessor must hold. Three leave a thread 168.
+TOME_HOST_DEVICE constexpr int resident_blocks(int padded) {
+    return padded <= 64 || padded == 128 ? 3 : 2;
+}
+
+// A stage is a tile of keys and one of values; their sizes lie behind both stages.
+//   k 0 | v 0 | k 1 | v 1 | log2 sizes 0 | log2 sizes 1
+// The outputs of all warps, on their way to 16-byte stores, take the place of a stage.
+TOME_HOST_DEVICE constexpr int stage_elements(int padded) {
+    return 2 * tile_keys(padded) * pitch(padded);
+}
+constexpr int64_t shared_bytes(int padded) {
+    return 2 * (2 * int64_t{stage_elements(padded)} + 4 * tile_keys(padded));
+}
+
+struct Tiles {
+    int warps;            // of a block, each with rows_per_warp rows
+    int64_t query_tiles;  // blocks per head
+
+    constexpr bool operator==(const Tiles&) const = default;
+};
+
+// Even tiles: of 7 warps' rows 4 and 3, not 4, and of 5 warps' 3 and 2. A warp without rows waits
+// at barriers only, so what a tile has too much costs registers but no time of the tensor cores.
+constexpr Tiles choose(int64_t batch_heads, int64_t queries, int padded, int multiprocessors) {
+    const int64_t units = ceil_div(queries, rows_per_warp(padded));
+    int64_t tiles = ceil_div(units, kMaxWarps);
+    int64_t warps = tiles == 0 ? kMinWarps : ceil_div(units, tiles);
+    // Little work altogether: smaller tiles, so that more multiprocessors have one. Each reads all
+    // keys again, but from L2.
+    while (warps > kMinWarps && batch_heads * tiles < multiprocessors) {
+        --warps;
+        tiles = ceil_div(units, warps);
+    }
+    if (warps < kMinWarps) warps = kMinWarps;
+    return {static_cast<int>(warps), ceil_div(units, warps)};
+}
+
+// --- backward: attention_backward.cu -----------------------------------------------------------
+
+// Warps per block, each with 16 rows (queries, or keys): four share what is copied per stage, and
+// with the registers a warp needs, larger blocks would leave part of a multiprocessor empty.
+inline constexpr int kBackwardWarps = 4;
+
+// Blocks on a multiprocessor that the compiler has to leave registers for: 168 a thread, and 255
+// where the sums alone take more than 64.
+TOME_HOST_DEVICE constexpr int backward_blocks(int padded) { return padded <= 64 ? 3 : 2; }
+
+// Whether a warp of keys holds its 16 rows of both k and v in registers. At 128 channels they would
+// be 64, beside 128 for the two sums, and what is left of a thread's 255 was seen to spill.
+TOME_HOST_DEVICE constexpr bool backward_keeps_both(int padded) { return padded < 128; }
+
+// Columns (keys, or queries) in a stage, of which two are in flight.
+TOME_HOST_DEVICE constexpr int backward_stage(int64_t element_bytes) {
+    return element_bytes == 2 ? 32 : 16;
+}
+
+// A row is padded by 16 bytes, like pitch.
+TOME_HOST_DEVICE constexpr int64_t backward_row_bytes(int padded, int64_t element_bytes) {
+    return padded * element_bytes + 16;
+}
+
+// A stage: columns of two tensors, then 8 bytes of a column's bias and delta.
+TOME_HOST_DEVICE constexpr int64_t backward_sides(int padded, int64_t element_bytes) {
+    return 2 * backward_stage(element_bytes) * backward_row_bytes(padded, element_bytes);
+}
+TOME_HOST_DEVICE constexpr int64_t backward_stage_bytes(int padded, int64_t element_bytes) {
+    return backward_sides(padded, element_bytes) + 8 * backward_stage(element_bytes);
+}
+
+// Two tensors' rows, then two stages.
+constexpr int64_t backward_shared_bytes(int warps, int padded, int64_t element_bytes) {
+    return 2 * 16 * warps * backward_row_bytes(padded, element_bytes) +
+           2 * backward_stage_bytes(padded, element_bytes);
+}
+
+struct BackwardCut {
+    int warps;           // per block
+    int64_t row_blocks;  // per head
+    int64_t shared_bytes;
+};
+
+// `heads`: of all images.
+constexpr BackwardCut cut_backward(int64_t heads, int64_t rows, int padded, int64_t element_bytes,
+                                   int multiprocessors, int64_t shared_per_block) {
+    int64_t most = kBackwardWarps;
+    while (most > 1 && backward_shared_bytes(static_cast<int>(most), padded, element_bytes) >
+                           shared_per_block) {
+        --most;
+    }
+    const int64_t tiles = ceil_div(rows, 16);
+    // Little work: smaller blocks, until each multiprocessor has one.
+    while (most > 1 && heads * ceil_div(tiles, most) < multiprocessors) most = ceil_div(most, 2);
+    // Even parts: 5 tiles are 3 and 2, not 4 and 1.
+    const int64_t blocks = ceil_div(tiles, most);
+    const int warps = static_cast<int>(blocks > 0 ? ceil_div(tiles, blocks) : 1);
+    return {warps, blocks, backward_shared_bytes(warps, padded, element_bytes)};
+}
+
+// --- forward without tensor cores, float32 -----------------------------------------------------
+
+// A thread holds 4 rows, and every 16th key or pair of channels: 16 x 16 threads.
+inline constexpr int kPlainThreads = 256;
+inline constexpr int kPlainRows = 64;
+// With these, 64 rows of 128 channels fit Turing's 64 KiB.
+inline constexpr int kPlainKeys = 32;
+
+TOME_HOST_DEVICE constexpr int plain_padded_dim(int64_t dim) {
+    return dim <= 32 ? 32 : static_cast<int>(ceil_div(dim, 32) * 32);
+}
+// Floats from a row of weights to the next.
+inline constexpr int kPlainWeights = kPlainKeys + 4;
+//   q | keys, then values | weights
+constexpr int64_t plain_shared_bytes(int padded) {
+    return 4 *
+           ((kPlainRows + kPlainKeys) * int64_t{padded + 4} + int64_t{kPlainRows} * kPlainWeights);
+}
+
+// --- cls_attention -----------------------------------------------------------------------------
+
+// A warp takes 16 keys of a head: 8 lanes of 16 bytes for each, a whole line where a head has 64
+// channels of 16 bits; 4 keys to a load, and 4 loads in flight.
+inline constexpr int kClsLanes = 8;
+inline constexpr int kClsUnroll = 4;
+inline constexpr int kClsKeys = 32 / kClsLanes * kClsUnroll;
+
+// A block owns an image, since the mean over heads needs all of them and blocks can't meet without
+// memory to meet in. Two blocks of 12 warps have 48 KiB in flight on a multiprocessor, above
+// latency times bandwidth; with fewer images than multiprocessors, one block of 24 warps makes the
+// most of the one it has. More would leave a thread fewer than the 80 registers that the loads
+// want.
+inline constexpr int kClsMostThreads = 768;
+constexpr int cls_threads(int64_t batch, int multiprocessors) {
+    return batch < multiprocessors ? kClsMostThreads : kClsMostThreads / 2;
+}
+
+// Logits of as many keys as fit are held for all heads; all keys if possible, in which case they
+// are read once, else twice.
+//   logits (heads, chunk) | maxima (heads) | sums (heads), float32
+constexpr int64_t cls_shared_bytes(int64_t heads, int64_t chunk) { return 4 * heads * (chunk + 2); }
+
+// 0 if not even one key fits.
+constexpr int64_t cls_chunk(int64_t heads, int64_t keys, int64_t shared_per_block) {
+    if (heads == 0) return keys;
+    const int64_t fit = shared_per_block / (4 * heads) - 2;
+    if (fit >= keys) return keys;
+    return fit >= kClsKeys ? fit / kClsKeys * kClsKeys : fit > 0 ? fit : 0;
+}
+
+}  // namespace tome::attention_tiles
