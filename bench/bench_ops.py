@@ -9,14 +9,9 @@ median of the ratios of neighbouring runs, so that what slows the machine slows 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,34 +20,7 @@ import tome_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stock
-
-Contender = Callable[[], object]
-
-
-def interleave(contenders: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every run, the contenders taking turns.
-
-    In a new order every round: who runs right after the one that leaves the caches full of other
-    tensors would otherwise always be the same.
-    """
-    shuffle = random.Random(0).shuffle
-    order = list(contenders.items())
-    for _ in range(3):
-        for run in contenders.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times[next(iter(times))]) < 15:
-        shuffle(order)
-        for name, run in order:
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+from timing import describe_machine, interleave, ratio, write_json
 
 
 def packed_keys(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,14 +96,6 @@ def bench_match(
 LARGE = {"batch": 2, "heads": 1, "tokens": 4096, "dim": 320, "r": 2048}
 
 
-def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def resident_peak() -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -176,8 +136,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
-    info = tome_ext._library.build_info()
-    print(f"{cpu_name()}, {args.threads} threads, {info['isa']}")
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}")
     print(f"{'':42}{'tome':>9}{'floor':>9}{'stock':>9}   {'tome/floor':>10} {'stock/tome':>10}")
 
     def report(name: str, shape: str, dtype: torch.dtype, result) -> None:
@@ -217,14 +177,7 @@ def main() -> None:
                 f"({100 * ours / theirs:.1f}%)"
             )
     if args.json:
-        machine = {
-            "cpu": cpu_name(),
-            "threads": args.threads,
-            "isa": info["isa"],
-            "torch": torch.__version__,
-            "tome_ext": tome_ext.__version__,
-        }
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, machine, rows)
 
 
 if __name__ == "__main__":

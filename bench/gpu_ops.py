@@ -1,4 +1,4 @@
-"""Times match, merge and unmerge on a GPU, and writes every figure to a JSON file.
+"""Times the operators on a GPU, and writes every figure to a JSON file.
 
     python bench/gpu_ops.py --json gpu.json            on a machine with a GPU
     python bench/gpu_ops.py --dry-run --json dry.json  without one: every contender runs once at a
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tome_ext
 
@@ -43,6 +44,11 @@ CPP_TOLERANCE = 0.1  # of bench_cuda's figures against these
 LARGE = (
     {"name": "B2 N4096", "batch": 2, "tokens": 4096, "dim": 320, "r": 2048},
     {"name": "B1 N16384", "batch": 1, "tokens": 16384, "dim": 320, "r": 8192},
+)
+ATTENTION = (
+    *({"batch": 256, "heads": 12, "tokens": n, "dim": 64} for n in (197, 150, 80)),
+    {"batch": 64, "heads": 16, "tokens": 577, "dim": 64},
+    {"batch": 1, "heads": 12, "tokens": 197, "dim": 64},
 )
 DTYPE = torch.bfloat16
 
@@ -237,6 +243,102 @@ def compare_with_cpp(rows: list[dict], cpp: dict[str, dict[str, float | None]]) 
     return apart if compared else None
 
 
+def sdpa(backend: SDPBackend, run: Contender) -> Contender:
+    """A contender held to one backend of SDPA."""
+
+    def held(*inputs: torch.Tensor) -> object:
+        with sdpa_kernel(backend):
+            return run(*inputs)
+
+    return held
+
+
+def attention_row(watch: Stopwatch, shape: dict) -> dict[str, object]:
+    """Proportional attention, its gradient and the class token's, beside every stock form."""
+    batch, heads, tokens, dim = (shape[k] for k in ("batch", "heads", "tokens", "dim"))
+
+    def make() -> Inputs:
+        packed = torch.randn(batch, tokens, 3, heads, dim, device=watch.device, dtype=DTYPE)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v, torch.randint(1, 5, (batch, tokens), device=watch.device).float()
+
+    def unbiased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: torch.Tensor) -> object:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return tome_ext.ops.attention_forward(*inputs)[0]
+
+    def class_token(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: torch.Tensor):
+        return tome_ext.ops.cls_attention(q, k, size)
+
+    forms: dict[str, Contender] = {
+        "tome": ours,
+        "explicit": stock.explicit_attention,
+        "unbiased": unbiased,
+        "masked": stock.masked_attention,
+        "rank_1": stock.rank_1_attention,
+        "cls_attention": class_token,
+    }
+    if not watch.dry:
+        forms |= {
+            "unbiased": sdpa(SDPBackend.FLASH_ATTENTION, unbiased),
+            "masked": sdpa(SDPBackend.EFFICIENT_ATTENTION, stock.masked_attention),
+            "masked_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, stock.masked_attention),
+            "rank_1": sdpa(SDPBackend.FLASH_ATTENTION, stock.rank_1_attention),
+            "flex": stock.flex_attention(),
+        }
+    inputs = watch.rotating(make)
+    forms, refused = usable(forms, inputs[0])
+    times = watch.time(inputs, forms, {})
+
+    def training(run: Contender) -> Contender:
+        def step(*inputs: torch.Tensor) -> object:
+            q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+            return torch.autograd.grad(run(q, k, v, inputs[3]), (q, k, v), torch.ones_like(q))
+
+        return step
+
+    with torch.inference_mode(False):
+        trained = [tuple(x.clone() for x in some) for some in inputs[:4]]
+        steps = {"tome step": training(ours), "masked step": training(stock.masked_attention)}
+        times |= watch.time(trained, {}, steps)
+
+    exact = stock.explicit_attention(*(x[:1].double() for x in inputs[0]))
+    error = {
+        name: float((run(*(x[:1] for x in inputs[0])).double() - exact).abs().max())
+        for name, run in forms.items()
+        if name not in ("unbiased", "cls_attention") and not watch.dry
+    }
+    return {
+        "row": f"attention B={batch} H={heads} N={tokens} D={dim}",
+        "shape": shape,
+        "us": times,
+        "error": error,
+        "refused": refused,
+        "tome_over_unbiased": over(times["tome device"], times.get("unbiased device")),
+        "masked_over_tome": over(times.get("masked device"), times["tome device"]),
+        "explicit_over_tome": over(times["explicit device"], times["tome device"]),
+        "masked_step_over_tome": over(times["masked step eager"], times["tome step eager"]),
+        "extra_bytes": None if watch.dry else extra_memory(ours, inputs[0]),
+    }
+
+
+def usable(
+    forms: dict[str, Contender], inputs: Inputs
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that this torch and GPU run, and what the others said."""
+    works, refused = {}, {}
+    for name, run in forms.items():
+        try:
+            run(*inputs)
+            works[name] = run
+        except RuntimeError as error:
+            if name in ("tome", "cls_attention"):
+                raise
+            refused[name] = str(error).splitlines()[0]
+    return works, refused
+
+
 def exercise(device: str) -> None:
     """Each operator at small shapes and every dtype, for compute-sanitizer to watch."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -247,6 +349,12 @@ def exercise(device: str) -> None:
             merged, _ = plan.merge(x, torch.ones(2, tokens, device=device))
             plan.unmerge(merged).sum().backward()
             tome_ext.MergePlan.from_assign(plan.assign, plan.num_output_tokens)
+            if device == "cuda" and dtype == torch.float64:
+                continue  # attention has no such kernel
+            q = torch.randn_like(keys).requires_grad_()
+            size = torch.arange(2.0 * tokens, device=device).view(2, tokens)  # one hidden key
+            tome_ext.ops.attention(q, keys, keys, size).sum().backward()
+            tome_ext.ops.cls_attention(q, keys, size)
     tome_ext.match(torch.randn(1, 3000, 32, device=device, dtype=DTYPE), 700)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -301,13 +409,16 @@ def main() -> None:
         return exercise("cpu" if args.dry_run else "cuda")
     watch = Stopwatch(args.dry_run, args.rounds)
     layers, large = [VIT_B, VIT_L, {**VIT_B, "batch": 1}, {**VIT_L, "batch": 1}], list(LARGE)
+    attention = list(ATTENTION)
     if args.dry_run:
         layers = [{**shape, "batch": 1} for shape in layers[:2]]
         large = [{**shape, "tokens": 256, "r": 100} for shape in large[:1]]
+        attention = [{**attention[0], "batch": 1}]
     with torch.inference_mode():
         bandwidth = copy_bandwidth(watch)
         rows = [layer_row(watch, shape, bandwidth) for shape in layers]
         rows += [large_row(watch, shape) for shape in large]
+        rows += [attention_row(watch, shape) for shape in attention]
     apart = compare_with_cpp(rows, json.loads(args.cpp.read_text())) if args.cpp else None
     report = {
         **about(args.dry_run),

@@ -1,7 +1,8 @@
 """Token merging in stock PyTorch operators: what the operators are measured against.
 
-The usual formulation: normalise, matmul, max, argsort, gather, scatter_reduce, cat. It materialises
-the score matrix and sorts it.
+Matching and merging in the usual formulation: normalise, matmul, max, argsort, gather,
+scatter_reduce, cat. It materialises the score matrix and sorts it. Proportional attention in every
+form stock operators allow.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Apply = Callable[[Tensor], Tensor]
@@ -62,3 +64,52 @@ def unmerge(x: Tensor, pairs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     moved = _rows(b, dst)
     out[:, ::2].scatter_(1, src.unsqueeze(-1).expand_as(moved), moved)
     return out
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    """(B, H, N, D) proportional attention with the matrix of all pairs, as ToMe published it."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores = scores + size.log()[:, None, None].to(q.dtype)
+    return scores.softmax(dim=-1) @ v
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    """The sizes as a float mask, which keeps SDPA from the flash kernel on GPUs.
+
+    The memory-efficient kernel wants rows of a multiple of 8 entries, so the mask is a slice of a
+    longer one.
+    """
+    batch, num_tokens = size.shape
+    mask = q.new_empty(batch, 1, 1, (num_tokens + 7) // 8 * 8)[..., :num_tokens]
+    mask.copy_(size.log()[:, None, None])
+    mask = mask.expand(-1, q.shape[1], q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def rank_1_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    """One more channel that carries the bias: q' = [q, 1 / scale], k' = [k, log size].
+
+    No mask, so flash. The channels are padded to a multiple of 8; log(size) is rounded to the
+    dtype of the keys.
+    """
+    dim = q.shape[-1]
+    scale = dim**-0.5
+    room = (0, 8 - dim % 8)
+    q, k, v = F.pad(q, room), F.pad(k, room), F.pad(v, room)
+    q[..., dim] = 1 / scale
+    k[..., dim] = size.log()[:, None].to(k.dtype)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :dim]
+
+
+def flex_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention with the bias as a score function, compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()  # each shape is compiled for itself, and torch counts them
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+        bias = size.log()
+        return compiled(q, k, v, score_mod=lambda score, b, h, m, n: score + bias[b, n])
+
+    return run

@@ -1,7 +1,7 @@
-"""Writes the README's tables from the JSON that the benchmarks left in bench/results/.
+"""Writes the tables of the README and docs/ from the JSON that benchmarks left in bench/results/.
 
-python bench/readme_tables.py          # rewrite README.md
-python bench/readme_tables.py --check  # fail if README.md is not what the JSON says
+python bench/tables.py          # rewrite them
+python bench/tables.py --check  # fail if one is not what the JSON says
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ def row(entry: dict[str, Any]) -> str:
     )
 
 
-def ops_table(result: dict[str, Any]) -> str:
+def machine_line(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    lines = [
+    return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
-        f"torch {machine['torch']}; milliseconds, medians.",
-    ]
+        f"torch {machine['torch']}; milliseconds, medians."
+    )
+
+
+def ops_table(result: dict[str, Any]) -> str:
+    lines = [machine_line(result)]
     for op, (title, floor, _) in TITLES.items():
         lines += [
             "",
@@ -53,24 +57,87 @@ def ops_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def attention_table(result: dict[str, Any]) -> str:
+    """Forward, backward and class token beside what users call today, for the README."""
+    lines = [
+        machine_line(result),
+        "",
+        "| attention | dtype | forward | SDPA, mask | SDPA, no sizes | explicit | backward | "
+        "SDPA, mask | cls_attention | explicit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    rows = {(entry["op"], entry["shape"], entry["dtype"]): entry for entry in result["rows"]}
+    for (op, shape, dtype), forward in rows.items():
+        if op != "attention":
+            continue
+        backward = rows["attention_backward", shape, dtype]
+        cls = rows["cls_attention", shape, dtype]
+        cells = [
+            shape,
+            dtype,
+            f"{forward['ms']['tome']:.3g}",
+            *(f"{forward['over'][name]:.2f}x" for name in ("masked", "unbiased", "explicit")),
+            f"{backward['ms']['tome']:.3g}",
+            f"{backward['over']['masked']:.2f}x",
+            f"{cls['ms']['tome']:.3g}",
+            f"{cls['over']['explicit']:.1f}x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def alternatives_table(result: dict[str, Any]) -> str:
+    """Every stock form of proportional attention: time over ours, and error."""
+    forms = {
+        "masked": "SDPA, float mask",
+        "rank_1": "rank-1, SDPA",
+        "flex": "FlexAttention",
+        "explicit": "explicit",
+    }
+    lines = [
+        machine_line(result),
+        "",
+        f"| attention | dtype | tome | {' | '.join(forms.values())} |",
+        f"| --- | --- | ---: | {' | '.join('---:' for _ in forms)} |",
+    ]
+    for entry in result["rows"]:
+        if entry["op"] != "attention":
+            continue
+        error = entry["error"]
+        cells = [f"{entry['over'][name]:.2f}x, {error[name]:.1e}" for name in forms]
+        ours = f"{entry['ms']['tome']:.3g} ms, {error['tome']:.1e}"
+        lines.append(f"| {entry['shape']} | {entry['dtype']} | {ours} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# Where each table stands, and the figures it is made from.
+TABLES = [
+    ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
+    ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
+    ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
+]
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    table = ops_table(json.loads((ROOT / "bench/results/ops_cpu.json").read_text()))
-    new, count = re.subn(
-        r"(<!-- ops_cpu -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{table}\n{found[2]}",
-        old,
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise SystemExit("README.md: expected one block <!-- ops_cpu --> ... <!-- end -->")
-    if "--check" in sys.argv:
-        if new != old:
-            print("README.md: its tables are not those of bench/results/; run this script")
-        return int(new != old)
-    readme.write_text(new)
-    return 0
+    stale = False
+    for document, name, figures, make in TABLES:
+        path = ROOT / document
+        old = path.read_text()
+        table = make(json.loads((ROOT / "bench/results" / figures).read_text()))
+        new, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
+            old,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise SystemExit(f"{document}: expected one block <!-- {name} --> ... <!-- end -->")
+        if new != old and "--check" in sys.argv:
+            print(f"{document}: table {name} is not that of bench/results/; run this script")
+            stale = True
+        elif new != old:
+            path.write_text(new)
+    return int(stale)
 
 
 if __name__ == "__main__":
