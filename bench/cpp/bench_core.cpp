@@ -142,6 +142,41 @@ void unmerge(benchmark::State& state, Size s, DType dtype, int threads) {
     state.SetBytesProcessed(state.iterations() * (static_cast<int64_t>(x.size()) + out_bytes));
 }
 
+// Counts the multiply-adds of the two products, as two operations each.
+void attention(benchmark::State& state, Size s, DType dtype, int threads) {
+    tome::ThreadPool pool(threads);
+    const int64_t head_bytes = s.heads * s.dim * tome::element_size(dtype);
+    const int64_t token = 3 * s.heads * s.dim;
+    const std::vector<char> qkv = random_values(s.batch * s.tokens * token, dtype);
+    const std::vector<float> size(static_cast<size_t>(s.batch * s.tokens), 2.0f);
+    std::vector<char> out(static_cast<size_t>(s.batch * s.tokens * head_bytes));
+    std::vector<float> lse(static_cast<size_t>(s.batch * s.heads * s.tokens));
+    const tome::HeadStrides strides{s.tokens * token, s.dim, token};
+    const tome::AttentionInputs inputs{qkv.data(),
+                                       qkv.data() + head_bytes,
+                                       qkv.data() + 2 * head_bytes,
+                                       dtype,
+                                       s.batch,
+                                       s.heads,
+                                       s.tokens,
+                                       s.tokens,
+                                       s.dim,
+                                       strides,
+                                       strides,
+                                       strides,
+                                       size.data(),
+                                       0.125};
+    const tome::AttentionParams params{inputs, out.data(), lse.data()};
+    for (auto _ : state) {
+        tome::attention(params, pool.threads());
+        benchmark::ClobberMemory();
+    }
+    const auto operations =
+        static_cast<double>(4 * s.batch * s.heads * s.tokens * s.tokens * s.dim);
+    state.counters["FLOP"] =
+        benchmark::Counter(operations, benchmark::Counter::kIsIterationInvariantRate);
+}
+
 // The floor: all of x copied once, split over the same threads.
 void copy(benchmark::State& state, Size s, DType dtype, int threads) {
     tome::ThreadPool pool(threads);
@@ -174,6 +209,7 @@ int main(int argc, char** argv) {
                 add("merge", merge);
                 add("unmerge", unmerge);
                 add("match", match);
+                add("attention", attention);
             }
         }
     }

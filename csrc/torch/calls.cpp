@@ -160,65 +160,61 @@ UnmergeCall::UnmergeCall(const Tensor& given, const Tensor& given_assign) {
     params.out = out.mutable_data_ptr();
 }
 
-AttentionCall::AttentionCall(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
-                             const std::optional<Tensor>& given_size, std::optional<double> scale) {
+AttentionTensors::AttentionTensors(const Tensor& given_q, const Tensor& given_k,
+                                   const Tensor& given_v, const std::optional<Tensor>& given_size) {
     check_attention(given_q, given_k, given_v, given_size);
     q = with_contiguous_last_dim(given_q);
     k = with_contiguous_last_dim(given_k);
     v = with_contiguous_last_dim(given_v);
     size = optional_contiguous(given_size);
-    params.q = q.const_data_ptr();
-    params.k = k.const_data_ptr();
-    params.v = v.const_data_ptr();
-    params.dtype = float_dtype(q, "q");
-    params.batch = q.size(0);
-    params.heads = q.size(1);
-    params.queries = q.size(2);
-    params.keys = k.size(2);
-    params.dim = q.size(3);
-    params.q_strides = head_strides(q);
-    params.k_strides = head_strides(k);
-    params.v_strides = head_strides(v);
-    params.size = optional_data(size);
-    params.scale = scale_of(scale, params.dim);
+}
+
+AttentionInputs AttentionTensors::inputs(std::optional<double> scale) const {
+    AttentionInputs p{};
+    p.q = q.const_data_ptr();
+    p.k = k.const_data_ptr();
+    p.v = v.const_data_ptr();
+    p.dtype = float_dtype(q, "q");
+    p.batch = q.size(0);
+    p.heads = q.size(1);
+    p.queries = q.size(2);
+    p.keys = k.size(2);
+    p.dim = q.size(3);
+    p.q_strides = head_strides(q);
+    p.k_strides = head_strides(k);
+    p.v_strides = head_strides(v);
+    p.size = optional_data(size);
+    p.scale = scale_of(scale, p.dim);
+    return p;
+}
+
+AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
+                             const std::optional<Tensor>& size, std::optional<double> scale)
+    : tensors(q, k, v, size) {
+    AttentionInputs& inputs = params;
+    inputs = tensors.inputs(scale);
     out = empty_heads_like(q, params.batch, params.heads, params.queries, params.dim);
     lse = empty_like_with(q, {params.batch, params.heads, params.queries}, accumulate_dtype(q));
     params.out = out.mutable_data_ptr();
     params.lse = lse.mutable_data_ptr();
 }
 
-AttentionBackwardCall::AttentionBackwardCall(const Tensor& given_grad, const Tensor& given_q,
-                                             const Tensor& given_k, const Tensor& given_v,
-                                             const std::optional<Tensor>& given_size,
+AttentionBackwardCall::AttentionBackwardCall(const Tensor& given_grad, const Tensor& q,
+                                             const Tensor& k, const Tensor& v,
+                                             const std::optional<Tensor>& size,
                                              const Tensor& given_out, const Tensor& given_lse,
-                                             std::optional<double> scale) {
-    check_attention(given_q, given_k, given_v, given_size);
-    check_same_as(given_grad, "grad", given_q, "q");
-    check_same_as(given_out, "out", given_q, "q");
-    check_lse(given_lse, given_q);
+                                             std::optional<double> scale)
+    : tensors(q, k, v, size) {
+    check_same_as(given_grad, "grad", q, "q");
+    check_same_as(given_out, "out", q, "q");
+    check_lse(given_lse, q);
     grad = with_contiguous_last_dim(given_grad);
-    q = with_contiguous_last_dim(given_q);
-    k = with_contiguous_last_dim(given_k);
-    v = with_contiguous_last_dim(given_v);
-    size = optional_contiguous(given_size);
     out = as_heads(given_out);
     lse = as_contiguous(given_lse);
+    AttentionInputs& inputs = params;
+    inputs = tensors.inputs(scale);
     params.grad = grad.const_data_ptr();
-    params.q = q.const_data_ptr();
-    params.k = k.const_data_ptr();
-    params.v = v.const_data_ptr();
-    params.dtype = float_dtype(q, "q");
-    params.batch = q.size(0);
-    params.heads = q.size(1);
-    params.queries = q.size(2);
-    params.keys = k.size(2);
-    params.dim = q.size(3);
     params.grad_strides = head_strides(grad);
-    params.q_strides = head_strides(q);
-    params.k_strides = head_strides(k);
-    params.v_strides = head_strides(v);
-    params.size = optional_data(size);
-    params.scale = scale_of(scale, params.dim);
     params.out = out.const_data_ptr();
     params.lse = lse.const_data_ptr();
     grad_q = empty_heads_like(q, params.batch, params.heads, params.queries, params.dim);

@@ -56,10 +56,20 @@ struct UnmergeCall {
     UnmergeCall(const Tensor& x, const Tensor& assign);
 };
 
+// What attention and its gradient share.
+struct AttentionTensors {
+    Tensor q, k, v;
+    std::optional<Tensor> size;
+
+    AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v,
+                     const std::optional<Tensor>& size);
+    AttentionInputs inputs(std::optional<double> scale) const;
+};
+
 struct AttentionCall {
     AttentionParams params{};
-    Tensor q, k, v, out, lse;
-    std::optional<Tensor> size;
+    AttentionTensors tensors;
+    Tensor out, lse;
 
     AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
                   const std::optional<Tensor>& size, std::optional<double> scale);
@@ -68,8 +78,8 @@ struct AttentionCall {
 
 struct AttentionBackwardCall {
     AttentionBackwardParams params{};
-    Tensor grad, q, k, v, out, lse, grad_q, grad_k, grad_v;
-    std::optional<Tensor> size;
+    AttentionTensors tensors;
+    Tensor grad, out, lse, grad_q, grad_k, grad_v;
 
     AttentionBackwardCall(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                           const std::optional<Tensor>& size, const Tensor& out, const Tensor& lse,

@@ -89,4 +89,25 @@ inline std::vector<float> random_sizes(const AttentionShape& s, Sizes kind, unsi
     return out;
 }
 
+// The params of a test's case, which has a dtype, a shape, q, k, v, sizes (empty: none) and a
+// scale.
+template <class Case>
+tome::AttentionInputs inputs_of(const Case& x) {
+    const AttentionShape& s = x.shape;
+    return {x.q.data(),
+            x.k.data(),
+            x.v.data(),
+            x.dtype,
+            s.batch,
+            s.heads,
+            s.queries,
+            s.keys,
+            s.dim,
+            x.q.strides,
+            x.k.strides,
+            x.v.strides,
+            x.size.empty() ? nullptr : x.size.data(),
+            x.scale};
+}
+
 }  // namespace tome_test

@@ -40,10 +40,7 @@ struct Outputs {
 };
 
 tome::AttentionParams params_of(const Problem& x, Outputs& to) {
-    const AttentionShape& s = x.shape;
-    return {x.q.data(), x.k.data(), x.v.data(),    x.dtype,      s.batch,     s.heads,
-            s.queries,  s.keys,     s.dim,         x.q.strides,  x.k.strides, x.v.strides,
-            x.sizes(),  x.scale,    to.out.data(), to.lse.data()};
+    return {inputs_of(x), to.out.data(), to.lse.data()};
 }
 
 Outputs run(const Problem& x, const Threads& threads) {
@@ -72,22 +69,8 @@ struct Gradients {
 
 tome::AttentionBackwardParams backward_params_of(const Problem& x, const Outputs& forward,
                                                  Gradients& to) {
-    const AttentionShape& s = x.shape;
-    tome::AttentionBackwardParams p{};
-    p.grad = x.grad.data(), p.grad_strides = x.grad.strides;
-    p.q = x.q.data(), p.q_strides = x.q.strides;
-    p.k = x.k.data(), p.k_strides = x.k.strides;
-    p.v = x.v.data(), p.v_strides = x.v.strides;
-    p.dtype = x.dtype;
-    p.batch = s.batch, p.heads = s.heads, p.queries = s.queries, p.keys = s.keys, p.dim = s.dim;
-    p.size = x.sizes();
-    p.scale = x.scale;
-    p.out = forward.out.data();
-    p.lse = forward.lse.data();
-    p.grad_q = to.q.data();
-    p.grad_k = to.k.data();
-    p.grad_v = to.v.data();
-    return p;
+    return {inputs_of(x),       x.grad.data(), x.grad.strides, forward.out.data(),
+            forward.lse.data(), to.q.data(),   to.k.data(),    to.v.data()};
 }
 
 Gradients run_backward(const Problem& x, const Outputs& forward, const Threads& threads) {

@@ -114,31 +114,13 @@ TEST(WideKernels, AttendAsThePortableOnes) {
                 Results r{zeros(count), zeros(tokens), zeros(count),
                           zeros(count), zeros(count),  zeros(tokens)};
                 const auto dtype = tome::DType::kFloat32;
-                attention(tome::AttentionParams{q.data(), k.data(), v.data(), dtype, 1, 1, tokens,
-                                                tokens, dim, strides, strides, strides, size.data(),
-                                                0.5, r.out.data(), r.lse.data()},
-                          1, 0, 1);
-                backward(tome::AttentionBackwardParams{grad.data(),
-                                                       q.data(),
-                                                       k.data(),
-                                                       v.data(),
-                                                       dtype,
-                                                       1,
-                                                       1,
-                                                       tokens,
-                                                       tokens,
-                                                       dim,
-                                                       strides,
-                                                       strides,
-                                                       strides,
-                                                       strides,
-                                                       size.data(),
-                                                       0.5,
-                                                       r.out.data(),
-                                                       r.lse.data(),
-                                                       r.grad_q.data(),
-                                                       r.grad_k.data(),
-                                                       r.grad_v.data()},
+                const tome::AttentionInputs inputs{q.data(), k.data(), v.data(),    dtype, 1,
+                                                   1,        tokens,   tokens,      dim,   strides,
+                                                   strides,  strides,  size.data(), 0.5};
+                attention(tome::AttentionParams{inputs, r.out.data(), r.lse.data()}, 1, 0, 1);
+                backward(tome::AttentionBackwardParams{inputs, grad.data(), strides, r.out.data(),
+                                                       r.lse.data(), r.grad_q.data(),
+                                                       r.grad_k.data(), r.grad_v.data()},
                          0, 1);
                 cls(tome::ClsAttentionParams{q.data(), k.data(), dtype, 1, 1, tokens, dim, 0, 0,
                                              strides, size.data(), 0.5, r.cls.data()},

@@ -57,36 +57,19 @@ struct Problem {
 };
 
 tome::AttentionBackwardParams params_of(const Problem& x, Gradients& g) {
-    const Shape& s = x.shape;
-    tome::AttentionBackwardParams p{};
-    p.grad = x.grad.data(), p.grad_strides = x.grad.strides;
-    p.q = x.q.data(), p.q_strides = x.q.strides;
-    p.k = x.k.data(), p.k_strides = x.k.strides;
-    p.v = x.v.data(), p.v_strides = x.v.strides;
-    p.dtype = x.dtype;
-    p.batch = s.batch, p.heads = s.heads, p.queries = s.queries, p.keys = s.keys, p.dim = s.dim;
-    p.size = x.size.empty() ? nullptr : x.size.data();
-    p.scale = x.scale;
-    p.out = x.out.at(x.out_shift);
-    p.lse = x.lse.data();
-    p.grad_q = const_cast<void*>(g.q.at(g.begin()));
-    p.grad_k = const_cast<void*>(g.k.at(g.begin()));
-    p.grad_v = const_cast<void*>(g.v.at(g.begin()));
-    return p;
+    return {inputs_of(x),
+            x.grad.data(),
+            x.grad.strides,
+            x.out.at(x.out_shift),
+            x.lse.data(),
+            const_cast<void*>(g.q.at(g.begin())),
+            const_cast<void*>(g.k.at(g.begin())),
+            const_cast<void*>(g.v.at(g.begin()))};
 }
 
 // What the forward would give to the backward: the exact results, rounded.
 void run_forward(Problem& x) {
-    const Shape& s = x.shape;
-    tome::AttentionParams p{};
-    p.q = x.q.data(), p.q_strides = x.q.strides;
-    p.k = x.k.data(), p.k_strides = x.k.strides;
-    p.v = x.v.data(), p.v_strides = x.v.strides;
-    p.dtype = x.dtype;
-    p.batch = s.batch, p.heads = s.heads, p.queries = s.queries, p.keys = s.keys, p.dim = s.dim;
-    p.size = x.size.empty() ? nullptr : x.size.data();
-    p.scale = x.scale;
-    const AttentionOracle exact = attention_oracle(p);
+    const AttentionOracle exact = attention_oracle({inputs_of(x), nullptr, nullptr});
     x.out = Array(x.dtype, static_cast<int64_t>(exact.out.size()) + x.out_shift);
     for (size_t i = 0; i < exact.out.size(); ++i) {
         x.out.set(int64_t(i) + x.out_shift, exact.out[i]);

@@ -70,22 +70,7 @@ Outputs poisoned(const Inputs& in) {
 
 // `shift` elements from where 16-byte stores would fit.
 AttentionParams params_of(const Inputs& in, Outputs& to, int64_t shift = 0) {
-    const Shape& s = in.shape;
-    return {in.q.data(),
-            in.k.data(),
-            in.v.data(),
-            in.dtype,
-            s.batch,
-            s.heads,
-            s.queries,
-            s.keys,
-            s.dim,
-            in.q.strides,
-            in.k.strides,
-            in.v.strides,
-            in.size.empty() ? nullptr : in.size.data(),
-            in.scale,
-            const_cast<void*>(to.out.at(kGuard - shift)),
+    return {inputs_of(in), const_cast<void*>(to.out.at(kGuard - shift)),
             const_cast<void*>(to.lse.at(kGuard))};
 }
 

@@ -13,9 +13,8 @@ struct HeadStrides {
     int64_t batch, head, token;
 };
 
-// out = softmax(scale * q k^T + log(size)) v, a row at a time. Logits, log(size), sums and the
-// weighted mean of v are float32 (float64 for float64).
-struct AttentionParams {
+// What attention and its gradient read: softmax(scale * q k^T + log(size)) v, a row at a time.
+struct AttentionInputs {
     const void* q;  // (batch, heads, queries, dim)
     const void* k;  // (batch, heads, keys, dim)
     const void* v;  // (batch, heads, keys, dim)
@@ -24,6 +23,10 @@ struct AttentionParams {
     HeadStrides q_strides, k_strides, v_strides;
     const float* size;  // (batch, keys) >= 0, or nullptr for ones; 0 hides a key
     double scale;
+};
+
+// Logits, log(size), sums and the weighted mean of v are float32 (float64 for float64).
+struct AttentionParams : AttentionInputs {
     void* out;  // (batch, queries, heads, dim) out: 0 in rows whose keys are all hidden
     // (batch, heads, queries) out, float32 (float64 for float64): the natural logarithm of the sum
     // of exp(logits); 0 in rows whose keys are all hidden.
@@ -33,16 +36,9 @@ struct AttentionParams {
 void attention(const AttentionParams& params, const Threads& threads);
 
 // Gradients in q, k and v, from what attention wrote.
-struct AttentionBackwardParams {
+struct AttentionBackwardParams : AttentionInputs {
     const void* grad;  // (batch, heads, queries, dim)
-    const void* q;     // (batch, heads, queries, dim)
-    const void* k;     // (batch, heads, keys, dim)
-    const void* v;     // (batch, heads, keys, dim)
-    DType dtype;
-    int64_t batch, heads, queries, keys, dim;
-    HeadStrides grad_strides, q_strides, k_strides, v_strides;
-    const float* size;
-    double scale;
+    HeadStrides grad_strides;
     const void* out;  // (batch, queries, heads, dim)
     const void* lse;  // (batch, heads, queries)
     void* grad_q;     // (batch, queries, heads, dim) out
