@@ -1,13 +1,16 @@
 """Compiles every CUDA kernel for every architecture and fails if a hot one spills registers.
 
-    python .ci/check_kernels.py [ARCH ...]        default: 75 80 90 100 120
+    python .ci/check_kernels.py [--log FILE] [ARCH ...]        default: 75 80 90 100 120
 
-Needs nvcc on PATH, no GPU and no torch. A kernel of float64 may spill: it is there for gradient
-checks, not for speed. So may any kernel on 75, which is kept running, not fast.
+Needs nvcc on PATH, no GPU and no torch. Architectures that FILE covers, the output of a build with
+NVCC_APPEND_FLAGS=-Xptxas=-v, are read from there instead of compiled again. A kernel of float64 may
+spill: it is there for gradient checks, not for speed. So may any kernel on 75, which is kept
+running, not fast.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -29,11 +32,15 @@ ENTRY = re.compile(
 )
 
 
+# The compiler's name for an unnamed namespace differs from one compilation to the next.
+NAMELESS = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?_cu)_[0-9a-f]{8}")
+
+
 class Kernel(NamedTuple):
     """What ptxas says about one kernel."""
 
     arch: str
-    name: str  # as the compiler mangles it
+    name: str  # as the compiler mangles it, but for NAMELESS
     registers: int
     spilled: int  # bytes, stores and loads together
 
@@ -46,7 +53,12 @@ class Kernel(NamedTuple):
 def kernels_of(log: str) -> list[Kernel]:
     """The kernels in an output of ``nvcc -Xptxas -v``."""
     return [
-        Kernel(m["arch"], m["name"], int(m["registers"]), int(m["stores"]) + int(m["loads"]))
+        Kernel(
+            m["arch"],
+            NAMELESS.sub(r"\1", m["name"]),
+            int(m["registers"]),
+            int(m["stores"]) + int(m["loads"]),
+        )
         for m in ENTRY.finditer(log)
     ]
 
@@ -73,28 +85,57 @@ def compile_source(source: Path, arch: str, folder: str) -> list[Kernel]:
     return kernels_of(run.stderr)
 
 
-def main(archs: list[str]) -> int:
-    """Compile all, print a line per file, and return 1 if a hot kernel spills."""
+def report(name: str, arch: str, kernels: list[Kernel]) -> list[Kernel]:
+    """Print a line, and return the hot kernels that spill."""
+    most = max((kernel.registers for kernel in kernels), default=0)
+    spills = [kernel for kernel in kernels if kernel.spilled > 0]
+    print(
+        f"{name:24} {arch:7} {len(kernels):3} kernels, at most {most:3} registers, "
+        f"{len(spills)} spill",
+        flush=True,
+    )
+    return [kernel for kernel in spills if kernel.hot]
+
+
+def compile_all(archs: list[str]) -> tuple[list[Kernel], set[str]]:
+    """Compile every file for every architecture.
+
+    Returns the hot kernels that spill, and the names of all kernels.
+    """
     jobs = [(source, arch) for source in SOURCES for arch in archs]
     spilling: list[Kernel] = []
+    names: set[str] = set()
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool,
     ):
         results = pool.map(lambda job: compile_source(*job, folder), jobs)
         for (source, arch), kernels in zip(jobs, results, strict=True):
-            most = max((kernel.registers for kernel in kernels), default=0)
-            spills = [kernel for kernel in kernels if kernel.spilled > 0]
-            spilling += [kernel for kernel in spills if kernel.hot]
-            print(
-                f"{source.name:20} sm_{arch:4} {len(kernels):3} kernels, "
-                f"at most {most:3} registers, {len(spills)} spill",
-                flush=True,
-            )
+            spilling += report(source.name, f"sm_{arch}", kernels)
+            names |= {kernel.name for kernel in kernels}
+    return spilling, names
+
+
+def main() -> int:
+    """Check all architectures; 1 if a hot kernel spills."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log", type=Path, help="what a build printed")
+    parser.add_argument("archs", nargs="*", default=ARCHS)
+    args = parser.parse_args()
+    logged = kernels_of(args.log.read_text()) if args.log else []
+    in_log = {arch: [k for k in logged if k.arch == f"sm_{arch}"] for arch in args.archs}
+    spilling, names = compile_all([arch for arch in args.archs if not in_log[arch]])
+    for arch, kernels in in_log.items():
+        if not kernels:
+            continue
+        spilling += report(args.log.name, f"sm_{arch}", kernels)
+        missing = names - {kernel.name for kernel in kernels}
+        if missing:
+            raise SystemExit(f"{args.log} says nothing of {len(missing)} kernels for sm_{arch}")
     for kernel in spilling:
         print(f"spills {kernel.spilled} bytes on {kernel.arch}: {kernel.name}", file=sys.stderr)
-    return 1 if spilling or not jobs else 0
+    return 1 if spilling or not SOURCES else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(ARCHS)))
+    sys.exit(main())

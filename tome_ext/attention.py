@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops
 from .ops import describe
 from .plan import MergePlan
 from .reference import accumulate_dtype
@@ -40,7 +41,7 @@ def unsupported(
 ) -> str | None:
     """Why ``tome::attention`` does not serve attention of this kind, in words; None if it does."""
     if not sized and device.type != "cpu":
-        # There stock attention is flash. On the CPU it is slower, see docs/attention.md.
+        # There stock attention is flash. On the CPU it is slower: the README has the figures.
         return "without sizes it is the same"
     if dropout_p > 0:
         return f"attention dropout of {dropout_p:g}"
@@ -53,12 +54,21 @@ def unsupported(
     return None
 
 
+def _in_transform() -> bool:
+    """Whether derivatives are asked for in a way that operators outside torch cannot follow."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
 def _operator_serves(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, attn_mask: Tensor | None, dropout_p: float
 ) -> str | None:
     """Why stock attention is called instead of ``tome::attention``, in words; None if it is not."""
     if attn_mask is not None:
         return "a mask that does more than hide keys"
+    if _in_transform():
+        return "forward-mode derivatives or torch.func"
     if size is not None and size.requires_grad:
         return "sizes that require a gradient"
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -231,7 +241,7 @@ def cls_attention(
             a contiguous last dimension (others are copied), so views of a packed qkv tensor are
             read in place.
         size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
-            None means 1.
+            None means 1. It gets no gradient.
         scale: factor of the logits; None means ``D ** -0.5``.
 
     Returns:
@@ -252,8 +262,9 @@ def cls_attention(
     _check(size, q=q, k=k)
     if size is not None:
         size = size.to(torch.float32)
-    if unsupported(q.device, q.dtype, q.shape[3]) is not None:
-        return reference.cls_attention(q, k, size, scale)
+    # Its kernels take heads of any size.
+    if unsupported(q.device, q.dtype, head_dim=1) is not None:
+        return ops.twin("cls_attention")(q, k, size, scale)
     return ops.cls_attention(q, k, size, scale)
 
 

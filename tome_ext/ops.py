@@ -249,13 +249,14 @@ def _cls_attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_q, grad_k.to(k.dtype), None, None
 
 
-def _twin(name: str) -> Callable[..., Any]:
-    twin: Callable[..., Any] = getattr(reference, name)
+def twin(name: str) -> Callable[..., Any]:
+    """The operator in plain PyTorch (:mod:`tome_ext.reference`)."""
+    plain: Callable[..., Any] = getattr(reference, name)
 
     def call(*args: Any) -> Any:
         # Kernels compute in the precision they promise, under autocast too.
         with torch._C._DisableAutocast():
-            return twin(*args)
+            return plain(*args)
 
     return call
 
@@ -281,7 +282,7 @@ def _register() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"tome::{name}", fake)
         for key in keys:
-            torch.library.impl(f"tome::{name}", key, _twin(name))
+            torch.library.impl(f"tome::{name}", key, twin(name))
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
     register_autograd(

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,6 +96,15 @@ def _progress(runs: int, verbose: bool) -> Iterable[int]:
     return progress
 
 
+def _unwrap(model: Any) -> Any:
+    """The model inside ``torch.compile``, ``DataParallel`` and their like."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrap(inner)
+    return model
+
+
 def info(model: nn.Module | None = None) -> dict[str, str]:
     """What is installed, built and in use, by name; for bug reports and ``tome-ext info``.
 
@@ -113,6 +123,7 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
     Raises:
         ValueError: the model is not patched.
     """
+    model = _unwrap(model)
     if model is not None and not isinstance(model, PatchedModel):
         raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
     built = _library.build_info()

@@ -229,6 +229,24 @@ TEST_P(CudaAttentionTest, HugeLogitsDoNotOverflow) {
     }
 }
 
+// As on the CPU: NaN in a query stays in its row, NaN in a key or an infinite logit reaches all.
+TEST_P(CudaAttentionTest, NaNIsNotTakenForHiddenKeys) {
+    const Shape s{1, 1, 8, 40, 16};
+    Inputs in = random_inputs(GetParam(), s);
+    in.q.memory.set(in.q.index(0, 0, 3, 5), kNaN);
+    const Outputs got = on_cuda(in);
+    for (int64_t i = 0; i < s.queries * s.dim; ++i) {
+        EXPECT_EQ(std::isnan(got.out[kGuard + i]), i / s.dim == 3) << i;
+    }
+    for (int64_t m = 0; m < s.queries; ++m) {
+        EXPECT_EQ(std::isnan(got.lse[kGuard + m]), m == 3) << m;
+    }
+    in = random_inputs(GetParam(), s);
+    in.k.memory.set(in.k.index(0, 0, 7, 0), kNaN);
+    const Outputs all = on_cuda(in);
+    for (int64_t i = 0; i < s.queries * s.dim; ++i) EXPECT_TRUE(std::isnan(all.out[kGuard + i]));
+}
+
 TEST_P(CudaAttentionTest, DegenerateShapes) {
     for (int64_t batch : {0, 1}) {
         for (int64_t heads : {0, 2}) {

@@ -430,6 +430,17 @@ def test_attention_takes_no_memory_that_grows_with_pairs() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", ATTENTION_ERROR)
+def test_nan_is_not_taken_for_hidden_keys(dtype: torch.dtype) -> None:
+    q, k, v = (x.cuda() for x in packed_qkv(1, 1, 20, 64, dtype))
+    q[0, 0, 3, 5] = float("nan")
+    out, lse = torch.ops.tome.attention_forward(q, k, v)
+    rows = torch.arange(20, device="cuda") == 3
+    assert torch.equal(out.isnan().all(-1)[0, 0], rows)
+    assert torch.equal(lse.isnan()[0, 0], rows)
+
+
+@on_gpu
 def test_attention_names_what_its_kernels_do_not_take() -> None:
     wide = torch.zeros(1, 1, 4, 136, device="cuda")
     with pytest.raises(RuntimeError, match="at most 128 channels"):

@@ -127,12 +127,14 @@ class Engine:
         self.attention: list[str | None] = [None] * self.num_layers
 
     def __getstate__(self) -> dict[str, Any]:
-        # State of running forwards belongs to this object's threads, not to copies.
-        return {name: value for name, value in vars(self).items() if name != "local"}
+        # What forwards left belongs to this object, not to copies.
+        left = ("local", "attention")
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.local = threading.local()
+        self._find_first_merge()
 
     # --- state ----------------------------------------------------------------------------------
 

@@ -129,6 +129,13 @@ def _check(model: Any) -> list[Any]:
             )
         if "forward" in vars(block) or "forward" in vars(block.attn):
             raise ValueError(f"model: got {found}, whose forward or whose attention's is replaced")
+        drop = block.attn.attn_drop
+        if not block.attn.fused_attn and type(drop) not in (nn.Dropout, nn.Identity):
+            raise ValueError(
+                f"model: expected nn.Dropout or nn.Identity as attn_drop, got {found} with "
+                f"{type(drop).__qualname__}, which would see the attention matrix that merging "
+                "blocks do not build"
+            )
         if any(block is other for other in blocks[:layer]):
             raise ValueError(f"model: expected blocks of their own, got {found}, which came before")
     pool: Any = model.attn_pool
@@ -143,6 +150,12 @@ def _check(model: Any) -> list[Any]:
             "tokens do not have"
         )
     return blocks
+
+
+def dropout_of(attn: Any) -> float:
+    """The probability with which timm drops an attention weight, in the module's present mode."""
+    dropping = attn if attn.fused_attn else attn.attn_drop
+    return getattr(attn.attn_drop, "p", 0.0) if dropping.training else 0.0
 
 
 class TimmAttention(Swapped):
@@ -170,8 +183,7 @@ class TimmAttention(Swapped):
         # The attention matrix is never built: without fused attention the numbers are the same, but
         # attn_drop is not called. With it, timm ignores self.scale.
         scale = None if self.fused_attn else self.scale
-        dropout_p = getattr(self.attn_drop, "p", 0.0) if self.training else 0.0
-        x = tome.attend(q, k, v, attn_mask, is_causal, dropout_p, scale)
+        x = tome.attend(q, k, v, attn_mask, is_causal, dropout_of(self), scale)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -271,8 +283,7 @@ class TimmModel(PatchedModel):
     def _tome_attention(self: Any, layer: int) -> AttentionKind:
         attn = self.blocks[layer].attn
         weight = next(attn.parameters())
-        dropout_p = getattr(attn.attn_drop, "p", 0.0) if attn.training else 0.0
-        return AttentionKind(weight.device, weight.dtype, attn.head_dim, dropout_p)
+        return AttentionKind(weight.device, weight.dtype, attn.head_dim, dropout_of(attn))
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the layers that stay keep the number of tokens they remove."""

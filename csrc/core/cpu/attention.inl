@@ -39,12 +39,12 @@ struct KeyBlock {
     bool first, last;
 };
 
-// What a row carries from block to block; not touched where there is only one.
+// What the rows of a tile carry from block to block; not touched where there is only one.
 template <class T>
 struct RowState {
-    T* values;  // (queries, padded dim)
-    T* peak;    // (queries)
-    T* sum;     // (queries)
+    T* values;  // (kTileRows, padded dim)
+    T* peak;    // (kTileRows)
+    T* sum;     // (kTileRows)
 };
 
 // scores (kRows, padded count) = factor * queries x columns + bias; each row's maximum in `top`.
@@ -95,7 +95,7 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
     T scale[kRows];  // of what earlier blocks left; at last, of the result
     T carry[kRows];
     for (int i = 0; i < kRows; ++i) {
-        const T before = block.first ? kNone : state.peak[row + i];
+        const T before = block.first ? kNone : state.peak[i];
         const T peak = std::max(before, top[i]);
         const T shift = peak == kNone ? T(0) : peak;  // all hidden so far: exp2(-inf) is 0
         const V shifts = broadcast<V>(shift);
@@ -106,10 +106,10 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
             sums += weight;
         }
         carry[i] = block.first ? T(0) : std::exp2(before - shift);
-        const T sum = total(sums) + (block.first ? T(0) : carry[i] * state.sum[row + i]);
+        const T sum = total(sums) + (block.first ? T(0) : carry[i] * state.sum[i]);
         if (!block.last) {
-            state.peak[row + i] = peak;
-            state.sum[row + i] = sum;
+            state.peak[i] = peak;
+            state.sum[i] = sum;
         }
         scale[i] = sum == 0 ? T(0) : T(1) / sum;
         if (block.last) {
@@ -121,7 +121,7 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
     In* out = static_cast<In*>(p.out) + ((image * p.queries + row) * p.heads + head) * p.dim;
     for (int64_t d = 0; d < padded_dim; d += kPanel<T>) {
         V sum[kRows][kPanelVectors] = {};
-        T* carried = state.values + row * padded_dim + d;
+        T* carried = state.values + d;
         if (!block.first) {
             for (int i = 0; i < kRows; ++i) {
                 for (int v = 0; v < kPanelVectors; ++v) {
@@ -173,9 +173,6 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
             fill_bias(size, p.keys, padded_keys, bias.get());
             biased = image;
         }
-        const RowState<T> state{state_values.get() - first_row * (one_block ? 0 : padded_dim),
-                                state_peak.get() - (one_block ? 0 : first_row),
-                                state_sum.get() - (one_block ? 0 : first_row)};
         // One block even where there are no keys, which writes the zeros.
         for (int64_t key = 0; key == 0 || key < p.keys; key += per_block) {
             const int64_t count = std::min(per_block, p.keys - key);
@@ -191,6 +188,9 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                 const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
                 widen_rows(at(p.q, p.q_strides, row), p.q_strides.token, rows, p.dim,
                            queries.get());
+                const int64_t in_part = one_block ? 0 : row - first_row;
+                const RowState<T> state{state_values.get() + in_part * padded_dim,
+                                        state_peak.get() + in_part, state_sum.get() + in_part};
                 with_rows<kTileRows>(rows, [&](auto count) TOME_INLINE_LAMBDA {
                     attend_tile<In, T, count()>(p, image, head, row, block, queries.get(),
                                                 scores.get(), state);

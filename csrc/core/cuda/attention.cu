@@ -188,7 +188,7 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& m, Rows<kDim>& r
         for (int half = 0; half < 2; ++half) {
             const int row = block * 16 + half * 8 + lane / 4;
             const float sum = sum_over_row(rows.sum[block][half]);
-            const bool seen = sum > 0.0f;
+            const bool seen = !(sum == 0.0f);  // NaN stays NaN
             const float factor = seen ? device::reciprocal(sum) : 0.0f;
             if (lane % 4 == 0 && row < count) {
                 lse[row] = seen ? (rows.top[block][half] + log2f(sum)) * kLn2 : 0.0f;

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     for (int i = 0; i < kRows; ++i) {
         const int row = y + i * kSide;
         const float total = sum_over_side(sum[i]);
-        const bool seen = total > 0.0f;
+        const bool seen = !(total == 0.0f);  // NaN stays NaN
         const float factor = seen ? 1.0f / total : 0.0f;
         if (row >= queries_left) continue;
         if (x == 0) lse[row] = seen ? (top[i] + log2f(total)) * kLn2 : 0.0f;
