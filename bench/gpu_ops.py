@@ -145,7 +145,7 @@ def compiled(run: Contender, dry: bool) -> Contender:
 
 
 def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[str, object]:
-    """match, merge and both of one layer."""
+    """match, merge and both of one layer; and merge with what lies around it in a block."""
     batch, tokens, channels, r = (shape[k] for k in ("batch", "tokens", "channels", "r"))
     dim = channels // shape["heads"]
 
@@ -156,6 +156,22 @@ def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[st
 
     inputs = watch.rotating(make)
     plan = tome_ext.match(inputs[0][0], r, 1)
+    vectors = [torch.randn(channels, device=watch.device, dtype=DTYPE) for _ in range(2)]
+
+    # For a branch stands the x half a turn away, as far from the cache as can be.
+    half = len(inputs) // 2
+    branches = {id(x): inputs[i - half][1] for i, (_, x, _) in enumerate(inputs)}
+
+    def folded(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
+        return plan.merge_add_norm(x, branches[id(x)], size, None, *vectors)
+
+    def unfolded(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
+        merged, new_size = plan.merge(x + branches[id(x)], size)
+        return torch.nn.functional.layer_norm(merged, (channels,), *vectors), merged, new_size
+
+    def sliced(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
+        kept = (x + branches[id(x)])[:, : tokens - r]
+        return torch.nn.functional.layer_norm(kept, (channels,), *vectors), kept
 
     def both(keys: torch.Tensor, x: torch.Tensor, size: torch.Tensor) -> object:
         return tome_ext.match(keys, r, 1).merge(x, size)
@@ -170,17 +186,30 @@ def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[st
             "merge": lambda keys, x, size: plan.merge(x, size),
             "unmerge": lambda keys, x, size: plan.unmerge(x[:, : tokens - r]),
             "both": both,
+            "merge_add_norm": folded,
+            "add, merge, norm": unfolded,
+            "add, slice, norm": sliced,
         },
         {"both": both, "stock": stock_both, "compiled": compiled(stock_both, watch.dry)},
     )
     element = torch.finfo(DTYPE).bits // 8
     merge_bytes = batch * (2 * tokens - r) * channels * element
+    folded_bytes = batch * (2 * tokens + 2 * (tokens - r)) * channels * element
     key_bytes = batch * tokens * shape["heads"] * dim * element
     return {
         "row": f"layer {shape['name']} B={batch}",
         "shape": shape,
         "us": times,
         "merge_of_copy_bandwidth": over(over(merge_bytes, times["merge device"]), bandwidth),
+        "merge_add_norm_of_copy_bandwidth": over(
+            over(folded_bytes, times["merge_add_norm device"]), bandwidth
+        ),
+        "unfolded_over_merge_add_norm": over(
+            times["add, merge, norm device"], times["merge_add_norm device"]
+        ),
+        "sliced_over_merge_add_norm": over(
+            times["add, slice, norm device"], times["merge_add_norm device"]
+        ),
         "match_over_reading_keys": over(times["match device"], over(key_bytes, bandwidth)),
         "over_stock": over(times["stock eager"], times["both eager"]),
         "over_compiled": over(times["compiled eager"], times["both eager"]),
@@ -348,6 +377,8 @@ def exercise(device: str) -> None:
             plan = tome_ext.match(keys, 8, 1)
             merged, _ = plan.merge(x, torch.ones(2, tokens, device=device))
             plan.unmerge(merged).sum().backward()
+            _, _, normed = plan.merge_add_norm(x, x, None, *torch.randn(3, channels).to(x))
+            normed.sum().backward()
             tome_ext.MergePlan.from_assign(plan.assign, plan.num_output_tokens)
             if device == "cuda" and dtype == torch.float64:
                 continue  # attention has no such kernel

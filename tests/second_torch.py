@@ -27,6 +27,12 @@ def check(dtype: torch.dtype) -> None:
         wanted = reference.merge(x, size, plan.members, plan.offsets, reduce)
         for got, want in zip(merged, wanted, strict=True):
             torch.testing.assert_close(got, want)
+    branch = torch.randn(2, 50, 24, generator=generator).to(dtype)
+    vectors = torch.randn(3, 24, generator=generator).to(dtype).unbind()
+    added = (x, branch, size, plan.members, plan.offsets, *vectors, 1e-5)
+    wanted = reference.merge_add_norm(*added)
+    for got, want in zip(torch.ops.tome.merge_add_norm(*added), wanted, strict=True):
+        torch.testing.assert_close(got, want)
     rows = plan.merge(x, size)[0]
     torch.testing.assert_close(plan.unmerge(rows), reference.unmerge(rows, plan.assign))
 
@@ -49,6 +55,7 @@ def check(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.match.default, (keys, 12, 1))
     torch.library.opcheck(ops.plan.default, (plan.assign, plan.num_output_tokens))
     torch.library.opcheck(ops.merge.default, (live, size, plan.members, plan.offsets))
+    torch.library.opcheck(ops.merge_add_norm.default, (live, *added[1:]))
     torch.library.opcheck(ops.unmerge.default, (rows.detach().requires_grad_(), plan.assign))
     query = q.clone().requires_grad_()
     torch.library.opcheck(ops.attention.default, (query, keys, v, size))

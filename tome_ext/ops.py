@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, reference
+from . import _library, _onnx, reference
 
 __all__ = [
     "attention",
@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "match",
     "merge",
+    "merge_add_norm",
     "merge_backward",
     "plan",
     "unmerge",
@@ -45,11 +46,22 @@ def describe(x: object) -> str:
 # --- calling ------------------------------------------------------------------------------------
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def _operator(name: str, differentiable: bool = False) -> Callable[..., Any]:
     if _library.load_error is None:
         # The overload itself: looking it up through its name costs a microsecond in every call.
         overload: Callable[..., Any] = getattr(torch.ops.tome, name).default
-        return overload
+        if not differentiable:
+            return overload
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return overload(*args, **kwargs)
+            # Under no_grad torch would still go through its autograd layer for operators outside
+            # of it, which is written in Python and takes 5 to 10 us a call.
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args, **kwargs)
+
+        return call
 
     def missing(*args: object, **kwargs: object) -> None:
         _library.require()
@@ -62,19 +74,28 @@ match: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("match")
 # (assign, num_rows) -> members (B, N), offsets (B, M + 1)
 plan: Callable[..., tuple[Tensor, Tensor]] = _operator("plan")
 # (x, size, members, offsets, reduce="mean") -> tokens (B, M, C), sizes (B, M) float32
-merge: Callable[..., tuple[Tensor, Tensor]] = _operator("merge")
+merge: Callable[..., tuple[Tensor, Tensor]] = _operator("merge", differentiable=True)
+# (x, branch, size, members, offsets, scale=None, weight=None, bias=None, eps=1e-6) ->
+# tokens (B, M, C), sizes (B, M) float32, norms of the tokens (B, M, C)
+merge_add_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "merge_add_norm", differentiable=True
+)
 # (grad, size, members, offsets, reduce="mean") -> gradients of the tokens (B, N, C)
-merge_backward: Callable[..., Tensor] = _operator("merge_backward")
+merge_backward: Callable[..., Tensor] = _operator("merge_backward", differentiable=True)
 # (x, assign) -> tokens (B, N, C)
-unmerge: Callable[..., Tensor] = _operator("unmerge")
+unmerge: Callable[..., Tensor] = _operator("unmerge", differentiable=True)
 # (q, k, v, size=None, scale=None) -> out (B, H, M, D): the first output of the next one
-attention: Callable[..., Tensor] = _operator("attention")
+attention: Callable[..., Tensor] = _operator("attention", differentiable=True)
 # (q, k, v, size=None, scale=None) -> out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)
-attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator("attention_forward")
+attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator(
+    "attention_forward", differentiable=True
+)
 # (grad, q, k, v, size, out, lse, scale=None) -> gradients of q, k and v
-attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("attention_backward")
+attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "attention_backward", differentiable=True
+)
 # (q, k, size=None, scale=None) -> (B, N) float32 (float64 for float64)
-cls_attention: Callable[..., Tensor] = _operator("cls_attention")
+cls_attention: Callable[..., Tensor] = _operator("cls_attention", differentiable=True)
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -109,6 +130,21 @@ def _fake_merge(
         x.new_empty((batch, rows, x.shape[2])),
         x.new_empty((batch, rows), dtype=torch.float32),
     )
+
+
+def _fake_merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    size: Tensor | None,
+    members: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    merged, new_size = _fake_merge(x, size, members, offsets)
+    return merged, new_size, torch.empty_like(merged)
 
 
 def _fake_merge_backward(
@@ -180,6 +216,42 @@ def _merge_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     count, _ = merge(wins, None, members, offsets, "sum")
     share = grad / count.clamp_min(1)
     return wins * merge_backward(share, None, members, offsets, "sum"), None, None, None, None
+
+
+def _merge_add_norm_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    _, branch, size, members, offsets, scale, weight, bias, ctx.eps = inputs
+    # The sums before the merge are linear: only the gradient of scale reads what was added.
+    added = branch if scale is not None and scale.requires_grad else None
+    ctx.save_for_backward(output[0], added, size, members, offsets, scale, weight, bias)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _merge_add_norm_backward(
+    ctx: Any, grad: Tensor, _: Tensor | None, grad_normed: Tensor
+) -> tuple[Tensor | None, ...]:
+    # merge_backward and torch's operators, all differentiable in turn.
+    merged, added, size, members, offsets, scale, weight, bias = ctx.saved_tensors
+    channels = merged.shape[-1:]
+    with torch.no_grad():
+        _, mean, rstd = torch.ops.aten.native_layer_norm(merged, channels, weight, bias, ctx.eps)
+    grad_merged, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_normed.contiguous(),
+        merged,
+        channels,
+        mean,
+        rstd,
+        weight,
+        bias,
+        [True, weight is not None, bias is not None],
+    )
+    if weight is None and bias is not None:  # torch's second derivative would leave it out
+        grad_bias = grad_normed.sum((0, 1))
+    grad_x = merge_backward(grad + grad_merged, size, members, offsets, "mean")
+    grad_branch = grad_x if scale is None else grad_x * scale
+    grad_scale = None if added is None else (grad_x * added).sum((0, 1))
+    return grad_x, grad_branch, None, None, None, grad_scale, grad_weight, grad_bias, None
 
 
 def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -267,6 +339,7 @@ def _register() -> None:
         "match": _fake_match,
         "plan": _fake_plan,
         "merge": _fake_merge,
+        "merge_add_norm": _fake_merge_add_norm,
         "merge_backward": _fake_merge_backward,
         "unmerge": _fake_unmerge,
         "attention_forward": _fake_attention_forward,
@@ -283,8 +356,12 @@ def _register() -> None:
         torch.library.register_fake(f"tome::{name}", fake)
         for key in keys:
             torch.library.impl(f"tome::{name}", key, twin(name))
+    _onnx.register()
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
+    register_autograd(
+        "tome::merge_add_norm", _merge_add_norm_backward, setup_context=_merge_add_norm_setup
+    )
     register_autograd(
         "tome::merge_backward", _merge_backward_backward, setup_context=_merge_backward_setup
     )

@@ -79,6 +79,52 @@ class MergePlan(NamedTuple):
         """
         return ops.merge(x, size, self.members, self.offsets, reduce)
 
+    def merge_add_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        size: Tensor | None = None,
+        scale: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a branch to its residual, merge the tokens and normalise them, in one pass.
+
+        What a transformer block does between two of its branches, each step of which would read
+        and write every token::
+
+            merged, new_size = plan.merge(x + scale * branch, size)
+            normed = F.layer_norm(merged, (C,), weight, bias, eps)
+
+        Differentiable in x, branch, scale, weight and bias, twice.
+
+        Args:
+            x: (B, N, C) float32, float16, bfloat16 or float64; any strides with a contiguous last
+                dimension (others are copied).
+            branch: (B, N, C) of x's dtype, the output of the block's branch; any such strides.
+            size: (B, N) float32, how many original tokens each token stands for; None means 1.
+            scale: (C,) of x's dtype, the branch's factor per channel (LayerScale's gamma); None
+                means 1.
+            weight: (C,) of x's dtype, the norm's weight; None means 1.
+            bias: (C,) of x's dtype, the norm's bias; None means 0.
+            eps: >= 0, added to the variance over a token's channels.
+
+        Returns:
+            The rows (B, M, C) in x's dtype, made of the sums as :meth:`merge` does by "mean";
+            their sizes (B, M) float32; and the rows normalised over their channels (B, M, C), in
+            x's dtype. Sums, means and variances are taken in float32 (float64 for float64); the
+            rows are rounded to x's dtype once, and the norm is of the rounded ones. A row without
+            members is 0, and its norm the bias.
+
+        Raises:
+            ValueError: shapes, dtypes, devices or eps are not as above.
+            RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
+        """
+        return ops.merge_add_norm(
+            x, branch, size, self.members, self.offsets, scale, weight, bias, eps
+        )
+
     def unmerge(self, x: Tensor) -> Tensor:
         """Copy every row back to the tokens that made it: (B, M, C) to (B, N, C); dropped get 0."""
         return ops.unmerge(x, self.assign)

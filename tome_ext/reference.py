@@ -23,6 +23,7 @@ __all__ = [
     "match",
     "match_sets",
     "merge",
+    "merge_add_norm",
     "merge_backward",
     "plan",
     "unit_rows",
@@ -189,6 +190,30 @@ def merge(
     merged = (merged / divisor.unsqueeze(-1)).to(x.dtype)
     single = (offsets.diff(dim=1) == 1).unsqueeze(-1)
     return torch.where(single, _scatter(x, row, num_rows, "sum"), merged), new_size
+
+
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    size: Tensor | None,
+    members: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual sum, merge, norm. See :meth:`tome_ext.MergePlan.merge_add_norm`."""
+    dtype = accumulate_dtype(x.dtype)
+    added = branch.to(dtype) if scale is None else branch.to(dtype) * scale.to(dtype)
+    merged, new_size = merge(x.to(dtype) + added, size, members, offsets)
+    merged = merged.to(x.dtype)
+    rows = merged.to(dtype)  # the norm is of the tokens as they are stored
+    rows = rows - rows.mean(-1, keepdim=True)
+    normed = rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight.to(dtype)
+    normed = normed if bias is None else normed + bias.to(dtype)
+    return merged, new_size, normed.to(x.dtype)
 
 
 def merge_backward(

@@ -122,6 +122,38 @@ void merge(benchmark::State& state, Size s, DType dtype, int threads) {
     state.SetBytesProcessed(state.iterations() * (static_cast<int64_t>(x.size()) + out_bytes));
 }
 
+void merge_add_norm(benchmark::State& state, Size s, DType dtype, int threads) {
+    tome::ThreadPool pool(threads);
+    const Plan plan = make_plan(s);
+    const std::vector<char> x = random_values(s.batch * s.tokens * s.channels, dtype);
+    const std::vector<char> branch = x;
+    const std::vector<char> vectors = random_values(s.channels, dtype);
+    const std::vector<float> size(static_cast<size_t>(s.batch * s.tokens), 2.0f);
+    const int64_t out_bytes = s.batch * plan.rows * s.channels * tome::element_size(dtype);
+    std::vector<char> out(static_cast<size_t>(out_bytes)), normed(out);
+    std::vector<float> out_size(static_cast<size_t>(s.batch * plan.rows));
+    tome::MergeAddNormParams p{};
+    p.x = x.data();
+    p.branch = branch.data();
+    p.dtype = dtype;
+    p.batch = s.batch;
+    p.tokens = s.tokens;
+    p.rows = plan.rows;
+    p.channels = s.channels;
+    p.x_stride_batch = p.branch_stride_batch = s.tokens * s.channels;
+    p.x_stride_token = p.branch_stride_token = s.channels;
+    p.weight = p.bias = vectors.data();
+    p.eps = 1e-6;
+    p.size = size.data();
+    p.members = plan.members.data();
+    p.offsets = plan.offsets.data();
+    p.out = out.data();
+    p.normed = normed.data();
+    p.out_size = out_size.data();
+    for (auto _ : state) benchmark::DoNotOptimize(tome::merge_add_norm(p, pool.threads()));
+    state.SetBytesProcessed(state.iterations() * 2 * (static_cast<int64_t>(x.size()) + out_bytes));
+}
+
 void unmerge(benchmark::State& state, Size s, DType dtype, int threads) {
     tome::ThreadPool pool(threads);
     const Plan plan = make_plan(s);
@@ -207,6 +239,7 @@ int main(int argc, char** argv) {
                 };
                 add("copy", copy);
                 add("merge", merge);
+                add("merge_add_norm", merge_add_norm);
                 add("unmerge", unmerge);
                 add("match", match);
                 add("attention", attention);

@@ -1,4 +1,4 @@
-// match and merge on CUDA without torch: what bench/gpu_ops.py must agree with.
+// match, merge and merge_add_norm on CUDA without torch: what bench/gpu_ops.py must agree with.
 //
 //   nvcc -std=c++20 -O3 -Icsrc/core/include -Icsrc/core/cuda bench/cpp/bench_cuda.cu
 //       csrc/core/cuda/*.cu -o bench_cuda && ./bench_cuda
@@ -85,8 +85,10 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
            int64_t r, bool dry, const char* end) {
     std::printf(" \"%s B=%lld\": ", name, static_cast<long long>(batch));
     if (dry) {
-        std::printf("{\"match device\": null, \"merge device\": null, \"both device\": null}%s\n",
-                    end);
+        std::printf(
+            "{\"match device\": null, \"merge device\": null, \"both device\": null, "
+            "\"merge_add_norm device\": null}%s\n",
+            end);
         return;
     }
     const int64_t dim = channels / heads, rows = tokens - r;
@@ -95,6 +97,9 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
         static_cast<int>(std::clamp<int64_t>((256 << 20) / (2 * (key_count + x_count)) + 1, 2, 64));
     std::vector<tome::MatchParams> matches;
     std::vector<tome::MergeParams> merges;
+    std::vector<tome::MergeAddNormParams> folded;
+    auto* weights = allocate<uint16_t>(channels);
+    fill<<<1024, 256>>>(weights, channels, 0);
     for (int i = 0; i < inputs; ++i) {
         auto* qkv = allocate<uint16_t>(key_count);
         auto* x = allocate<uint16_t>(x_count);
@@ -112,6 +117,29 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
                           allocate<uint16_t>(batch * rows * channels),
                           allocate<float>(batch * rows)});
     }
+    for (size_t i = 0; i < merges.size(); ++i) {
+        const tome::MergeParams& p = merges[i];
+        tome::MergeAddNormParams q{};
+        q.x = p.x;
+        // For a branch stands the x half a turn away, as far from the cache as can be.
+        q.branch = merges[(i + merges.size() / 2) % merges.size()].x;
+        q.dtype = p.dtype;
+        q.batch = batch;
+        q.tokens = tokens;
+        q.rows = rows;
+        q.channels = channels;
+        q.x_stride_batch = q.branch_stride_batch = p.stride_batch;
+        q.x_stride_token = q.branch_stride_token = p.stride_token;
+        q.weight = q.bias = weights;
+        q.eps = 1e-6;
+        q.size = p.size;
+        q.members = p.members;
+        q.offsets = p.offsets;
+        q.out = p.out;
+        q.normed = allocate<uint16_t>(batch * rows * channels);
+        q.out_size = p.out_size;
+        folded.push_back(q);
+    }
     check(cudaDeviceSynchronize(), "fill");
     auto* workspace =
         allocate<char>(static_cast<int64_t>(tome::match_cuda_workspace_bytes(matches[0])));
@@ -128,8 +156,14 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
     const float match_us = median_us(match, inputs, 50);
     const float merge_us = median_us(merge, inputs, 50);
     const float both_us = median_us(both, inputs, 50);
-    std::printf("{\"match device\": %.3f, \"merge device\": %.3f, \"both device\": %.3f}%s\n",
-                match_us, merge_us, both_us, end);
+    const auto merge_add_norm = [&](int i, cudaStream_t stream) {
+        return tome::merge_add_norm_cuda(folded[static_cast<size_t>(i)], stream);
+    };
+    const float folded_us = median_us(merge_add_norm, inputs, 50);
+    std::printf(
+        "{\"match device\": %.3f, \"merge device\": %.3f, \"both device\": %.3f, "
+        "\"merge_add_norm device\": %.3f}%s\n",
+        match_us, merge_us, both_us, folded_us, end);
     for (const tome::MatchParams& p : matches) {
         cudaFree(const_cast<uint16_t*>(static_cast<const uint16_t*>(p.metric)) - channels);
         cudaFree(p.assign);
@@ -142,6 +176,8 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
         cudaFree(p.out);
         cudaFree(p.out_size);
     }
+    for (const tome::MergeAddNormParams& p : folded) cudaFree(p.normed);
+    cudaFree(weights);
     cudaFree(workspace);
 }
 

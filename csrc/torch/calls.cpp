@@ -26,8 +26,9 @@ std::optional<Tensor> optional_contiguous(const std::optional<Tensor>& x) {
     return as_contiguous(*x);
 }
 
-const float* optional_data(const std::optional<Tensor>& x) {
-    return x.has_value() ? data<float>(*x) : nullptr;
+template <class T>
+const T* optional_data(const std::optional<Tensor>& x) {
+    return x.has_value() ? data<T>(*x) : nullptr;
 }
 
 HeadStrides head_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
@@ -105,13 +106,56 @@ MergeCall::MergeCall(const Tensor& given, const std::optional<Tensor>& given_siz
     params.channels = x.size(2);
     params.stride_batch = x.stride(0);
     params.stride_token = x.stride(1);
-    params.size = optional_data(size);
+    params.size = optional_data<float>(size);
     params.members = data<int32_t>(members);
     params.offsets = data<int32_t>(offsets);
     out = empty_like_with(x, {params.batch, params.rows, params.channels}, x.scalar_type());
     out_size = empty_like_with(x, {params.batch, params.rows}, ScalarType::Float);
     params.out = out.mutable_data_ptr();
     params.out_size = mutable_data<float>(out_size);
+}
+
+MergeAddNormCall::MergeAddNormCall(const Tensor& given_x, const Tensor& given_branch,
+                                   const std::optional<Tensor>& given_size,
+                                   const Tensor& given_members, const Tensor& given_offsets,
+                                   const std::optional<Tensor>& given_scale,
+                                   const std::optional<Tensor>& given_weight,
+                                   const std::optional<Tensor>& given_bias, double eps) {
+    check_merge(given_x, "x", given_x.dim() == 3 ? given_x.size(1) : 0, given_size, given_members,
+                given_offsets);
+    check_add_norm(given_x, given_branch, given_scale, given_weight, given_bias, eps);
+    x = with_contiguous_last_dim(given_x);
+    branch = with_contiguous_last_dim(given_branch);
+    members = as_contiguous(given_members);
+    offsets = as_contiguous(given_offsets);
+    size = optional_contiguous(given_size);
+    scale = optional_contiguous(given_scale);
+    weight = optional_contiguous(given_weight);
+    bias = optional_contiguous(given_bias);
+    params.x = x.const_data_ptr();
+    params.branch = branch.const_data_ptr();
+    params.dtype = float_dtype(x, "x");
+    params.batch = x.size(0);
+    params.tokens = x.size(1);
+    params.rows = offsets.size(1) - 1;
+    params.channels = x.size(2);
+    params.x_stride_batch = x.stride(0);
+    params.x_stride_token = x.stride(1);
+    params.branch_stride_batch = branch.stride(0);
+    params.branch_stride_token = branch.stride(1);
+    params.scale = optional_data<void>(scale);
+    params.weight = optional_data<void>(weight);
+    params.bias = optional_data<void>(bias);
+    params.eps = eps;
+    params.size = optional_data<float>(size);
+    params.members = data<int32_t>(members);
+    params.offsets = data<int32_t>(offsets);
+    out = empty_like_with(x, {params.batch, params.rows, params.channels}, x.scalar_type());
+    out_size = empty_like_with(x, {params.batch, params.rows}, ScalarType::Float);
+    normed = empty_like_with(x, {params.batch, params.rows, params.channels}, x.scalar_type());
+    params.out = out.mutable_data_ptr();
+    params.out_size = mutable_data<float>(out_size);
+    params.normed = normed.mutable_data_ptr();
 }
 
 MergeBackwardCall::MergeBackwardCall(const Tensor& given, const std::optional<Tensor>& given_size,
@@ -136,7 +180,7 @@ MergeBackwardCall::MergeBackwardCall(const Tensor& given, const std::optional<Te
     params.channels = grad.size(2);
     params.stride_batch = grad.stride(0);
     params.stride_row = grad.stride(1);
-    params.size = optional_data(size);
+    params.size = optional_data<float>(size);
     params.members = data<int32_t>(members);
     params.offsets = data<int32_t>(offsets);
     out = empty_like_with(grad, {params.batch, params.tokens, params.channels}, grad.scalar_type());
@@ -183,7 +227,7 @@ AttentionInputs AttentionTensors::inputs(std::optional<double> scale) const {
     p.q_strides = head_strides(q);
     p.k_strides = head_strides(k);
     p.v_strides = head_strides(v);
-    p.size = optional_data(size);
+    p.size = optional_data<float>(size);
     p.scale = scale_of(scale, p.dim);
     return p;
 }
@@ -242,7 +286,7 @@ ClsAttentionCall::ClsAttentionCall(const Tensor& given_q, const Tensor& given_k,
     params.q_stride_batch = q.stride(0);
     params.q_stride_head = q.stride(1);
     params.k_strides = head_strides(k);
-    params.size = optional_data(size);
+    params.size = optional_data<float>(size);
     params.scale = scale_of(scale, params.dim);
     out = empty_like_with(q, {params.batch, params.keys}, accumulate_dtype(q));
     params.out = out.mutable_data_ptr();

@@ -40,6 +40,18 @@ struct MergeCall {
     std::tuple<Tensor, Tensor> outputs() const { return {out, out_size}; }
 };
 
+struct MergeAddNormCall {
+    MergeAddNormParams params{};
+    Tensor x, branch, members, offsets, out, out_size, normed;
+    std::optional<Tensor> size, scale, weight, bias;
+
+    MergeAddNormCall(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& size,
+                     const Tensor& members, const Tensor& offsets,
+                     const std::optional<Tensor>& scale, const std::optional<Tensor>& weight,
+                     const std::optional<Tensor>& bias, double eps);
+    std::tuple<Tensor, Tensor, Tensor> outputs() const { return {out, out_size, normed}; }
+};
+
 struct MergeBackwardCall {
     MergeBackwardParams params{};
     Tensor grad, members, offsets, out;

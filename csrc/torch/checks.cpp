@@ -69,6 +69,16 @@ void check_heads(const Tensor& q, const char* q_name, const Tensor& k, const cha
     check_same_device(q, q_name, k, k_name);
 }
 
+// (channels) of x's dtype.
+void check_channels(const std::optional<Tensor>& v, const char* name, const Tensor& x) {
+    if (!v.has_value()) return;
+    const bool fits =
+        v->dim() == 1 && v->size(0) == x.size(2) && v->scalar_type() == x.scalar_type();
+    STD_TORCH_CHECK(fits, name, ": expected (C = ", x.size(2), ",) ", dtype_name(x.scalar_type()),
+                    " as x is, got ", describe(*v));
+    check_same_device(x, "x", *v, name);
+}
+
 void check_key_sizes(const Tensor& k, const std::optional<Tensor>& size) {
     if (!size.has_value()) return;
     check_table(*size, "size", k.size(0), k.size(2), "N", ScalarType::Float);
@@ -146,6 +156,16 @@ void check_merge(const Tensor& x, const char* name, int64_t tokens,
         check_table(*size, "size", batch, members.size(1), "N", ScalarType::Float);
         check_same_device(x, name, *size, "size");
     }
+}
+
+void check_add_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                    double eps) {
+    check_same_as(branch, "branch", x, "x");
+    check_channels(scale, "scale", x);
+    check_channels(weight, "weight", x);
+    check_channels(bias, "bias", x);
+    STD_TORCH_CHECK(eps >= 0, "eps: expected a number >= 0, got ", eps);
 }
 
 void check_unmerge(const Tensor& x, const Tensor& assign) {

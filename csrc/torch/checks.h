@@ -29,6 +29,10 @@ void check_match(const Tensor& metric, int64_t num_prefix_tokens);
 void check_plan_args(const Tensor& assign, int64_t num_rows);
 void check_merge(const Tensor& x, const char* name, int64_t tokens,
                  const std::optional<Tensor>& size, const Tensor& members, const Tensor& offsets);
+// What merge_add_norm takes beside the arguments of merge.
+void check_add_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                    double eps);
 void check_unmerge(const Tensor& x, const Tensor& assign);
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                      const std::optional<Tensor>& size);

@@ -65,6 +65,17 @@ std::tuple<Tensor, Tensor> merge(Tensor x, std::optional<Tensor> size, Tensor me
     return call.outputs();
 }
 
+std::tuple<Tensor, Tensor, Tensor> merge_add_norm(Tensor x, Tensor branch,
+                                                  std::optional<Tensor> size, Tensor members,
+                                                  Tensor offsets, std::optional<Tensor> scale,
+                                                  std::optional<Tensor> weight,
+                                                  std::optional<Tensor> bias, double eps) {
+    const MergeAddNormCall call(x, branch, size, members, offsets, scale, weight, bias, eps);
+    const MergeAddNormParams& p = call.params;
+    check_status(tome::merge_add_norm(p, torch_threads()), "merge_add_norm", p.tokens, p.rows);
+    return call.outputs();
+}
+
 Tensor merge_backward(Tensor grad, std::optional<Tensor> size, Tensor members, Tensor offsets,
                       std::string reduce) {
     const MergeBackwardCall call(grad, size, members, offsets, reduce);
@@ -109,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome, CPU, m) {
     m.impl("match", TORCH_BOX(&tome::torch_layer::match));
     m.impl("plan", TORCH_BOX(&tome::torch_layer::plan));
     m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
+    m.impl("merge_add_norm", TORCH_BOX(&tome::torch_layer::merge_add_norm));
     m.impl("merge_backward", TORCH_BOX(&tome::torch_layer::merge_backward));
     m.impl("unmerge", TORCH_BOX(&tome::torch_layer::unmerge));
     m.impl("attention_forward", TORCH_BOX(&tome::torch_layer::attention_forward));

@@ -46,6 +46,10 @@ STABLE_TORCH_LIBRARY(tome, m) {
         "merge(Tensor x, Tensor? size, Tensor members, Tensor offsets, str reduce=\"mean\") -> "
         "(Tensor, Tensor)");
     m.def(
+        "merge_add_norm(Tensor x, Tensor branch, Tensor? size, Tensor members, Tensor offsets, "
+        "Tensor? scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6) -> (Tensor, "
+        "Tensor, Tensor)");
+    m.def(
         "merge_backward(Tensor grad, Tensor? size, Tensor members, Tensor offsets, str "
         "reduce=\"mean\") -> Tensor");
     m.def("unmerge(Tensor x, Tensor assign) -> Tensor");

@@ -14,14 +14,6 @@ namespace tome_test {
 
 using Doubles = std::vector<double>;
 
-// The relative error of rounding to dtype.
-inline double roundoff_of(DType dtype) {
-    return dtype == DType::kFloat16    ? std::ldexp(1.0, -11)
-           : dtype == DType::kBFloat16 ? std::ldexp(1.0, -8)
-           : dtype == DType::kFloat32  ? std::ldexp(1.0, -24)
-                                       : std::ldexp(1.0, -53);
-}
-
 // A row of a strided tensor (batch, heads, tokens, dim), as doubles.
 inline Doubles row_of(DType dtype, const void* data, const tome::HeadStrides& strides, int64_t b,
                       int64_t h, int64_t n, int64_t dim) {
@@ -101,7 +93,7 @@ inline AttentionOracle attention_oracle(const tome::AttentionParams& p) {
     o.out_error = o.out;
     o.lse.resize(size_t(p.batch * p.heads * p.queries));
     o.lse_error = o.lse;
-    const double unit = std::min(roundoff_of(p.dtype), std::ldexp(1.0, -24));
+    const double unit = sum_roundoff_of(p.dtype);
     const double rounding = roundoff_of(p.dtype);
     const double least = p.dtype == DType::kFloat16 ? std::ldexp(1.0, -25) : 0.0;
     for (int64_t b = 0; b < p.batch; ++b) {

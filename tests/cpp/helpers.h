@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -155,6 +156,19 @@ class Array {
     int64_t count_;
 };
 
+// The relative error of rounding to dtype.
+inline double roundoff_of(DType dtype) {
+    return dtype == DType::kFloat16    ? std::ldexp(1.0, -11)
+           : dtype == DType::kBFloat16 ? std::ldexp(1.0, -8)
+           : dtype == DType::kFloat32  ? std::ldexp(1.0, -24)
+                                       : std::ldexp(1.0, -53);
+}
+
+// Of the dtype that sums are taken in.
+inline double sum_roundoff_of(DType dtype) {
+    return std::min(roundoff_of(dtype), std::ldexp(1.0, -24));
+}
+
 inline Array random_array(DType dtype, int64_t count, unsigned seed) {
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
@@ -249,6 +263,14 @@ inline Plan random_plan(int64_t batch, int64_t tokens, int64_t rows, unsigned se
         assign.push_back(drop(engine) == 0 ? -1 : row(engine));
     }
     return plan_of(assign, batch, tokens, rows);
+}
+
+// Sizes as merging makes them: small whole numbers, whose sums are exact in float32.
+inline std::vector<float> random_sizes(int64_t count, unsigned seed) {
+    std::mt19937 engine(seed);
+    std::vector<float> out;
+    for (int64_t i = 0; i < count; ++i) out.push_back(static_cast<float>(1 + engine() % 5));
+    return out;
 }
 
 }  // namespace tome_test

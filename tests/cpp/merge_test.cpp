@@ -65,23 +65,6 @@ Spread run_unmerge(DType dtype, const Rows& x, const Plan& plan, int64_t channel
     return got;
 }
 
-// Half the distance between neighbours at 1, of a dtype and of the dtype its sums are taken in.
-double roundoff(DType dtype) {
-    switch (dtype) {
-        case DType::kFloat32:
-            return std::ldexp(1.0, -24);
-        case DType::kFloat16:
-            return std::ldexp(1.0, -11);
-        case DType::kBFloat16:
-            return std::ldexp(1.0, -8);
-        case DType::kFloat64:
-            break;
-    }
-    return std::ldexp(1.0, -53);
-}
-
-double sum_roundoff(DType dtype) { return std::min(roundoff(dtype), std::ldexp(1.0, -24)); }
-
 struct Want {
     double value = 0, size = 0;
     double error = 0;     // what rounding may add
@@ -123,25 +106,17 @@ Want oracle_merge(const Array& x, const Plan& plan, int64_t channels, const floa
         divisor = want.size == 0 ? double(count) : want.size;
     }
     want.value = sum / divisor;
-    want.error = roundoff(x.dtype()) * std::fabs(want.value) +
-                 double(count + 3) * sum_roundoff(x.dtype()) * magnitude / divisor +
+    want.error = roundoff_of(x.dtype()) * std::fabs(want.value) +
+                 double(count + 3) * sum_roundoff_of(x.dtype()) * magnitude / divisor +
                  std::ldexp(1.0, x.dtype() == DType::kFloat16 ? -25 : -140);
     return want;
-}
-
-// Sizes as merging makes them: small whole numbers, whose sums are exact in float32.
-std::vector<float> whole_sizes(int64_t count, unsigned seed) {
-    std::mt19937 engine(seed);
-    std::vector<float> out;
-    for (int64_t i = 0; i < count; ++i) out.push_back(static_cast<float>(1 + engine() % 5));
-    return out;
 }
 
 class MergeTest : public PerDType {
   protected:
     // Four images of 61 tokens; 33 rows, some empty; about one in eight tokens dropped.
     const Plan plan_ = random_plan(4, 61, 33, 11);
-    const std::vector<float> sizes_ = whole_sizes(4 * 61, 12);
+    const std::vector<float> sizes_ = random_sizes(4 * 61, 12);
 };
 INSTANTIATE_TEST_SUITE_P(DTypes, MergeTest, ::testing::ValuesIn(kDTypes),
                          [](const auto& info) { return dtype_name(info.param); });
@@ -190,7 +165,7 @@ TEST_P(MergeTest, AgreesWithOracle) {
 TEST_P(MergeTest, HoldsWithManyRowsPerThread) {
     const Plan plan = random_plan(3, 400, 350, 2);
     const Array x = random_array(GetParam(), 3 * 400 * 257, 3);
-    const std::vector<float> sizes = whole_sizes(3 * 400, 4);
+    const std::vector<float> sizes = random_sizes(3 * 400, 4);
     for_each_isa([&] {
         const Rows rows = contiguous(x, 400, 257);
         expect_merged(x, plan, 257, sizes.data(), Reduce::kMean,
@@ -299,7 +274,7 @@ TEST_P(MergeTest, BackwardIsTheAdjoint) {
                             weight == 0 ? 0.0 : weight * grad[(b * 33 + row) * channels + c];
                         // The weight itself is a float32 in every dtype.
                         const double error =
-                            (roundoff(GetParam()) + std::ldexp(1.0, -23)) * std::fabs(want) +
+                            (roundoff_of(GetParam()) + std::ldexp(1.0, -23)) * std::fabs(want) +
                             std::ldexp(1.0, GetParam() == DType::kFloat16 ? -25 : -140);
                         ASSERT_LE(std::fabs(got.out[token * channels + c] - want), error);
                     }

@@ -78,11 +78,11 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
     const Plan plan = plan_of({0, 1, 1, 2, 0, 5, 3, 3, 3, 1, 4, 0}, 2, tokens, 6);
     const Array x = random_array(GetParam(), 2 * tokens * channels, 3);
     struct Results {
-        Array merged, back, unmerged;
+        Array merged, back, unmerged, added, normed;
     };
     const auto run = [&](const void* data, int64_t by_batch, int64_t by_token) {
-        Results got{Array(GetParam(), 2 * 6 * channels), Array(GetParam(), 2 * 6 * channels),
-                    Array(GetParam(), 2 * 6 * channels)};
+        const Array rows(GetParam(), 2 * 6 * channels);
+        Results got{rows, rows, rows, rows, rows};
         std::vector<float> sizes(12);
         EXPECT_TRUE(tome::merge({data, GetParam(), 2, tokens, 6, channels, by_batch, by_token,
                                  nullptr, plan.members.data(), plan.offsets.data(),
@@ -92,6 +92,28 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
             {data, GetParam(), 2, tokens, 6, channels, by_batch, by_token, nullptr,
              plan.members.data(), plan.offsets.data(), tome::Reduce::kMean, got.back.data()},
             pool()));
+        EXPECT_TRUE(tome::merge_add_norm({data,
+                                          data,
+                                          GetParam(),
+                                          2,
+                                          tokens,
+                                          6,
+                                          channels,
+                                          by_batch,
+                                          by_token,
+                                          by_batch,
+                                          by_token,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          1e-6,
+                                          nullptr,
+                                          plan.members.data(),
+                                          plan.offsets.data(),
+                                          got.added.data(),
+                                          got.normed.data(),
+                                          sizes.data()},
+                                         pool()));
         EXPECT_TRUE(tome::unmerge({data, GetParam(), 2, tokens, 6, channels, by_batch, by_token,
                                    plan.assign.data(), got.unmerged.data()},
                                   pool()));
@@ -112,6 +134,8 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
                 EXPECT_EQ(got.merged, want.merged);
                 EXPECT_EQ(got.back, want.back);
                 EXPECT_EQ(got.unmerged, want.unmerged);
+                EXPECT_EQ(got.added, want.added);
+                EXPECT_EQ(got.normed, want.normed);
             });
         }
     }

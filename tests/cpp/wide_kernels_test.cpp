@@ -13,11 +13,14 @@
 #include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
+#include "merge_add_norm.inl"
 
 #include <gtest/gtest.h>
 
 #include <random>
 #include <vector>
+
+#include "merge_add_norm_oracle.h"
 
 namespace {
 
@@ -91,6 +94,20 @@ TEST(WideKernels, MergeTheSameRowsAsThePortableOnes) {
             tome::kPortableKernels.merge_rows(p, 0, kRows);
             EXPECT_EQ(wide_size, portable_size);
             for (size_t i = 0; i < wide.size(); ++i) EXPECT_NEAR(wide[i], portable[i], 1e-5f);
+        }
+    }
+}
+
+TEST(WideKernels, AddMergeAndNormAsTheOracle) {
+    for (tome::DType dtype : tome_test::kDTypes) {
+        for (int64_t channels : {1, 7, 8, 15, 16, 17, 63, 64, 65, 200}) {
+            SCOPED_TRACE(::testing::Message() << tome::dtype_name(dtype) << " " << channels);
+            for (const auto& kind : tome_test::kMergeAddNormKinds) {
+                const tome_test::MergeAddNormInputs inputs(dtype, {1, 40, 23, channels}, kind);
+                tome_test::MergeAddNormOutputs got = inputs.outputs();
+                tome::wide::merge_add_norm_rows(inputs.params(got), 0, 23);
+                tome_test::expect_merge_add_norm(inputs.params(got));
+            }
         }
     }
 }

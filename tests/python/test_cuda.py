@@ -11,7 +11,7 @@ import tome_ext
 from tome_ext import MergePlan, _library
 
 OPERATORS = (
-    *("match", "plan", "merge", "merge_backward", "unmerge"),
+    *("match", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge"),
     *("attention_forward", "attention_backward", "cls_attention"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -132,6 +132,41 @@ def test_merge_and_unmerge_agree_with_the_cpu(
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 37, 64, 384, 768, 1024, 1280, 2056])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_merge_add_norm_agrees_with_the_cpu(
+    dtype: torch.dtype, channels: int, scaled: bool
+) -> None:
+    plan, size = some_plan(), torch.randint(0, 5, (3, 61)).float()
+    x, branch = (torch.randn(3, 61, channels + 1).to(dtype)[..., 1:] for _ in range(2))
+    scale, weight, bias = (torch.randn(channels).to(dtype) for _ in range(3))
+    vectors = (scale, weight, bias) if scaled else (None, None, None)
+    on_gpu_vectors = [None if v is None else v.cuda() for v in vectors]
+    for tokens in ((x, branch), (x.contiguous(), branch.contiguous())):  # no vector fits; one does
+        want, want_size, want_normed = plan.merge_add_norm(*tokens, size, *vectors)
+        on_device = [
+            torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="cuda").copy_(t)
+            for t in tokens
+        ]
+        got, got_size, got_normed = to_gpu(plan).merge_add_norm(
+            *on_device, size.cuda(), *on_gpu_vectors
+        )
+        torch.testing.assert_close(got.cpu(), want)
+        assert torch.equal(got_size.cpu(), want_size)
+        # The norm of what was stored, of which the CPU's may be one rounding away.
+        exact = torch.nn.functional.layer_norm(
+            got.cpu().double(),
+            (channels,),
+            *(None if v is None else v.double() for v in vectors[1:]),
+            eps=1e-6,
+        )
+        torch.testing.assert_close(got_normed.cpu(), exact.to(dtype), atol=1e-4, rtol=2e-2)
+        if dtype in (torch.float32, torch.float64) and channels > 1:
+            torch.testing.assert_close(got_normed.cpu(), want_normed, atol=1e-4, rtol=1e-4)
+
+
+@on_gpu
 def test_gradients() -> None:
     plan, size = to_gpu(some_plan(2, 9, 4)), torch.rand(2, 9, device="cuda") + 0.5
     x = torch.randn(2, 9, 5, device="cuda", dtype=torch.float64, requires_grad=True)
@@ -139,12 +174,18 @@ def test_gradients() -> None:
     for reduce in ("mean", "sum"):
         assert torch.autograd.gradcheck(lambda t, how=reduce: plan.merge(t, size, how)[0], (x,))
     assert torch.autograd.gradcheck(plan.unmerge, (y,))
+    branch = torch.randn_like(x).requires_grad_()
+    vectors = [torch.randn_like(x[0, 0]).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(
+        lambda *t: plan.merge_add_norm(*t[:2], size, *t[2:])[::2], (x, branch, *vectors)
+    )
 
 
 def layer(keys: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     plan = tome_ext.match(keys, 13, 1)
     merged, size = plan.merge(x)
-    return (*plan, merged, size, plan.unmerge(merged))
+    folded = plan.merge_add_norm(x, plan.unmerge(merged), size=None, weight=x[0, 0], bias=x[0, 1])
+    return (*plan, merged, size, plan.unmerge(merged), *folded)
 
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -182,16 +223,20 @@ def test_graph_capture_and_replay() -> None:
 # give it every kind of neighbour: what it reads was just written, what it writes just read.
 
 
-def chain(keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def chain(keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Layers back to back, each of which takes memory that the ones before have just given back."""
     size = torch.ones(x.shape[:2], device=x.device)
+    scale = x.new_full(x.shape[2:], -0.5)  # halves what was doubled
     for _ in range(6):
         plan = tome_ext.match(keys[:, :, : x.shape[1]], 14)
         x, size = plan.merge(x * 1.0, size * 1.0)  # behind kernels of torch's
         plan = tome_ext.match(keys[:, :, : x.shape[1]], 2)
         x, size = plan.merge(x, size)  # behind match
         x, _ = plan.merge(plan.unmerge(x))  # behind unmerge
-    return x, size
+        x, size, _ = tome_ext.match(keys[:, :, : x.shape[1]], 2).merge_add_norm(x, x, size)
+        plan = tome_ext.match(keys[:, :, : x.shape[1]], 2)
+        x, size, normed = plan.merge_add_norm(x, x, size, scale)
+    return x, size, normed
 
 
 @on_gpu
@@ -295,6 +340,7 @@ def test_what_points_outside_is_skipped(value: int) -> None:
         tensor[:, 3] = value
     x = torch.randn(3, 61, 40, device="cuda")
     merged, _ = plan.merge(x)
+    plan.merge_add_norm(x, x)
     plan.unmerge(merged)
     MergePlan.from_assign(plan.assign, 33)
     torch.ops.tome.merge_backward(merged, None, plan.members, plan.offsets, "mean")

@@ -94,7 +94,8 @@ def test_outputs_keep_dtype_and_device_under_fake_tensors():
 
 def test_devices_without_kernels_run_the_twin():
     attention = ("attention_forward", "attention_backward", "cls_attention")
-    for name in ("match", "plan", "merge", "merge_backward", "unmerge", *attention):
+    tokens = ("match", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge")
+    for name in (*tokens, *attention):
         for key in ops.FALLBACK_KEYS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", key)
 
@@ -180,7 +181,7 @@ def test_every_instruction_set(isa):
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(here / f"test_{name}.py") for name in ("match", "merge")]
+        + [str(here / f"test_{name}.py") for name in ("match", "merge", "merge_add_norm")]
         + [str(here / f"test_{name}.py") for name in ("attention", "cls_attention")]
         + ["-k", "not compiles"],
         env={**os.environ, "TOME_ISA": isa},

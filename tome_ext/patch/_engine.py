@@ -4,8 +4,8 @@ Nothing here knows a model library. A host's adapter calls, in each block::
 
     step = engine.enter(layer, x)       # what is known about these tokens
     ... attention: its own if not step.active, else step.attend(q, k, v, ...) ...
-    x = step.merge(x)                   # between attention and MLP
-    ... MLP ...
+    x = step.merge(x)                   # between attention and MLP; where the host's residual
+    ... MLP ...                         # and norm allow it, step.merge_add_norm does all three
     return step.leave(x)
 
 State travels in two ways. It is recorded on the storage of the tokens that a block returns, where
@@ -322,23 +322,60 @@ class Step:
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge the tokens (B, M, C), weighted by their sizes, where the keys are most similar."""
-        assign = None
+        plan = self._match()
         size = self.tokens.size
-        if self.r > 0:
-            if self.metric is None:
-                raise RuntimeError(
-                    f"attention of block {self.tokens.layer} handed over no keys: expected the "
-                    "patched attention module, it was replaced or bypassed after patching"
-                )
-            plan = match(self.metric, self.r, self.engine.num_prefix_tokens)
-            self.metric = None
+        if plan is not None:
             x, size = plan.merge(x, size)
-            assign = plan.assign
-        before = self.tokens
-        self.tokens = Tokens(
-            before.layer + 1, x.shape[0], x.shape[1], size, (*before.assigns, assign)
-        )
+        self._passed(x, size, plan)
         return x
+
+    def merge_add_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Of a block that merges: :meth:`merge` of ``x + scale * branch``, and its LayerNorm.
+
+        Args:
+            x: (B, M, C) tokens before attention.
+            branch: (B, M, C) output of attention.
+            scale: (C,) LayerScale of the branch, or None.
+            weight: (C,) of the LayerNorm, or None.
+            bias: (C,) of the LayerNorm, or None.
+            eps: of the LayerNorm.
+
+        Returns:
+            Both (B, M', C).
+        """
+        plan = self._match()
+        if plan is None:
+            raise RuntimeError(f"block {self.tokens.layer}: expected one that merges, got r = 0")
+        size = self.tokens.size
+        x, size, normed = plan.merge_add_norm(x, branch, size, scale, weight, bias, eps)
+        self._passed(x, size, plan)
+        return x, normed
+
+    def _match(self) -> MergePlan | None:
+        """The plan of this block, which uses up its keys; None if nothing merges."""
+        if self.r == 0:
+            return None
+        if self.metric is None:
+            raise RuntimeError(
+                f"attention of block {self.tokens.layer} handed over no keys: expected the "
+                "patched attention module, it was replaced or bypassed after patching"
+            )
+        plan = match(self.metric, self.r, self.engine.num_prefix_tokens)
+        self.metric = None
+        return plan
+
+    def _passed(self, x: Tensor, size: Tensor | None, plan: MergePlan | None) -> None:
+        before = self.tokens
+        assigns = (*before.assigns, None if plan is None else plan.assign)
+        self.tokens = Tokens(before.layer + 1, x.shape[0], x.shape[1], size, assigns)
 
     def leave(self, x: Tensor) -> Tensor:
         """End the block, which returns ``x``."""
@@ -352,10 +389,13 @@ def attention_name(reason: str | None) -> str:
 
 
 def _slot() -> str:
-    # A recomputation during the backward pass must not disturb what the last forward left.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+    # Neither a recomputation during the backward pass nor a trace for export, whose tensors hold no
+    # data, may disturb what the last forward left. torch.compile writes real tensors there.
+    if torch.compiler.is_dynamo_compiling():
         return "forward"
-    return "recomputation"
+    if torch.compiler.is_compiling():
+        return "export"
+    return "forward" if torch._C._current_graph_task_id() == -1 else "recomputation"
 
 
 def _record(x: Tensor, engine: Engine, tokens: Tokens) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..schedule import Schedule
 from ._engine import AttentionKind, Engine, Tokens
-from ._swap import Swapped, restore
+from ._swap import Swapped, is_outermost, restore
 
 __all__ = ["PatchedModel", "remove"]
 
@@ -86,7 +86,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
         RuntimeError: the ``forward`` of a module was replaced after patching, so that the module
-            would go on calling the patched one. Nothing is changed.
+            would go on calling the patched one; or its class was, as ``fully_shard`` does. Nothing
+            is changed.
     """
     if not isinstance(model, PatchedModel):
         raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
@@ -99,6 +100,12 @@ def remove(model: nn.Module) -> None:
             raise RuntimeError(
                 f"{name or 'the model'} ({type(module).__name__}): its forward was replaced after "
                 "patching; take that replacement off first"
+            )
+        if not is_outermost(module):
+            raise RuntimeError(
+                f"{name or 'the model'}: its class was changed after patching: expected "
+                f"ToMe{module._tome_base.__name__}, got {type(module).__name__}; a sharded model "
+                "keeps its patch, set r = 0 to switch merging off"
             )
     for _, module in swapped:
         restore(module)

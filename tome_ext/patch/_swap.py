@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["Swapped", "restore", "swap"]
+__all__ = ["Swapped", "is_outermost", "restore", "swap"]
 
 PREFIX = "_tome"  # of every attribute that a swap adds to a module
 
@@ -24,7 +24,9 @@ class Swapped:
     _tome_mixin: ClassVar[type]
     _tome_base: ClassVar[type]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_outermost(self):
+            return super().__reduce_ex__(protocol)  # what was put on top must see to itself
         # The subclass exists only at run time, so it cannot be pickled by name.
         state = super().__reduce_ex__(protocol)[2]
         return _rebuild, (self._tome_mixin, self._tome_base), state
@@ -57,6 +59,11 @@ def swap(module: nn.Module, mixin: type[Swapped], **attributes: object) -> None:
     module.__class__ = _swapped_class(mixin, type(module))
     for name, value in attributes.items():
         setattr(module, name, value)
+
+
+def is_outermost(module: Swapped) -> bool:
+    """Whether nobody else has changed the module's class since, as FSDP2 does."""
+    return type(module) is _classes.get((module._tome_mixin, module._tome_base))
 
 
 def restore(module: Swapped) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..attention import log_size_bias
 from ..reference import accumulate_dtype
 from ..schedule import Schedule
@@ -109,6 +110,11 @@ def _check(model: Any) -> list[Any]:
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"model: expected {SUPPORTED}, got {name}")
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            f"model: expected a model that is not sharded yet, got {name}; patch first, then call "
+            "fully_shard"
+        )
     for method in TOKEN_METHODS:
         own = vars(VisionTransformer)[method], vars(VisionTransformerDistilled).get(method)
         if method in vars(model) or getattr(type(model), method) not in own:
@@ -198,8 +204,56 @@ class TimmBlock(Swapped):
     ) -> Tensor:
         step = self._tome.enter(self._tome_layer, x)
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, tome=step)
-        x = step.merge(x + self.drop_path1(self.ls1(attended)))
-        return step.leave(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+        x, normed = merged_and_normed(self, step, x, attended)
+        del attended  # or its memory would be held until the MLP is done
+        return step.leave(x + self.drop_path2(self.ls2(self.mlp(normed))))
+
+
+def merged_and_normed(block: Any, step: Step, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
+    if step.r > 0 and folds(block, x, attended):
+        norm, scale = block.norm2, getattr(block.ls1, "gamma", None)
+        return step.merge_add_norm(x, attended, scale, norm.weight, norm.bias, norm.eps)
+    x = step.merge(x + block.drop_path1(block.ls1(attended)))
+    return x, block.norm2(x)
+
+
+def folds(block: Any, x: Tensor, attended: Tensor) -> bool:
+    """Whether residual, merge and norm of a block are what ``tome::merge_add_norm`` computes.
+
+    They are unless a module between attention and MLP does more than scale and LayerNorm: drops
+    paths, is of another class, has hooks that must see its input or output; or autocast or several
+    dtypes are at work, whose conversions are torch's to choose.
+    """
+    from timm.layers import DropPath, LayerNorm
+    from timm.models.vision_transformer import LayerScale
+
+    scale, drop, norm = block.ls1, block.drop_path1, block.norm2
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or len(norm.normalized_shape) != 1:
+        return False
+    if type(scale) not in (nn.Identity, LayerScale):
+        return False
+    dropping = type(drop) is DropPath and drop.training and drop.drop_prob > 0
+    if dropping or type(drop) not in (nn.Identity, DropPath):
+        return False
+    if any(observed(module) for module in (scale, drop, norm)):
+        return False
+    device = x.device.type
+    if device not in ops.kernel_devices or torch.is_autocast_enabled(device):
+        return False
+    parameters = (attended, getattr(scale, "gamma", None), norm.weight, norm.bias)
+    return all(tensor is None or tensor.dtype == x.dtype for tensor in parameters)
+
+
+def observed(module: Any) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 class TimmModel(PatchedModel):

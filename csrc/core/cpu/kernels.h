@@ -25,6 +25,7 @@ struct Kernels {
     // Output rows [begin, end) of the flattened (batch, rows).
     void (*merge_rows)(const MergeParams& params, int64_t begin, int64_t end);
     void (*merge_backward_rows)(const MergeBackwardParams& params, int64_t begin, int64_t end);
+    void (*merge_add_norm_rows)(const MergeAddNormParams& params, int64_t begin, int64_t end);
 
     // Parts [begin, end) of the flattened (batch, heads, parts): the queries of each head are split
     // into `parts`.

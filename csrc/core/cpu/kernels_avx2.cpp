@@ -19,6 +19,7 @@
 #include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
+#include "merge_add_norm.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,6 +29,7 @@ const tome::Kernels tome::kAvx2Kernels = {
     tome::avx2::nearest,
     tome::avx2::merge_rows,
     tome::avx2::merge_backward_rows,
+    tome::avx2::merge_add_norm_rows,
     tome::avx2::attention_parts,
     tome::avx2::attention_backward_heads,
     tome::avx2::cls_attention_head,

@@ -26,6 +26,7 @@
 #include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
+#include "merge_add_norm.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -35,6 +36,7 @@ const tome::Kernels tome::kAvx512Kernels = {
     tome::avx512::nearest,
     tome::avx512::merge_rows,
     tome::avx512::merge_backward_rows,
+    tome::avx512::merge_add_norm_rows,
     tome::avx512::attention_parts,
     tome::avx512::attention_backward_heads,
     tome::avx512::cls_attention_head,

@@ -10,11 +10,13 @@
 #include "cls_attention.inl"
 #include "match.inl"
 #include "merge.inl"
+#include "merge_add_norm.inl"
 
 const tome::Kernels tome::kPortableKernels = {
     tome::portable::nearest,
     tome::portable::merge_rows,
     tome::portable::merge_backward_rows,
+    tome::portable::merge_add_norm_rows,
     tome::portable::attention_parts,
     tome::portable::attention_backward_heads,
     tome::portable::cls_attention_head,

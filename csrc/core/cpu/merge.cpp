@@ -1,4 +1,5 @@
-// Entry points of merge, merge_backward and unmerge: check the plan, split the rows over threads.
+// Entry points of merge, merge_add_norm, merge_backward and unmerge: check the plan, split the rows
+// over threads.
 
 #include "tome_core/merge.h"
 
@@ -15,6 +16,18 @@ Status merge(const MergeParams& p, const Threads& threads) {
     const int64_t grain = tuning::rows_per_task(p.channels * element_size(p.dtype));
     threads.parallel_for(p.batch * p.rows, grain,
                          [&](int64_t begin, int64_t end) { kernels.merge_rows(p, begin, end); });
+    return {};
+}
+
+Status merge_add_norm(const MergeAddNormParams& p, const Threads& threads) {
+    const Status status = check_plan(p.members, p.offsets, p.batch, p.tokens, p.rows);
+    if (!status) return status;
+    const Kernels& kernels = active_kernels();
+    // Two rows are read and two written: twice the bytes of a merge.
+    const int64_t grain = tuning::rows_per_task(2 * p.channels * element_size(p.dtype));
+    threads.parallel_for(p.batch * p.rows, grain, [&](int64_t begin, int64_t end) {
+        kernels.merge_add_norm_rows(p, begin, end);
+    });
     return {};
 }
 

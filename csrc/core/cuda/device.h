@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifndef TOME_EMULATION
@@ -107,6 +108,15 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
 
+// 1 / sqrt(x) to within two units in the last place.
+#ifdef TOME_EMULATION
+inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline double inverse_sqrt(double x) { return 1.0 / std::sqrt(x); }
+#else
+__device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_sqrt(double x) { return rsqrt(x); }
+#endif
+
 // 2^x to within two units in the last place; 0 where that is below 2^-126, 0 of -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef TOME_EMULATION
@@ -182,6 +192,23 @@ __device__ __forceinline__ typename Word<sizeof(T) * kCount>::Type load_word(con
 template <class T, int kCount>
 __device__ __forceinline__ void store_word(T* to, typename Word<sizeof(T) * kCount>::Type value) {
     *reinterpret_cast<typename Word<sizeof(T) * kCount>::Type*>(to) = value;
+}
+
+// From one to the other. As elements, 16-bit values take a whole register each: words are for what
+// is held, vectors for what is computed with.
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> as_vector(
+    typename Word<sizeof(T) * kCount>::Type word) {
+    Vector<T, kCount> out;
+    memcpy(&out, &word, sizeof(out));
+    return out;
+}
+template <class T, int kCount>
+__device__ __forceinline__ typename Word<sizeof(T) * kCount>::Type as_word(
+    const Vector<T, kCount>& value) {
+    typename Word<sizeof(T) * kCount>::Type out;
+    memcpy(&out, &value, sizeof(out));
+    return out;
 }
 
 // --- shared memory

@@ -14,6 +14,7 @@
 
 #include "device.h"
 #include "launch.h"
+#include "merge_rows.cuh"
 #include "tiles.h"
 #include "tome_core/cuda.h"
 
@@ -22,7 +23,7 @@ namespace {
 
 using namespace tome::device;
 
-constexpr int kBlock = tiles::kWarpsPerBlock * kWarp;
+constexpr int kBlock = kRowsBlock;
 constexpr int kUnroll = tiles::kUnroll;
 
 // A kernel's params and what the launch worked out.
@@ -33,40 +34,15 @@ struct Work {
     int64_t items;   // chunks of an image
 };
 
-// This warp's items of an image, one after another: body(row, first vector of its chunk).
+// This warp's chunks of an image, one after another: body(row, first vector of the chunk).
 template <class P, class Body>
 __device__ __forceinline__ void for_each_chunk(const Work<P>& work, const Body& body) {
-    const auto warp = static_cast<int64_t>(threadIdx.x / kWarp);
-    int64_t item = int64_t{blockIdx.x} * tiles::kWarpsPerBlock + warp;
-#pragma unroll 1
-    for (; item < work.items; item += int64_t{gridDim.x} * tiles::kWarpsPerBlock) {
+    for_each_item(work.items, [&](int64_t item) {
         // 64-bit divisions are slow, and most rows are one chunk.
         const int64_t row = work.chunks == 1 ? item : item / work.chunks;
         body(row, (item - row * work.chunks) * kUnroll * kWarp);
-    }
+    });
 }
-
-__device__ __forceinline__ int64_t lane_id() { return threadIdx.x % kWarp; }
-
-__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
-    return value < low ? low : value > high ? high : value;
-}
-
-__device__ __forceinline__ bool inside(int64_t index, int64_t count) {
-    return index >= 0 && index < count;
-}
-
-// A lane's vectors of a chunk: every kWarp-th from its own on, as far as the row goes.
-struct Lane {
-    int64_t begin;  // element of the lane's first vector
-    int left;       // elements from there to the row's end, or more than a chunk
-
-    template <int kVec>
-    static __device__ __forceinline__ Lane of(int64_t first, int64_t channels) {
-        const int64_t begin = (first + lane_id()) * kVec;
-        return {begin, static_cast<int>(clamp(channels - begin, 0, kUnroll * kWarp * 8))};
-    }
-};
 
 // Copies this warp's chunk of `from` to `to`, all loads before the first store; zeros if null.
 template <class T, int kVec>
@@ -77,13 +53,13 @@ __device__ __forceinline__ void copy_chunk(const T* from, T* to, int64_t first, 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         held[u] = Bits{};
-        if (from != nullptr && u * kWarp * kVec < lane.left) {
+        if (from != nullptr && lane.has<kVec>(u)) {
             held[u] = load_word<T, kVec>(from + lane.begin + u * kWarp * kVec);
         }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-        if (u * kWarp * kVec < lane.left) {
+        if (lane.has<kVec>(u)) {
             store_word<T, kVec>(to + lane.begin + u * kWarp * kVec, held[u]);
         }
     }
@@ -92,13 +68,12 @@ __device__ __forceinline__ void copy_chunk(const T* from, T* to, int64_t first, 
 // --- merge
 // ----------------------------------------------------------------------------------------
 
-// The members of an output row: tokens of the image, and where their data is.
+// The members of an output row, and where their data is.
 template <class T>
 struct Row {
     const T* x;  // (tokens, channels), rows stride_token apart
     int64_t stride_token, tokens, channels;
-    const int32_t* members;  // (count)
-    int count;
+    Members members;
     const float* size;  // (tokens), or nullptr for ones
 };
 
@@ -106,16 +81,6 @@ struct Row {
 template <class A>
 __device__ __forceinline__ A maximum(A a, A b) {
     return a > b || a != a ? a : b;
-}
-
-// sum / divisor from the divisor's reciprocal: the slow path of the chip's own division is a call,
-// around which registers spill. The remainder, which fma finds exactly, corrects the quotient to
-// what a division gives but for the rarest ties; infinities make it NaN.
-template <class A>
-__device__ __forceinline__ A divide(A sum, A divisor, A inverse) {
-    const A quotient = sum * inverse;
-    const A remainder = fma(-quotient, divisor, sum);
-    return remainder == remainder ? fma(remainder, inverse, quotient) : quotient;
 }
 
 // kCount vectors of a row for each lane: to[c] = sum over members of size * x[c], over `divisor` or
@@ -130,46 +95,29 @@ __device__ __forceinline__ A reduce_vectors(const Row<T>& row, bool weighted, A 
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sum[u][i] = kMaximum ? -A(INFINITY) : A(-0.0f);
     }
-    A total = 0;
-#pragma unroll 1
-    for (int begin = 0; begin < row.count; begin += kWarp) {
-        // Each lane fetches one member, then all go through them together.
-        const int m = begin + static_cast<int>(lane_id());
-        const int32_t mine = m < row.count ? row.members[m] : -1;
-        const bool valid = inside(mine, row.tokens);
-        const float my_weight = weighted && valid ? row.size[mine] : 1.0f;
-        const int here = row.count - begin < kWarp ? row.count - begin : kWarp;
-#pragma unroll 1
-        for (int j = 0; j < here; ++j) {
-            const int32_t token = __shfl_sync(kFullMask, mine, j);
-            const float weight = __shfl_sync(kFullMask, my_weight, j);
-            if (!inside(token, row.tokens)) continue;
-            total += A(weight);
-            const T* from = row.x + token * row.stride_token + lane.begin;
-            Vector<T, kVec> held[kCount];
+    const auto add = [&](int64_t token, A weight) {
+        const T* from = row.x + token * row.stride_token + lane.begin;
+        Vector<T, kVec> held[kCount];
 #pragma unroll
-            for (int u = 0; u < kCount; ++u) {
-                held[u] = {};
-                if (u * kWarp * kVec < lane.left) {
-                    held[u] = load_vector<T, kVec>(from + u * kWarp * kVec);
-                }
-            }
+        for (int u = 0; u < kCount; ++u) {
+            held[u] = {};
+            if (lane.has<kVec>(u)) held[u] = load_vector<T, kVec>(from + u * kWarp * kVec);
+        }
 #pragma unroll
-            for (int u = 0; u < kCount; ++u) {
+        for (int u = 0; u < kCount; ++u) {
 #pragma unroll
-                for (int i = 0; i < kVec; ++i) {
-                    const A value = widen(held[u].v[i]);
-                    sum[u][i] =
-                        kMaximum ? maximum(value, sum[u][i]) : sum[u][i] + value * A(weight);
-                }
+            for (int i = 0; i < kVec; ++i) {
+                const A value = widen(held[u].v[i]);
+                sum[u][i] = kMaximum ? maximum(value, sum[u][i]) : sum[u][i] + value * weight;
             }
         }
-    }
+    };
+    const A total = for_each_member<A>(row.members, row.tokens, row.size, weighted, add);
     const A by = divisor == 0 ? total : divisor;
     const A inverse = reciprocal(by);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-        if (u * kWarp * kVec >= lane.left) continue;
+        if (!lane.has<kVec>(u)) continue;
         Vector<T, kVec> out;
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
@@ -205,23 +153,19 @@ __global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
 #pragma unroll 1
     for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
         for_each_chunk(work, [&](int64_t m, int64_t first) {
-            const int32_t* offsets = p.offsets + b * (p.rows + 1) + m;
-            const int64_t begin = clamp(offsets[0], 0, p.tokens);
-            const int64_t end = clamp(offsets[1], begin, p.tokens);
             const Row<T> row{static_cast<const T*>(p.x) + b * p.stride_batch,
                              p.stride_token,
                              p.tokens,
                              p.channels,
-                             p.members + b * p.tokens + begin,
-                             static_cast<int>(end - begin),
+                             members_of(p, b, m),
                              p.size == nullptr ? nullptr : p.size + b * p.tokens};
             const bool sized = row.size != nullptr;
             T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels;
             A total = 0;
 
-            const int64_t only = row.count == 1 ? row.members[0] : -1;
+            const int64_t only = row.members.count == 1 ? row.members.tokens[0] : -1;
             if (inside(only, p.tokens)) total = sized ? A(row.size[only]) : A(1);
-            if (row.count == 0) {
+            if (row.members.count == 0) {
                 copy_chunk<T, kVec>(nullptr, out, first, p.channels);
             } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1)) {
                 copy_chunk<T, kVec>(row.x + only * p.stride_token, out, first, p.channels);
@@ -310,7 +254,7 @@ __global__ void __launch_bounds__(kBlock)
             const Lane lane = Lane::of<kVec>(first, p.channels);
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
-                if (u * kWarp * kVec >= lane.left) continue;
+                if (!lane.has<kVec>(u)) continue;
                 const int64_t c = lane.begin + u * kWarp * kVec;
                 Vector<T, kVec> value = load_vector<T, kVec>(grad + c);
 #pragma unroll
@@ -363,26 +307,8 @@ cudaError_t launch_rows(Launch<P> start, Kernel<P> vectors, Kernel<P> elements, 
     const int64_t chunks = tiles::chunks_per_row(p.channels, fit ? 16 / element : 1);
     Work<P> work{p, chunks > 0 ? chunks : 1, 0};  // a row without channels still has a size
     work.items = rows * work.chunks;
-    const dim3 grid(
-        tiles::blocks_for(work.items),
-        static_cast<unsigned>(p.batch < tiles::kMaxImages ? p.batch : tiles::kMaxImages));
-    return start(fit ? vectors : elements, grid, dim3(kBlock), 0, stream, work);
-}
-
-// go(T{}) with the element type T of a dtype.
-template <class Go>
-cudaError_t for_dtype(DType dtype, const Go& go) {
-    switch (dtype) {
-        case DType::kFloat32:
-            return go(float{});
-        case DType::kFloat16:
-            return go(Half{});
-        case DType::kBFloat16:
-            return go(BFloat{});
-        case DType::kFloat64:
-            break;
-    }
-    return go(double{});
+    return start(fit ? vectors : elements, grid_of(work.items, p.batch), dim3(kBlock), 0, stream,
+                 work);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// Every choice of tile and launch of merge and plan, with its reason; match_tiles.h has match's.
-// Plain C++: tests/cpp covers it. The reasons come from counting bytes, registers and blocks, and
-// from what ptxas reports; no choice has been measured against another on a GPU yet.
+// Every choice of tile and launch of merge, merge_add_norm and plan, with its reason; match_tiles.h
+// has match's. Plain C++: tests/cpp covers it. The reasons come from counting bytes, registers and
+// blocks, and from what ptxas reports; no choice has been measured against another on a GPU yet.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace tome::tiles {
 
@@ -52,6 +53,31 @@ constexpr unsigned blocks_for(int64_t items) {
 
 // Images side by side in a grid. More than a GPU holds at once; beyond, blocks take several.
 inline constexpr int64_t kMaxImages = 4096;
+
+// --- merge_add_norm
+// --------------------------------------------------------------------------------
+
+// A warp holds a whole row in registers: so many float32 per lane, the fewest of these that serve.
+// 8 to 32 are 256, 512, 768 and 1024 channels, ViT-T to ViT-L without waste; ViT-H and ViT-g share
+// 64, up to 2048. 0 for longer rows, which do not fit. Every further step is three more kernels.
+constexpr int norm_elements(int64_t channels) {
+    for (int count : {8, 16, 24, 32, 64}) {
+        if (channels <= int64_t{32} * count) return count;
+    }
+    return 0;
+}
+
+// Vectors, and elements where vectors don't serve, of a group of a row that is not held as a whole.
+inline constexpr int kNormVectors = 4, kNormElements = 8;
+
+// Blocks that must fit on a multiprocessor, for rows of so many values per lane (0: not held). The
+// registers this leaves a thread, 80 to 255, are just enough not to spill from sm_80 on; float32,
+// whose data takes twice the registers on its way, needs more of them. 64 values ask for as many as
+// there are: 8 warps at least fit even so, with up to 16 KiB each on their way.
+constexpr int norm_blocks_resident(int elements, bool float32) {
+    const int blocks = elements == 64 ? 2 : elements == 32 ? 4 : elements % 24 == 0 ? 5 : 6;
+    return float32 ? blocks - 1 : blocks;
+}
 
 // --- plan
 // -----------------------------------------------------------------------------------------

@@ -64,6 +64,17 @@ std::tuple<Tensor, Tensor> merge(Tensor x, std::optional<Tensor> size, Tensor me
     return call.outputs();
 }
 
+std::tuple<Tensor, Tensor, Tensor> merge_add_norm(Tensor x, Tensor branch,
+                                                  std::optional<Tensor> size, Tensor members,
+                                                  Tensor offsets, std::optional<Tensor> scale,
+                                                  std::optional<Tensor> weight,
+                                                  std::optional<Tensor> bias, double eps) {
+    const OnDevice on(x);
+    const MergeAddNormCall call(x, branch, size, members, offsets, scale, weight, bias, eps);
+    check_launch(merge_add_norm_cuda(call.params, on.stream()), "merge_add_norm");
+    return call.outputs();
+}
+
 Tensor merge_backward(Tensor grad, std::optional<Tensor> size, Tensor members, Tensor offsets,
                       std::string reduce) {
     const OnDevice on(grad);
@@ -126,6 +137,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome, CUDA, m) {
     m.impl("match", TORCH_BOX(&tome::torch_layer::match));
     m.impl("plan", TORCH_BOX(&tome::torch_layer::plan));
     m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
+    m.impl("merge_add_norm", TORCH_BOX(&tome::torch_layer::merge_add_norm));
     m.impl("merge_backward", TORCH_BOX(&tome::torch_layer::merge_backward));
     m.impl("unmerge", TORCH_BOX(&tome::torch_layer::unmerge));
     m.impl("attention_forward", TORCH_BOX(&tome::torch_layer::attention_forward));

@@ -26,6 +26,7 @@ cudaError_t match_cuda(const MatchParams& params, void* workspace, cudaStream_t 
 cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
 
 cudaError_t merge_cuda(const MergeParams& params, cudaStream_t stream);
+cudaError_t merge_add_norm_cuda(const MergeAddNormParams& params, cudaStream_t stream);
 cudaError_t merge_backward_cuda(const MergeBackwardParams& params, cudaStream_t stream);
 cudaError_t unmerge_cuda(const UnmergeParams& params, cudaStream_t stream);
 

@@ -1,0 +1,186 @@
+"""The operators in what ONNX has: what ``torch.onnx.export(..., dynamo=True)`` makes of them.
+
+While torch.onnx decomposes a program, each operator in :data:`FORMS` is traced as its form here, so
+that the graph holds standard ONNX operators only. They are used nowhere else;
+:mod:`tome_ext.reference` is the form to read.
+
+ONNX has no segmented sum, and its scatters with a reduction are missing from runtimes or wrong in
+them. So rows are summed by a matrix of weights, and ranks are counted by comparisons, which settles
+ties alike in every runtime. All of it is O(N^2) per image, as attention is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.nn import functional as F
+
+from . import reference
+
+__all__ = ["FORMS", "register"]
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`tome_ext.match`, for finite metrics whose squares neither overflow nor vanish."""
+    batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
+    prefix = min(num_prefix_tokens, num_tokens)
+    r = reference.cut_r(num_tokens, r, prefix)
+    index = torch.arange(num_tokens, device=device)
+    if r == 0:
+        assign = index.to(torch.int32).repeat(batch, 1)
+        return assign, *plan(assign, num_tokens)
+    work = reference.accumulate_dtype(metric.dtype)
+    rows = metric.to(work) if metric.dim() == 3 else metric.to(work).mean(1)
+    rows = F.normalize(rows, dim=2, eps=torch.finfo(work).tiny)
+    # The tokens of even index (A) and those of odd index (B) behind the prefix.
+    scores = rows[:, prefix + prefix % 2 :: 2] @ rows[:, prefix + 1 - prefix % 2 :: 2].mT
+    num_a, num_b = scores.shape[1:]
+    nearest = scores.argmax(2)  # ONNX promises the lowest index among equals
+    best = scores.amax(2)
+    mine, other = best.unsqueeze(2), best.unsqueeze(1)
+    earlier = index[:num_a] < index[:num_a].unsqueeze(1)
+    rank = _count((other > mine) | ((other == mine) & earlier))
+    merges = rank < r
+    # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
+    first_b = prefix + num_a - r
+    staying = prefix - 1 + (~merges).to(torch.int64).cumsum(1)
+    rows_of_a = torch.where(merges, first_b + nearest, staying)
+    rows_of_b = (first_b + index[:num_b]).expand(batch, -1)
+    grouped = torch.cat((index[:prefix].expand(batch, -1), rows_of_a, rows_of_b), 1)
+    place = prefix + (index - prefix) // 2 + torch.where(index % 2 == 0, 0, num_a)
+    assign = grouped.index_select(1, torch.where(index < prefix, index, place)).to(torch.int32)
+    return assign, *plan(assign, num_tokens - r)
+
+
+def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """As :func:`tome_ext.reference.plan`."""
+    row = torch.where(assign < 0, num_rows, assign).to(torch.int64)
+    num_tokens = row.shape[1]
+    # No two keys are equal, so it does not matter how a runtime's sort breaks ties.
+    keys = row * num_tokens + torch.arange(num_tokens, device=row.device)
+    members = keys.argsort(dim=1)
+    bounds = torch.arange(num_rows + 1, device=row.device).unsqueeze(1)
+    offsets = _count(row.unsqueeze(1) < bounds)
+    return members.to(torch.int32), offsets.to(torch.int32)
+
+
+def _count(x: Tensor) -> Tensor:
+    """How many entries of the last dimension are True."""
+    return x.to(torch.int64).sum(-1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, K, C) of x (B, N, C) by index (B, K), as one Gather over all images."""
+    batch, num_rows, channels = x.shape
+    first = torch.arange(batch, device=x.device).unsqueeze(1) * num_rows
+    flat = (index.to(torch.int64) + first).flatten()
+    return x.reshape(-1, channels).index_select(0, flat).reshape(batch, -1, channels)
+
+
+def merge(
+    x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """As :meth:`tome_ext.MergePlan.merge`, for finite tokens and not for "amax".
+
+    A token with NaN or infinity reaches every row of its image, as 0 times it is NaN.
+    """
+    if reduce not in ("mean", "sum"):
+        raise NotImplementedError(
+            f'reduce: expected "mean" or "sum" in a model exported to ONNX, got {reduce!r}'
+        )
+    work = reference.accumulate_dtype(x.dtype)
+    places = torch.arange(members.shape[1], device=x.device)
+    begun = offsets.unsqueeze(2) <= places
+    weight = (begun[:, :-1] & ~begun[:, 1:]).to(work)  # (B, M, N): 1 where a row has that place
+    count = total = weight.sum(2, keepdim=True)
+    if size is not None:
+        sized = weight * size.to(work).gather(1, members.to(torch.int64)).unsqueeze(1)
+        total = sized.sum(2, keepdim=True)
+        # A mean over sizes that sum to 0 is even.
+        weight = torch.where(total == 0, weight, sized) if reduce == "mean" else sized
+    if reduce == "mean":
+        divisor = torch.where(total == 0, count, total)
+        # Divided first: a row of one token is then a copy. A row without members stays 0.
+        weight = weight / torch.where(divisor == 0, 1.0, divisor)
+    merged = weight @ _take(x, members).to(work)
+    return merged.to(x.dtype), total.squeeze(2).to(torch.float32)
+
+
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    size: Tensor | None,
+    members: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :meth:`tome_ext.MergePlan.merge_add_norm`, for finite tokens."""
+    x = x + (branch if scale is None else scale * branch)
+    merged, new_size = merge(x, size, members, offsets)
+    return merged, new_size, F.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
+
+
+def unmerge(x: Tensor, assign: Tensor) -> Tensor:
+    """As :meth:`tome_ext.MergePlan.unmerge`."""
+    return torch.where((assign >= 0).unsqueeze(2), _take(x, assign.clamp_min(0)), 0.0)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`tome_ext.reference.attention_forward`, with products in the dtype of q."""
+    work = reference.accumulate_dtype(q.dtype)
+    scale = reference.default_scale(q) if scale is None else scale
+    logits = ((q * scale) @ k.mT).to(work)
+    if size is not None:
+        # Not -inf, of which a row that hides every key would be NaN.
+        bias = torch.where(size > 0, size.to(work).log(), torch.finfo(work).min)
+        logits = logits + bias[:, None, None, :]
+    out, lse = logits.softmax(3).to(v.dtype) @ v, logits.logsumexp(3)
+    if size is None:
+        return out, lse
+    seen = (size > 0).any(1)[:, None, None]
+    return torch.where(seen.unsqueeze(3), out, 0.0), torch.where(seen, lse, 0.0)
+
+
+# By operator, what stands for it in ONNX. The operators of gradients have no place there.
+FORMS: dict[str, Callable[..., Any]] = {
+    "match": match,
+    "plan": plan,
+    "merge": merge,
+    "merge_add_norm": merge_add_norm,
+    "unmerge": unmerge,
+    "attention_forward": attention_forward,
+    "cls_attention": reference.cls_attention,
+}
+
+
+def register() -> None:
+    """Make ``torch.onnx.export`` trace the operators as :data:`FORMS`; nothing else changes."""
+    for name, form in FORMS.items():
+        torch.library.register_torch_dispatch(f"tome::{name}", ProxyTorchDispatchMode, _rule(form))
+
+
+def _rule(form: Callable[..., Any]) -> Callable[..., Any]:
+    """What a tracing mode does with an operator: torch's own, but in an export to ONNX."""
+
+    def rule(
+        mode: ProxyTorchDispatchMode,
+        operator: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if not torch.onnx.is_in_onnx_export():
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return form(*args, **(kwargs or {}))
+
+    return rule
