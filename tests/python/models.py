@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distilled": {"distilled": True},
 }
 
+# The models that every way of running is tested with.
+RUN = ["plain", "registers, layer scale", "no class token, avg"]
+
 
 def tiny(
     gated: bool = False, unfused: bool = False, distilled: bool = False, **options: Any
@@ -96,7 +99,7 @@ def without_positions(model: VisionTransformer) -> VisionTransformer:
 def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> Tensor:
     """ToMe as the paper describes it, in explicit PyTorch, on an unpatched float64 model.
 
-    Covers plain attention, LayerScale, register tokens, and the "token" and "avg" heads.
+    Covers plain attention, LayerScale, DropPath, register tokens, and the "token" and "avg" heads.
     """
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
@@ -107,13 +110,13 @@ def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> 
         q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
         scores = q @ k.mT / q.shape[-1] ** 0.5 + size.log()[:, None, None, :]
         attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        x = x + block.ls1(attn.proj(attended))
+        x = x + block.drop_path1(block.ls1(attn.proj(attended)))
         assign, _, offsets = reference.match(k.detach(), r, prefix)
         groups = nn.functional.one_hot(assign.long(), offsets.shape[1] - 1).to(x).mT  # (B, M, N)
         weighted = groups @ (size.unsqueeze(-1) * x)
         size = (groups @ size.unsqueeze(-1)).squeeze(-1)
         x = weighted / size.unsqueeze(-1)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     x = model.norm(x)
     if model.global_pool == "token":
         x = x[:, 0]

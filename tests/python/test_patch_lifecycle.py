@@ -1,4 +1,4 @@
-"""A patched model over its life: removal, copies, threads, checkpointing, compilation."""
+"""A patched model over its life: removal, copies, threads, tracing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 from models import DEPTH, images, tiny
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import tome_ext
 
@@ -91,6 +90,19 @@ def test_remove_refuses_while_a_forward_is_replaced() -> None:
     with pytest.raises(RuntimeError, match=r"blocks\.1 .*take that replacement off first"):
         tome_ext.patch.remove(model)
     assert snapshot(model) == patched
+
+
+def test_a_class_put_on_top_is_not_lost() -> None:
+    """Such as that of FSDP2, whose hooks would stay behind without it."""
+    model = tome_ext.patch.timm(tiny(), r=8)
+    block = model.blocks[1]
+    block.__class__ = type("Sharded", (type(block),), {})
+    patched = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"blocks\.1: .* expected ToMeBlock, got Sharded"):
+        tome_ext.patch.remove(model)
+    assert snapshot(model) == patched
+    with pytest.raises(pickle.PicklingError, match="Sharded"):
+        pickle.dumps(model)
 
 
 def test_hooks_keep_working() -> None:
@@ -290,137 +302,7 @@ def test_a_replaced_attention_is_noticed() -> None:
         model(images())
 
 
-# --- gradient checkpointing ---------------------------------------------------------------------
-
-
-def by_timm(model: Any, x: Tensor) -> Tensor:
-    model.set_grad_checkpointing()
-    y = model(x)
-    model.set_grad_checkpointing(False)
-    return y
-
-
-def by_block(use_reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
-    def run(model: Any, x: Tensor) -> Tensor:
-        x = model._pos_embed(model.patch_embed(x))
-        for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=use_reentrant)
-        return model.forward_head(model.norm(x))
-
-    return run
-
-
-def by_segments(use_reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
-    def run(model: Any, x: Tensor) -> Tensor:
-        x = model._pos_embed(model.patch_embed(x))
-        x = checkpoint_sequential(list(model.blocks), 2, x, use_reentrant=use_reentrant)
-        return model.forward_head(model.norm(x))
-
-    return run
-
-
-def by_one_block(model: Any, x: Tensor) -> Tensor:
-    x = model._pos_embed(model.patch_embed(x))
-    x = model.blocks[1](model.blocks[0](x))
-    x = checkpoint(model.blocks[2], x, use_reentrant=False)
-    return model.forward_head(model.norm(model.blocks[3](x)))
-
-
-def as_a_whole(model: Any, x: Tensor) -> Tensor:
-    return model.forward_head(checkpoint(model.forward_features, x, use_reentrant=False))
-
-
-CHECKPOINTED = {
-    "timm": by_timm,
-    "each block": by_block(False),
-    "each block, reentrant": by_block(True),
-    "two segments": by_segments(False),
-    "two segments, reentrant": by_segments(True),
-    "one block": by_one_block,
-    "all at once": as_a_whole,
-}
-
-
-@pytest.mark.parametrize("pool", ["token", "avg", "map"])
-@pytest.mark.parametrize("name", CHECKPOINTED)
-def test_checkpointing_gives_the_same_gradients(name: str, pool: str) -> None:
-    model = tome_ext.patch.timm(tiny(depth=4, global_pool=pool, unfused=pool == "avg"), r=8).train()
-    inputs = [images(2, seed=1), images(2, seed=2), images(3, seed=3)]
-
-    def gradients(run: Callable[[Any, Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        model.zero_grad()
-        # Several forwards before the first backward, which come in another order.
-        losses = [run(model, x).square().sum() for x in inputs]
-        assert model.tome.batch_size == 3
-        for loss in (losses[1], losses[2], losses[0]):
-            loss.backward()
-        # The recomputations left the state of the last forward alone.
-        assert model.tome.batch_size == 3
-        assert model.tome.num_tokens == 65 - 8 * 4
-        return losses, [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    plain_losses, plain = gradients(lambda model, x: model(x))
-    losses, grads = gradients(CHECKPOINTED[name])
-    for want, got in zip(plain_losses + plain, losses + grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_checkpointing_with_a_forward_in_between() -> None:
-    """An evaluation between forward and backward does not leak into the recomputation."""
-    model = tome_ext.patch.timm(tiny(), r=8)
-    model.set_grad_checkpointing()
-    loss = model(images()).square().sum()
-    with torch.no_grad():
-        model(images(5, seed=9))
-        model.r = 8
-    loss.backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model.set_grad_checkpointing(False)
-    model(images()).square().sum().backward()
-    for p, got in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6)
-
-
-# --- compilation and tracing --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"global_pool": "avg"}, {"global_pool": "map", "unfused": True, "reg_tokens": 2}],
-)
-def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
-    torch.compiler.reset()
-    model = tiny(depth=2, **options)
-    tome_ext.patch.timm(model, r=8)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for r in (8, [3], 8):
-        model.r = r
-        for x in (images(), images(seed=1)):
-            expected = model(x)
-            torch.testing.assert_close(compiled(x), expected)
-    assert model.tome.num_tokens == 65 + options.get("reg_tokens", 0) - 8 * 2
-
-
-def test_compiled_training_step() -> None:
-    torch.compiler.reset()
-    model = tome_ext.patch.timm(tiny(depth=2, global_pool="avg"), r=8).train()
-    model(images()).square().sum().backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(images()).square().sum().backward()
-    for p, want in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5)
-
-
-def test_eager_head_after_compiled_features() -> None:
-    torch.compiler.reset()
-    model = tome_ext.patch.timm(tiny(global_pool="avg"), r=8)
-    compiled = torch.compile(model.forward_features, fullgraph=True, backend="eager")
-    for seed in range(3):
-        x = images(seed=seed)
-        torch.testing.assert_close(model.forward_head(compiled(x)), model(x))
+# --- tracing ------------------------------------------------------------------------------------
 
 
 def test_export() -> None:

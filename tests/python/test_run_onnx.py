@@ -1,0 +1,221 @@
+"""Patched models as ONNX graphs of standard operators, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import VARIANTS, images, tiny
+from torch import Tensor, nn
+
+import tome_ext as tome
+from tome_ext import _onnx, reference
+
+BATCH = ({0: torch.export.Dim("batch")},)
+NAMES = ("plain", "registers, layer scale", "class token, avg")
+
+
+def patched(name: str, depth: int = 2) -> Any:
+    return tome.patch.timm(tiny(**VARIANTS[name], depth=depth), r=9).requires_grad_(False)
+
+
+def to_onnx(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> onnx.ModelProto:
+    """The checked graph of a module or an exported program."""
+    program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False, **options)
+    proto = program.model_proto
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def session(proto: onnx.ModelProto) -> Callable[..., list[Tensor]]:
+    """ONNX Runtime's outputs of a graph, as a function of tensors."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    runtime = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in runtime.get_inputs()]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in runtime.run(None, feed)]
+
+    return run
+
+
+def assert_standard(proto: onnx.ModelProto) -> None:
+    """Only ONNX's own operators, and no scatter."""
+    assert [opset.domain for opset in proto.opset_import] == [""]
+    assert len(proto.functions) == 0
+    for node in proto.graph.node:
+        assert node.domain == "", node.op_type
+        assert not node.op_type.startswith("Scatter"), node
+        reductions = [attribute for attribute in node.attribute if attribute.name == "reduction"]
+        assert reductions == [], node
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str) -> None:
+    model = patched(name)
+    proto = to_onnx(model, (images(2),), dynamic_shapes=BATCH)
+    assert_standard(proto)
+    run = session(proto)
+    for batch in (1, 2, 5):
+        x = images(batch, seed=batch)
+        torch.testing.assert_close(run(x)[0], model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_exported_program_can_be_taken_to_onnx() -> None:
+    model = patched("plain", depth=1)
+    program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    proto = to_onnx(program)
+    assert_standard(proto)
+    # The program itself keeps its operators, in this process and after this export.
+    for kept in (program, program.run_decompositions()):
+        assert "tome.match.default" in {str(node.target) for node in kept.graph.nodes}
+    x = images(3)
+    torch.testing.assert_close(session(proto)(x)[0], model(x), atol=1e-4, rtol=1e-4)
+
+
+class EveryOperator(nn.Module):
+    """What a model of one's own may call: plans, merges, unmerge, attention, scores."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        first = tome.match(tokens, 5)
+        total, size = first.merge(tokens, reduce="sum")
+        second = tome.match(total, 7, num_prefix_tokens=2)
+        merged, size = second.merge(total, size)
+        plan = first.then(second)
+        heads = merged.unflatten(2, (4, 4)).transpose(1, 2)
+        # A size of 0 hides a token; the last image hides all.
+        last = torch.arange(size.shape[0]).unsqueeze(1) == size.shape[0] - 1
+        shown = torch.where(last | (size >= 3), 0.0, size)
+        attended = tome.proportional_attention(heads, heads, heads, shown, scale=0.3)
+        scores = tome.cls_attention(heads, heads, shown)
+        return plan.assign, plan.unmerge(merged), size, attended, scores
+
+
+@pytest.mark.slow
+def test_every_operator_of_a_forward_pass_goes_to_onnx() -> None:
+    model = EveryOperator().eval()
+    batch = torch.export.Dim("batch", min=2)
+    proto = to_onnx(model, (torch.randn(3, 30, 16),), dynamic_shapes=({0: batch},))
+    assert_standard(proto)
+    tokens = torch.randn(4, 30, 16)
+    outputs = session(proto)(tokens)
+    for output, expected in zip(outputs, model(tokens), strict=True):
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+
+
+class Match(nn.Module):
+    def forward(self, metric: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tome.match(metric, 6, num_prefix_tokens=1))
+
+
+def test_equal_similarities_are_ordered_alike_in_onnx_runtime() -> None:
+    # Tokens along a few axes: every similarity is exactly 0 or 1.
+    metric = torch.eye(4)[torch.randint(4, (8, 25))] * 2.0
+    run = session(to_onnx(Match().eval(), (metric[:2],), dynamic_shapes=BATCH))
+    assert_plans_equal(run(metric), tome.match(metric, 6, num_prefix_tokens=1))
+
+
+def test_amax_is_refused_by_name() -> None:
+    class Largest(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tome.match(tokens, 3).merge(tokens, reduce="amax")[0]
+
+    with pytest.raises(torch.onnx.OnnxExporterError) as error:
+        to_onnx(Largest().eval(), (torch.randn(2, 12, 4),))
+    refusal = 'expected "mean" or "sum" in a model exported to ONNX, got \'amax\''
+    cause: BaseException | None = error.value
+    while cause is not None and refusal not in str(cause):
+        cause = cause.__cause__
+    assert cause is not None
+
+
+# --- the forms against the operators' twins, in torch -------------------------------------------
+
+
+def assert_plans_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def test_there_is_a_form_for_every_operator_but_those_of_gradients() -> None:
+    found = torch._C._dispatch_get_all_op_names()
+    names = {name.removeprefix("tome::") for name in found if name.startswith("tome::")}
+    names = {name for name in names if not name.startswith("_") and "backward" not in name}
+    assert set(_onnx.FORMS) == names - {"attention"}  # which is attention_forward
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 12), st.integers(0, 4), st.integers(-1, 8), st.booleans(), st.integers(0, 99))
+def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(2, 3, n, 4, generator=generator)
+    if ties:
+        metric = torch.eye(4)[torch.randint(3, (2, n), generator=generator)]
+        metric[:, n // 2 :: 5] = 0.0
+    assert_plans_equal(_onnx.match(metric, r, prefix), reference.match(metric, r, prefix))
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from(["none", "ones and more", "with zeros"]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(0, 99),
+)
+def test_plan_and_merge_forms_equal_the_twins(
+    n: int, rows: int, sizes: str, reduce: str, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    assign = torch.randint(-1, rows, (3, n), generator=generator, dtype=torch.int32)
+    plan = _onnx.plan(assign, rows)
+    assert_plans_equal(plan, reference.plan(assign, rows))
+    x = torch.randn(3, n, 4, generator=generator).to(dtype)
+    size = None
+    if sizes != "none":
+        lowest = 0 if sizes == "with zeros" else 1
+        size = torch.randint(lowest, 4, (3, n), generator=generator).float()
+    found, expected = (form.merge(x, size, *plan, reduce) for form in (_onnx, reference))
+    torch.testing.assert_close(found, expected)
+    scale, weight, bias = torch.randn(3, 4, generator=generator).to(dtype)
+    found, expected_all = (
+        form.merge_add_norm(x, x.flip(1), size, *plan, scale, weight, bias, 1e-5)
+        for form in (_onnx, reference)
+    )
+    # In half precision the twin normalises what it has not rounded yet.
+    close = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, expected_all, **close)
+    rows_of_tokens = (form.unmerge(expected[0], assign) for form in (_onnx, reference))
+    assert torch.equal(*rows_of_tokens)
+
+
+def test_a_row_of_one_token_is_a_copy() -> None:
+    x, size = torch.randn(2, 20, 8), torch.randint(1, 50, (2, 20)).float()
+    plan = tome.match(x, 4)
+    merged, _ = _onnx.merge(x, size, plan.members, plan.offsets)
+    single = plan.offsets.diff(dim=1) == 1
+    expected, _ = plan.merge(x, size)
+    assert torch.equal(merged[single], expected[single])
+
+
+@pytest.mark.parametrize("sizes", ["none", "some", "all hidden"])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_attention_form_equals_the_twin(sizes: str, scale: float | None) -> None:
+    q, k, v = torch.randn(3, 2, 3, 7, 8)
+    size = {"none": None, "some": torch.arange(7.0).repeat(2, 1)}.get(sizes, torch.zeros(2, 7))
+    found, expected = (form.attention_forward(q, k, v, size, scale) for form in (_onnx, reference))
+    torch.testing.assert_close(found, expected)
