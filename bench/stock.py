@@ -1,17 +1,20 @@
-"""Token merging in stock PyTorch operators: what the operators are measured against.
+"""Token merging in stock PyTorch operators: what this package is measured against.
 
 Matching and merging in the usual formulation: normalise, matmul, max, argsort, gather,
 scatter_reduce, cat. It materialises the score matrix and sorts it. Proportional attention in every
-form stock operators allow.
+form stock operators allow. ``patch`` puts them together in a timm model, as the paper describes it:
+
+    tome-ext bench --peer bench/stock.py:patch
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -113,3 +116,51 @@ def flex_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         return compiled(q, k, v, score_mod=lambda score, b, h, m, n: score + bias[b, n])
 
     return run
+
+
+class MergingBlocks(nn.Sequential):
+    """The blocks of a timm Vision Transformer, each merging r tokens between attention and MLP.
+
+    Attention is SDPA with log(size) as a float mask: on the CPU the fastest of the stock forms.
+    """
+
+    def __init__(self, blocks: list[Any], r: int, num_prefix_tokens: int) -> None:
+        super().__init__(*blocks)
+        self.r = r
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = None  # (B, N, 1), all 1 before the first merge
+        for block in self:
+            attended, keys = attend(block.attn, block.norm1(x), size)
+            x = x + block.drop_path1(block.ls1(attended))
+            r = min(self.r, (x.shape[1] - self.num_prefix_tokens) // 2)
+            if r > 0:
+                size = x.new_ones(*x.shape[:2], 1) if size is None else size
+                x, size = merge(x, size, match(keys, r, self.num_prefix_tokens))
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x
+
+
+def attend(attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """timm's attention with proportional attention; also returns its keys (B, H, N, D)."""
+    batch, num_tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if size is None:
+        x = F.scaled_dot_product_attention(q, k, v)
+    else:
+        x = masked_attention(q, k, v, size.squeeze(-1))
+    x = attn.norm(x.transpose(1, 2).reshape(batch, num_tokens, -1))
+    return attn.proj_drop(attn.proj(x)), k
+
+
+def patch(model: Any, r: int) -> Any:
+    """A timm VisionTransformer of plain blocks that merges r tokens in every block."""
+    if any(getattr(block.attn, "gate", None) is not None for block in model.blocks):
+        raise ValueError("model: expected attention without a gate")
+    if model.num_prefix_tokens > 1:  # `merge` would not keep a second one in its place
+        raise ValueError(f"model: expected at most a class token, got {model.num_prefix_tokens}")
+    model.blocks = MergingBlocks(list(model.blocks), r, model.num_prefix_tokens)
+    return model

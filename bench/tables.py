@@ -30,11 +30,11 @@ def row(entry: dict[str, Any]) -> str:
     )
 
 
-def machine_line(result: dict[str, Any]) -> str:
+def machine_line(result: dict[str, Any], figures: str = "milliseconds, medians") -> str:
     machine = result["machine"]
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
-        f"torch {machine['torch']}; milliseconds, medians."
+        f"torch {machine['torch']}; {figures}."
     )
 
 
@@ -110,8 +110,38 @@ def alternatives_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models_table(result: dict[str, Any]) -> str:
+    """Whole models: images/s, and how near to the ceiling; of `tome-ext bench --json`."""
+    rows = result["rows"]
+    ours = ("unpatched", "ceiling", "tome_ext")
+    peers = list(dict.fromkeys(n for entry in rows for n in entry["contenders"] if n not in ours))
+    heads = ["unpatched", "ceiling", "tome_ext", "speed-up", "of the ceiling"]
+    heads += [f"{peer}, of the ceiling" for peer in peers]
+    lines = [
+        machine_line(result, f"images/s, medians, {result['settings']['mode']}"),
+        "",
+        f"| model | dtype | B | r | {' | '.join(heads)} |",
+        f"| --- | --- | ---: | ---: |{' ---: |' * len(heads)}",
+    ]
+    for entry in rows:
+        figures = entry["contenders"]
+        cells = [
+            entry["model"],
+            entry["dtype"],
+            str(entry["batch_size"]),
+            str(entry["r"]),
+            *(f"{figures[name]['images_per_second']:.3g}" for name in ours),
+            f"{figures['tome_ext']['speed_up']:.2f}x",
+            f"{figures['tome_ext']['of_ceiling']:.3f}",
+            *(f"{figures[n]['of_ceiling']:.3f}" if n in figures else "-" for n in peers),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # Where each table stands, and the figures it is made from.
 TABLES = [
+    ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),

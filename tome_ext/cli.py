@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import _library
+from ._command import CommandError
 from ._version import __version__
 from .utils import info
 
 __all__ = ["main"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-DEMO_PACKAGES = ("numpy", "PIL", "timm", "tqdm")  # by import name
+# What a command needs, by import name.
+DEMO_PACKAGES = ("numpy", "PIL", "timm", "tqdm")
+EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
+BENCH_PACKAGES = ("matplotlib", "timm", "tqdm")
+DEFAULT = "(default: %(default)s)"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 for a mistake, told in a line on stderr."""
     arguments = parser().parse_args(argv)
     try:
-        return run_info() if arguments.command == "info" else run_demo(arguments)
-    except ImportError as error:  # the compiled library is missing, and the error says what to do
-        return fail(str(error))
+        arguments.run(arguments)
+        return 0
+    except (CommandError, ImportError) as error:  # of a missing library or package
+        print(f"tome-ext: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -37,12 +46,21 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"tome_ext {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
+    about = commands.add_parser(
         "info",
         help="say what is installed, built and in use",
         description="Print versions, what the compiled library was built for, the instruction "
         "set it uses and the devices there are. Put this in a bug report.",
     )
+    about.set_defaults(run=run_info)
+    add_demo(commands)
+    add_eval(commands)
+    add_bench(commands)
+    return top
+
+
+def add_demo(commands: Any) -> None:
+    """The options of ``tome-ext demo``."""
     demo = commands.add_parser(
         "demo",
         help="run a photograph through a timm ViT, with and without merging",
@@ -50,30 +68,125 @@ def parser() -> argparse.ArgumentParser:
         "merging. Prints a table (tokens left, images/s, speed-up, agreement of the features) and "
         "writes a picture of the merged regions. Needs: pip install 'tome_ext[demo]'",
     )
-    default = "(default: %(default)s)"
+    demo.set_defaults(run=run_demo)
     demo.add_argument(
         "picture", nargs="?", type=Path, metavar="PICTURE",
         help="a photograph of your own (default: a cup of coffee)",
     )  # fmt: skip
     demo.add_argument(
-        "--model", default="vit_small_patch16_224", help=f"name of a timm model {default}"
+        "--model", default="vit_small_patch16_224", help=f"name of a timm model {DEFAULT}"
     )
     demo.add_argument(
         "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
-        help=f"tokens to merge in every block, a run for each number {default}",
+        help=f"tokens to merge in every block, a run for each number {DEFAULT}",
     )  # fmt: skip
     demo.add_argument(
-        "--batch-size", type=at_least_one, default=8, metavar="B", help=f"images a run {default}"
+        "--batch-size", type=at_least_one, default=8, metavar="B", help=f"images a run {DEFAULT}"
     )
     demo.add_argument(
         "--output", type=Path, default="tome_demo.png", metavar="FILE",
-        help=f"where to write the picture {default}",
+        help=f"where to write the picture {DEFAULT}",
     )  # fmt: skip
-    demo.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {default}")
+    demo.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
     demo.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {default}"
+        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
     )
-    return top
+
+
+def add_eval(commands: Any) -> None:
+    """The options of ``tome-ext eval``."""
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure the accuracy of a timm ViT on a folder of pictures, with and without merging",
+        description="Measure top-1 and top-5 accuracy of a timm Vision Transformer on a folder of "
+        "pictures, FOLDER/CLASS/PICTURE, for every r, and without a patch. Prints the paper's "
+        "numbers beside it where it has them. Runs under torchrun too. Needs: pip install "
+        "'tome_ext[eval]'",
+    )
+    evaluate.set_defaults(run=run_eval)
+    evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
+    evaluate.add_argument("--model", required=True, help="name of a timm model")
+    evaluate.add_argument(
+        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
+        help=f"tokens to merge in every block; 0 is always measured {DEFAULT}",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="weights for as many classes as the folder has (default: timm's pretrained ones)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--batch-size", type=at_least_one, default=64, metavar="B", help=f"images a run {DEFAULT}"
+    )
+    evaluate.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
+    evaluate.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
+    )
+    evaluate.add_argument(
+        "--workers", type=at_least_zero, default=4, metavar="W",
+        help=f"processes that read pictures; 0 reads them between runs {DEFAULT}",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--img-size", type=at_least_one, metavar="PIXELS",
+        help="side of the images (default: what the model was made for)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--limit", type=at_least_one, metavar="N",
+        help="only N pictures, spread evenly over the folder",
+    )  # fmt: skip
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+
+
+def add_bench(commands: Any) -> None:
+    """The options of ``tome-ext bench``."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure the speed of timm ViTs, with and without merging",
+        description="Measure the speed of timm Vision Transformers: unpatched, with merging, and "
+        "the ceiling of what merging can give (tokens sliced off instead), all taking turns; with "
+        "the published package too, where it is installed. Options with commas measure every "
+        "combination. Needs: pip install 'tome_ext[bench]'",
+    )
+    bench.set_defaults(run=run_bench)
+    bench.add_argument(
+        "--model", type=names, default="vit_small_patch16_224", metavar="NAME,NAME,...",
+        help=f"names of timm models {DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
+        help=f"tokens to merge in every block {DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--batch-size", type=batch_sizes, default="8", metavar="B,B,...",
+        help=f"images a run {DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--dtype", type=dtypes, default="float32", metavar="DTYPE,...",
+        help=f"to compute in: {', '.join(DTYPES)} {DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
+    bench.add_argument(
+        "--mode", choices=("eager", "compile", "graphs"), default="eager",
+        help="as written, with torch.compile(fullgraph=True), or as one CUDA graph "
+        f"{DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--img-size", type=at_least_one, metavar="PIXELS",
+        help="side of the images (default: what the model was made for)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seconds", type=seconds, default=10.0, metavar="S",
+        help=f"how long to time each combination; at least five rounds {DEFAULT}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--peer", action="append", default=[], metavar="[NAME=]MODULE:FUNCTION",
+        help="measure another implementation too: a function that takes a model and r and returns "
+        "the patched model; MODULE may be a .py file; may be given several times",
+    )  # fmt: skip
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    bench.add_argument(
+        "--chart", type=Path, metavar="FILE",
+        help="draw speed against r here (.png, .svg or .pdf)",
+    )  # fmt: skip
 
 
 def r_list(text: str) -> tuple[int, ...]:
@@ -96,39 +209,114 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def run_info() -> int:
+def at_least_zero(text: str) -> int:
+    """Parse a number of 0 or more for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return int(text)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Parse "1,8" for argparse; numbers given twice count once."""
+    return tuple(dict.fromkeys(at_least_one(part.strip()) for part in text.split(",")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse "a,b" for argparse; names given twice count once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def dtypes(text: str) -> tuple[str, ...]:
+    """Parse "float32,bfloat16" for argparse."""
+    found = names(text)
+    for name in found:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(DTYPES)}; got {name!r}")
+    return found
+
+
+def seconds(text: str) -> float:
+    """Parse a time for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return value
+
+
+def run_info(arguments: argparse.Namespace) -> None:
     """Print what is installed as a table."""
     rows = info()
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    return 0
 
 
-def run_demo(arguments: argparse.Namespace) -> int:
-    """Run the demo; a mistake becomes one line."""
-    _library.require()  # before anything is loaded
-    missing = [name for name in DEMO_PACKAGES if find_spec(name) is None]
+def check_installed(command: str, packages: tuple[str, ...]) -> None:
+    """Refuse to start without the library or a package, before anything is loaded."""
+    _library.require()
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        return fail(f"the demo needs {', '.join(missing)}: pip install 'tome_ext[demo]'")
+        raise CommandError(
+            f"the {command} needs {', '.join(missing)}: pip install 'tome_ext[{command}]'"
+        )
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Run the demo."""
+    check_installed("demo", DEMO_PACKAGES)
     from . import demo
 
-    try:
-        demo.run(
-            arguments.picture,
-            arguments.model,
-            arguments.r,
-            arguments.batch_size,
-            arguments.output,
-            arguments.device,
-            DTYPES[arguments.dtype],
+    demo.run(
+        arguments.picture,
+        arguments.model,
+        arguments.r,
+        arguments.batch_size,
+        arguments.output,
+        arguments.device,
+        DTYPES[arguments.dtype],
+    )
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    """Run the evaluation."""
+    check_installed("eval", EVAL_PACKAGES)
+    from . import evaluate
+
+    evaluate.run(
+        arguments.folder,
+        arguments.model,
+        arguments.r,
+        batch_size=arguments.batch_size,
+        device_name=arguments.device,
+        dtype=DTYPES[arguments.dtype],
+        workers=arguments.workers,
+        checkpoint=arguments.checkpoint,
+        img_size=arguments.img_size,
+        limit=arguments.limit,
+        json_file=arguments.json,
+    )
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Run the benchmark."""
+    check_installed("bench", BENCH_PACKAGES)
+    from . import bench
+
+    bench.run(
+        bench.Options(
+            models=arguments.model,
+            r=arguments.r,
+            batch_sizes=arguments.batch_size,
+            dtypes=arguments.dtype,
+            device=arguments.device,
+            mode=arguments.mode,
+            image_size=arguments.img_size,
+            seconds=arguments.seconds,
+            peers=tuple(arguments.peer),
+            json=arguments.json,
+            chart=arguments.chart,
         )
-    except demo.DemoError as error:
-        return fail(str(error))
-    return 0
-
-
-def fail(message: str) -> int:
-    """Say what went wrong; returns the exit code for it."""
-    print(f"tome-ext: error: {message}", file=sys.stderr)
-    return 2
+    )

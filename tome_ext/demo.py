@@ -5,7 +5,6 @@ Needs timm, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it
 
 from __future__ import annotations
 
-import difflib
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import patch
+from ._command import CommandError, check_model_name, create_model, find_device
 from .plan import MergePlan
 from .utils import synchronize
 from .vis import make_visualization
@@ -27,7 +27,7 @@ from .vis import make_visualization
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DemoError", "Row", "run"]
+__all__ = ["Row", "run"]
 
 PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
 HUB_WAIT = 5.0  # seconds the hub gets to answer before the demo goes on without it
@@ -35,10 +35,6 @@ TIMING_BUDGET = 30.0  # seconds for all timed rounds together
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 PANEL_PIXELS = 448  # about how wide one panel of the picture is
 PANELS_A_ROW = 4
-
-
-class DemoError(Exception):
-    """A mistake the user can mend; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def run(
     """Print a table of speed and agreement for every r, and write the picture of merged regions.
 
     Raises:
-        DemoError: a picture, model, device or output folder that is not there or can't be used.
+        CommandError: a picture, model, device or output folder that is not there or can't be used.
     """
     photo = open_photo(picture or PHOTO)
     device = find_device(device_name)
@@ -91,7 +87,7 @@ def run(
     try:
         figure(photo, frame, merged, f"{model_name}, {weights}").save(output)
     except OSError as error:
-        raise DemoError(f"can't write {output}: {error.strerror or error}") from None
+        raise CommandError(f"can't write {output}: {error.strerror or error}") from None
     print(f"\nThe photograph with its merged regions after the last block: {output}")
     return rows
 
@@ -105,9 +101,9 @@ def open_photo(path: Path) -> Image.Image:
             photo: Image.Image = ImageOps.exif_transpose(img).convert("RGB")
             return photo
     except UnidentifiedImageError:
-        raise DemoError(f"{path} is not a picture that pillow can read") from None
+        raise CommandError(f"{path} is not a picture that pillow can read") from None
     except OSError as error:
-        raise DemoError(f"can't read the picture {path}: {error.strerror or error}") from None
+        raise CommandError(f"can't read the picture {path}: {error.strerror or error}") from None
 
 
 def check_output(path: Path) -> None:
@@ -115,20 +111,9 @@ def check_output(path: Path) -> None:
     from PIL import Image
 
     if not path.parent.is_dir():
-        raise DemoError(f"can't write {path}: there is no folder {path.parent}")
+        raise CommandError(f"can't write {path}: there is no folder {path.parent}")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise DemoError(f"can't write {path}: name it .png, .jpg or the like")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, if it is there and works."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise DemoError(f"can't use the device {name!r}: {reason}") from None
-    return device
+        raise CommandError(f"can't write {path}: name it .png, .jpg or the like")
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -138,10 +123,7 @@ def load_model(name: str) -> tuple[Any, str | None]:
     """A timm model that returns pooled features, and why its weights are random if they are."""
     import timm
 
-    if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise DemoError(f"timm has no model {name!r}{hint}")
+    check_model_name(name)
     print(f"loading {name} ...", file=sys.stderr, flush=True)
     missing = prefer_cache_without_network()
     with torch.random.fork_rng(devices=[]):
@@ -153,15 +135,11 @@ def load_model(name: str) -> tuple[Any, str | None]:
             # Whatever keeps the weights away (no network, none published, a full disk), the demo
             # can go on without them; a model that can't be made at all fails again here.
             missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
-            torch.manual_seed(0)
-            try:
-                model = timm.create_model(name, pretrained=False, num_classes=0)
-            except Exception as failure:
-                raise DemoError(f"timm can't make the model {name!r}: {failure}") from None
+            model = create_model(name, num_classes=0)
     try:
         patch.remove(patch.timm(model))
     except ValueError as error:
-        raise DemoError(str(error)) from None
+        raise CommandError(str(error)) from None
     return model, missing
 
 

@@ -1,0 +1,407 @@
+"""tome-ext eval: accuracy against plain loops, shares of processes, and one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import tome_ext
+from tome_ext import cli, evaluate
+from tome_ext._command import CommandError
+from tome_ext._world import World
+
+SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16
+DOC = Path(__file__).parents[2] / "docs" / "evaluation.md"
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+R_VALUES = (0, 4, 12)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without network or downloaded weights."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 15 pictures of 7 classes, and weights for them."""
+    work = tmp_path_factory.mktemp("eval")
+    rng = np.random.default_rng(0)
+    for i in range(15):
+        folder = work / "flowers" / CLASSES[i % 7]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+        coarse.resize((150 + 20 * i, 260 - 10 * i)).save(folder / f"{i}.png")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = timm.create_model(SMALL, num_classes=len(CLASSES))
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.4)  # so that answers differ, with r too
+    torch.save(model.state_dict(), work / "tuned.pth")
+    return work
+
+
+def arguments(work: Path, *more: object) -> list[str]:
+    """Of a command that evaluates on the fixture's pictures with its weights."""
+    fixed = ["eval", work / "flowers", "--model", SMALL, "--checkpoint", work / "tuned.pth"]
+    return [str(a) for a in [*fixed, "--workers", 0, *more]]
+
+
+def expected(work: Path) -> dict[int, tuple[int, int]]:
+    """By r: how many pictures are right in the first answer, and among the first five."""
+    model = timm.create_model(SMALL, num_classes=len(CLASSES)).eval()
+    model.load_state_dict(torch.load(work / "tuned.pth"))
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    answers: dict[int, tuple[int, int]] = {}
+    for r in R_VALUES:
+        tome_ext.patch.timm(model, r=r)
+        top1 = top5 = 0
+        for target, name in enumerate(CLASSES):
+            for path in sorted((work / "flowers" / name).iterdir()):
+                with Image.open(path) as img, torch.no_grad():
+                    logits = model(transform(img.convert("RGB"))[None])[0]
+                order = logits.argsort(descending=True).tolist()
+                top1 += order[0] == target
+                top5 += target in order[:5]
+        answers[r] = top1, top5
+    return answers
+
+
+def rows_of(out: str) -> dict[int, list[str]]:
+    """The lines of the printed table, by r."""
+    lines = [line.split() for line in out.splitlines() if re.match(r" *(unpatched|\d+) ", line)]
+    return {0 if line[0] == "unpatched" else int(line[0]): line[1:] for line in lines}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run a command that must fail; returns its one line."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as stop:  # of argparse
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("tome-ext")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def torchrun(work: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``torchrun`` command with this Python's programs, on any free port."""
+    found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command],
+        cwd=work,
+        env={**os.environ, "PATH": found, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def commands_of_doc() -> list[list[str]]:
+    """Every command of the page, with the models and devices that are here."""
+    blocks = re.findall(r"```bash\n(.*?)```", DOC.read_text(), re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    for command in commands:
+        command[command.index("--model") + 1] = SMALL
+        if "--device" in command:
+            command[command.index("--device") + 1] = "cpu"
+        if "--checkpoint" not in command:
+            command += ["--checkpoint", "tuned.pth"]
+        command += ["--workers", "0"]
+    return commands
+
+
+# --- right answers ------------------------------------------------------------------------------
+
+
+def test_accuracy_is_that_of_a_plain_loop(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_file = work / "eval.json"
+    argv = arguments(work, "--r", "4,12", "--batch-size", 4, "--json", json_file)
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "15 pictures, 7 classes" in out
+    assert "15/15" in err  # progress
+    answers = expected(work)
+    assert len(set(answers.values())) > 1  # or merging would not matter here
+    assert any(0 < top1 < top5 < 15 for top1, top5 in answers.values())
+
+    written = json.loads(json_file.read_text())
+    assert [row["r"] for row in written["results"]] == list(R_VALUES)
+    shown = rows_of(out)
+    for row in written["results"]:
+        top1, top5 = answers[row["r"]]
+        assert row["images"] == 15
+        assert row["top1"] == pytest.approx(100 * top1 / 15)
+        assert row["top5"] == pytest.approx(100 * top5 / 15)
+        assert row["images_per_second"] > 0
+        assert row["paper"] is None
+        assert shown[row["r"]][:3] == ["15", f"{100 * top1 / 15:.2f}", f"{100 * top5 / 15:.2f}"]
+    assert shown[0][4] == "1.00x"
+    assert "paper" not in out
+    assert written["model"] == SMALL
+    assert written["weights"] == str(work / "tuned.pth")
+    assert (written["classes"], written["pictures"], written["processes"]) == (7, 15, 1)
+    assert written["input_size"] == [3, 160, 160]
+    assert (written["crop_pct"], written["interpolation"]) == (0.95, "bicubic")
+    assert written["versions"]["torch"] == torch.__version__
+
+
+def test_workers_batches_and_a_split_change_nothing(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "val").symlink_to(work / "flowers")
+    rows = evaluate.run(
+        tmp_path, SMALL, R_VALUES, batch_size=15, workers=1, checkpoint=work / "tuned.pth"
+    )
+    answers = expected(work)
+    assert {row.r: (row.top1, row.top5) for row in rows} == {
+        r: (100 * top1 / 15, 100 * top5 / 15) for r, (top1, top5) in answers.items()
+    }
+
+
+def test_commands_of_the_doc(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(work)
+    if not Path("imagenet").exists():
+        Path("imagenet").mkdir()
+        Path("imagenet/val").symlink_to(work / "flowers")
+    single = [command for command in commands_of_doc() if command[0] == "tome-ext"]
+    assert len(single) == 4
+    for command in single:
+        assert cli.main(command[1:]) == 0, command
+        shown = rows_of(capsys.readouterr().out)
+        asked = command[command.index("--r") + 1]
+        assert list(shown) == [0, *map(int, asked.split(","))]
+    assert json.loads(Path("flowers.json").read_text())["results"]
+
+
+@pytest.mark.slow
+def test_processes_count_each_picture_once(work: Path) -> None:
+    (command,) = (c for c in commands_of_doc() if c[0] == "torchrun")
+    json_file = work / "shared.json"
+    done = torchrun(work, *command[1:], "--r", "4,12", "--json", str(json_file))
+    assert done.returncode == 0, done.stderr
+    assert list(rows_of(done.stdout)) == list(R_VALUES)
+    assert done.stdout.count("top-1") == 1  # one process prints
+    written = json.loads(json_file.read_text())
+    assert written["processes"] == 2
+    assert [(row["r"], row["images"], row["top1"], row["top5"]) for row in written["results"]] == [
+        (r, 15, 100 * top1 / 15, 100 * top5 / 15) for r, (top1, top5) in expected(work).items()
+    ]
+
+
+def test_shares_are_a_partition(work: Path) -> None:
+    whole = evaluate.Share.of(work / "flowers", World(0, 0, 1), None)
+    for size in (2, 4, 15, 20):
+        shares = [
+            evaluate.Share.of(work / "flowers", World(rank, rank, size), None)
+            for rank in range(size)
+        ]
+        paths = [path for share in shares for path, _ in share.samples]
+        assert sorted(paths) == sorted(path for path, _ in whole.samples)
+        assert len(set(paths)) == 15
+        assert {share.digest for share in shares} == {whole.digest}
+    assert evaluate.loader(shares[-1], {}, 1, torch.device("cpu"), torch.float32, 0) == []
+
+
+def test_limit_spreads_over_the_classes(work: Path) -> None:
+    share = evaluate.Share.of(work / "flowers", World(0, 0, 1), 8)
+    assert len(share) == 8
+    assert {target for _, target in share.samples} == set(range(7))
+    assert len(evaluate.Share.of(work / "flowers", World(0, 0, 1), 99)) == 15
+
+
+def test_devices_of_processes() -> None:
+    assert World(1, 1, 2).device_name("cuda") == "cuda:1"
+    assert World(1, 1, 2).device_name("cpu") == "cpu"
+    assert World(0, 0, 1).device_name("cuda:3") == "cuda:3"
+    with pytest.raises(CommandError, match="without a number for 2 processes, got 'cuda:1'"):
+        World(1, 1, 2).device_name("cuda:1")
+
+
+# --- the paper's numbers ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet-1k's thousand folders with a tiny picture each."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for i, name in enumerate(timm.data.ImageNetInfo().label_names()):
+        (folder / name).mkdir()
+        Image.new("RGB", (4, 4), (i % 256, 0, 0)).save(folder / name / "0.png")
+    return folder
+
+
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give timm's pretrained models random weights, as there is no network."""
+    create = timm.create_model
+
+    def create_model(name: str, pretrained: bool = False, **options: Any) -> Any:
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+def test_paper_stands_beside_its_models(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untrained(monkeypatch)
+    short = ["--r", "1,13", "--limit", "2", "--workers", "0"]
+    # timm's default weights of this name are the paper's.
+    assert cli.main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short]) == 0
+    out = capsys.readouterr().out
+    assert "vit_small_patch16_224.augreg_in21k_ft_in1k, pretrained weights" in out
+    shown = rows_of(out)
+    assert (shown[0][-1], shown[13][-1]) == ("81.41", "79.30")
+    assert len(shown[1]) == len(shown[13]) - 1  # the paper has no r = 1
+    assert "arXiv 2210.09461" in out
+
+    size = ["--img-size", "32"]
+    assert cli.main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short, *size]) == 0
+    assert "paper" not in capsys.readouterr().out
+
+
+def test_papers_models_are_timms() -> None:
+    for name, numbers in evaluate.PAPER.items():
+        config = timm.get_pretrained_cfg(name)
+        assert config is not None
+        assert (config.num_classes, config.tag) == (1000, "augreg_in21k_ft_in1k")
+        first, *merged = numbers
+        assert first == 0
+        assert len(merged) == 1
+        row = f"| `{name}` | {numbers[0]:.2f} | {numbers[merged[0]]:.2f} (r = {merged[0]}) |"
+        assert row in DOC.read_text()
+
+
+def test_other_thousand_classes_are_not_imagenet(imagenet: Path, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for i, folder in enumerate(sorted(imagenet.iterdir())):
+        (tmp_path / "all" / f"class {i}").symlink_to(folder)
+    one = World(0, 0, 1)
+    assert evaluate.is_imagenet(evaluate.Share.of(imagenet, one, 3))
+    assert not evaluate.is_imagenet(evaluate.Share.of(tmp_path / "all", one, None))
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+def test_mistakes_in_folders(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", SMALL, "--checkpoint", work / "tuned.pth"]
+    assert "there is no folder /nowhere" in fails(capsys, "eval", "/nowhere", *given)
+    assert "there is no folder" in fails(capsys, "eval", work / "tuned.pth", *given)
+    (tmp_path / "ant").mkdir()
+    assert "no pictures in" in fails(capsys, "eval", tmp_path, *given)
+    Image.new("RGB", (8, 8)).save(tmp_path / "stray.png")
+    assert "itself; expected them in a folder per class" in fails(capsys, "eval", tmp_path, *given)
+    line = fails(capsys, *arguments(work, "--json", tmp_path / "no" / "x.json"))
+    assert "there is no folder" in line
+
+
+def test_other_number_of_classes(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untrained(monkeypatch)
+    line = fails(capsys, "eval", work / "flowers", "--model", SMALL)
+    assert re.search(r"'test_vit' has 1000 classes, but .*flowers has 7", line)
+    assert "--checkpoint" in line
+
+
+def test_mistakes_in_models(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flowers = work / "flowers"
+    line = fails(capsys, "eval", flowers, "--model", SMALL)
+    assert "can't load pretrained weights of 'test_vit' (HF_HUB_OFFLINE is set)" in line
+    assert "did you mean" in fails(capsys, "eval", flowers, "--model", "test_vitt")
+    assert "required: --model" in fails(capsys, "eval", flowers)
+    convolutional = timm.create_model("test_resnet", num_classes=7)
+    torch.save(convolutional.state_dict(), tmp_path / "resnet.pth")
+    given = ["--model", "test_resnet", "--checkpoint", tmp_path / "resnet.pth"]
+    assert "ResNet" in fails(capsys, "eval", flowers, *given)
+    assert "can't use the device 'nonsense'" in fails(
+        capsys, *arguments(work, "--device", "nonsense")
+    )
+    assert "at least 0, got '-1'" in fails(capsys, *arguments(work, "--workers=-1"))
+
+
+def test_mistakes_in_checkpoints(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flowers, state = work / "flowers", torch.load(work / "tuned.pth")
+
+    def line_for(path: Path) -> str:
+        return fails(capsys, "eval", flowers, "--model", SMALL, "--checkpoint", path)
+
+    assert "there is no checkpoint" in line_for(tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    assert re.search(r"text\.pth is no checkpoint of 'test_vit'", line_for(tmp_path / "text.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "is no checkpoint of" in line_for(tmp_path / "list.pth")
+    torch.save({**state, "head.bias": torch.zeros(9)}, tmp_path / "nine.pth")
+    line = line_for(tmp_path / "nine.pth")
+    assert "with 7 classes, as many as" in line
+    assert "size mismatch for head.bias" in line
+    del state["norm.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    assert 'Missing key(s) in state_dict: "norm.weight"' in line_for(tmp_path / "part.pth")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_picture_is_named(
+    workers: int, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "good.png")
+    whole = (tmp_path / "cat" / "good.png").read_bytes()
+    (tmp_path / "cat" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    argv = ["eval", tmp_path, "--model", SMALL, "--checkpoint", work / "tuned.pth"]
+    line = fails(capsys, *argv, "--workers", workers)
+    assert line.startswith(f"tome-ext: error: can't read the picture {tmp_path}/cat/broken.png: ")
+
+
+def test_output_that_is_not_finite(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(work / "tuned.pth")
+    state["head.bias"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pth")
+    argv = ["eval", work / "flowers", "--model", SMALL, "--checkpoint", tmp_path / "nan.pth"]
+    assert "r = 0: NaN or infinite output of the model in float32" in fails(
+        capsys, *argv, "--workers", 0
+    )
+
+
+@pytest.mark.slow
+def test_mistake_is_told_once_by_many_processes(work: Path) -> None:
+    command = ["--nproc-per-node=2", "--no-python", "--", "tome-ext", "eval", "nowhere"]
+    done = torchrun(work, *command, "--model", SMALL)
+    assert done.returncode != 0
+    assert done.stderr.count("tome-ext: error: there is no folder nowhere") == 1
+    assert done.stderr.count("tome-ext: error") == 1
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "EVAL_PACKAGES", ("numpy", "no_such_package"))
+    line = fails(capsys, *arguments(work))
+    assert "the eval needs no_such_package: pip install 'tome_ext[eval]'" in line

@@ -1,0 +1,91 @@
+"""Speed against r as a picture: one panel per batch size, a row of them per model and dtype."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from ._contenders import CEILING, OURS, UNPATCHED
+from ._rows import LABELS, Row, hardware, title
+
+__all__ = ["draw"]
+
+PANEL = 4.6, 3.6  # inches
+COLORS = {UNPATCHED: "#777777", CEILING: "#222222", OURS: "#d1495b"}
+PEER_COLORS = ("#2e86ab", "#e8a33d", "#5b8e55", "#8661c1")
+INK, FAINT = "#222222", "#666666"
+
+
+def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """Draw images/s of every contender against r; the scale on the right is the speed-up."""
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys((row.model, row.image_size, row.dtype) for row in rows))
+    batches = list(dict.fromkeys(row.batch_size for row in rows))
+    peers = list(dict.fromkeys(name for row in rows for name in row.contenders))
+    peers = [name for name in peers if name not in COLORS]
+    colors = COLORS | {p: PEER_COLORS[i % len(PEER_COLORS)] for i, p in enumerate(peers)}
+
+    size = max(PANEL[0] * len(batches), 6.4), PANEL[1] * len(groups) + 0.9  # legend and note
+    figure: Any = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+    panels = figure.subplots(len(groups), len(batches), squeeze=False)
+    for group, line in zip(groups, panels, strict=True):
+        for batch, axes in zip(batches, line, strict=True):
+            key = (*group, batch)
+            shown = [r for r in rows if (r.model, r.image_size, r.dtype, r.batch_size) == key]
+            panel(axes, sorted(shown, key=lambda row: row.r), colors)
+            name, _, rest = title(shown[0]).partition(", ")
+            axes.set_title(f"{name}\n{rest}", size=9.5)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside upper center", ncols=len(colors), frameon=False, fontsize=9.5,
+    )  # fmt: skip
+    note = (
+        f"{hardware(machine)}, {settings['mode']}, torch {machine['torch']}, "
+        f"tome_ext {machine['tome_ext']}\n"
+        "Medians, the contenders taking turns. Ceiling: tokens sliced off where others are merged."
+    )
+    figure.supxlabel(note, size=7.5, color=FAINT)
+    return figure
+
+
+def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
+    """One batch size of one model."""
+    base = statistics.median(row.contenders[UNPATCHED].images_per_second for row in rows)
+    axes.axhline(base, color=colors[UNPATCHED], linestyle="--", linewidth=1.3, label=UNPATCHED)
+    for name, color in colors.items():
+        points = [
+            (row.r, row.contenders[name].images_per_second)
+            for row in rows
+            if name in row.contenders and name != UNPATCHED
+        ]
+        if name == UNPATCHED:
+            continue
+        ceiling = name == CEILING
+        axes.plot(
+            [r for r, _ in points],
+            [speed for _, speed in points],
+            color=color,
+            label=LABELS.get(name, name),
+            linewidth=1.3 if ceiling else 2,
+            linestyle=":" if ceiling else "-",
+            marker="_" if ceiling else "o",
+            markersize=10 if ceiling else 4.5,
+            zorder=4 if name == OURS else 3,
+        )
+    axes.set_xticks(sorted({row.r for row in rows}))
+    axes.set_xlabel("r, tokens merged in every block", size=9)
+    axes.set_ylabel("images/s", size=9)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.06)
+    axes.set_ylim(top=1.08 * axes.dataLim.y1)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    times = axes.secondary_yaxis("right", functions=(lambda y: y / base, lambda y: y * base))
+    times.yaxis.set_major_formatter("{x:g}x")
+    times.set_ylabel("speed-up", size=9)
+    for side in (axes, times):
+        side.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
+        side.spines[:].set_color("#bbbbbb")
+    axes.spines["top"].set_visible(False)

@@ -1,0 +1,155 @@
+"""The figures of a run, as numbers and as text."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ._contenders import CEILING, OURS, UNPATCHED
+from .timing import ratio
+
+__all__ = [
+    "LABELS",
+    "Cost",
+    "Figures",
+    "Row",
+    "hardware",
+    "heading",
+    "lines",
+    "summarize",
+    "title",
+    "write_json",
+]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward costs besides time.
+
+    Attributes:
+        tokens: per layer, how many its MLP works with.
+        flops_per_image: of matrix products, convolutions and attention; a multiply-add is two.
+        extra_memory: the most bytes held at once beyond weights and input, whole batch; None if it
+            can't be told.
+    """
+
+    tokens: list[int]
+    flops_per_image: int
+    extra_memory: int | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One contender under one setting.
+
+    Attributes:
+        median_ms: milliseconds of a batch, the median over the rounds.
+        p90_ms: nine of ten rounds were at least as fast.
+        images_per_second: of the median.
+        speed_up: time of the unpatched model over this one's, the median over the rounds.
+        of_ceiling: time of the ceiling over this one's, the median over the rounds.
+        flops_per_image: see :class:`Cost`.
+        extra_memory: see :class:`Cost`.
+        tokens_left: after the last merge, prefix tokens included.
+    """
+
+    median_ms: float
+    p90_ms: float
+    images_per_second: float
+    speed_up: float
+    of_ceiling: float
+    flops_per_image: int
+    extra_memory: int | None
+    tokens_left: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: its figures by contender, and the peers that could not take part, with why."""
+
+    model: str
+    image_size: tuple[int, int]
+    dtype: str
+    batch_size: int
+    r: int
+    rounds: int
+    contenders: dict[str, Figures]
+    left_out: dict[str, str]
+
+
+def summarize(
+    times: dict[str, list[float]], costs: dict[str, Cost], batch_size: int
+) -> dict[str, Figures]:
+    """The figures of contenders that took turns: milliseconds by name, one entry a round."""
+    return {
+        name: Figures(
+            median_ms=statistics.median(ms),
+            p90_ms=sorted(ms)[-(-9 * len(ms) // 10) - 1],
+            images_per_second=1e3 * batch_size / statistics.median(ms),
+            speed_up=ratio(times, UNPATCHED, name),
+            of_ceiling=ratio(times, CEILING, name),
+            flops_per_image=costs[name].flops_per_image,
+            extra_memory=costs[name].extra_memory,
+            tokens_left=costs[name].tokens[-1],
+        )
+        for name, ms in times.items()
+    }
+
+
+def write_json(
+    path: Path, machine: dict[str, Any], settings: dict[str, Any], rows: list[Row]
+) -> None:
+    """Every figure, with what it depends on."""
+    content = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+# Heading, width, and how a figure is shown; the first two columns are r and the contender's name.
+COLUMNS = (
+    ("img/s", 8, lambda f: f"{f.images_per_second:.1f}"),
+    ("ms", 8, lambda f: f"{f.median_ms:.4g}"),
+    ("p90 ms", 8, lambda f: f"{f.p90_ms:.4g}"),
+    ("speed-up", 8, lambda f: f"{f.speed_up:.2f}x"),
+    ("of ceiling", 10, lambda f: f"{f.of_ceiling:.3f}"),
+    ("GFLOP/img", 9, lambda f: f"{f.flops_per_image / 1e9:.2f}"),
+    ("MiB", 7, lambda f: "-" if f.extra_memory is None else f"{f.extra_memory / 2**20:.1f}"),
+    ("tokens", 6, lambda f: str(f.tokens_left)),
+)
+LABELS = {CEILING: "ceiling (sliced)", OURS: "tome_ext"}
+NOTE = (
+    "img/s, ms: medians, the contenders taking turns; ms and MiB of a whole batch, MiB at the peak "
+    "beyond weights\nand input; ceiling: tokens sliced off instead of merged"
+)
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    """The processor or GPU, and the number of threads."""
+    count = machine["threads"]
+    return f"{machine.get('gpu', machine['cpu'])}, {count} thread{'s' if count > 1 else ''}"
+
+
+def title(row: Row) -> str:
+    """What rows have in common that share a heading."""
+    height, width = row.image_size
+    return f"{row.model}, {height} x {width}, {row.dtype}, batch of {row.batch_size}"
+
+
+def heading() -> str:
+    """The names of the columns."""
+    names = "".join(f"  {name:>{width}}" for name, width, _ in COLUMNS)
+    return f"{'r':>4}  {'':16}{names}"
+
+
+def lines(row: Row) -> list[str]:
+    """A line for each contender of a row, and one for each peer that could not take part."""
+    out: list[str] = []
+    for name, figures in row.contenders.items():
+        cells = "".join(f"  {show(figures):>{width}}" for _, width, show in COLUMNS)
+        first = str(row.r) if not out else ""
+        out.append(f"{first:>4}  {LABELS.get(name, name):16}{cells}")
+    return out + [f"      {name}: left out, {reason}" for name, reason in row.left_out.items()]

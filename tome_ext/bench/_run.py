@@ -1,0 +1,224 @@
+"""Measuring every setting of a run, one after the other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import patch
+from .._command import CommandError, check_model_name, create_model, find_device
+from . import _chart, _rows
+from ._contenders import (
+    CEILING,
+    OURS,
+    UNPATCHED,
+    Peer,
+    count_tokens,
+    find_peers,
+    merging,
+    runner,
+    share_weights,
+    sliced,
+)
+from ._cost import count_flops, extra_memory
+from ._rows import Cost, Row
+from .timing import describe_machine, interleave
+
+__all__ = ["Options", "run"]
+
+WARM_UP = 2  # rounds, after the forwards that count tokens and operations
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure: every combination of models, dtypes, batch sizes and r.
+
+    Attributes:
+        models: names of timm models.
+        r: tokens to merge in every block.
+        batch_sizes: images a forward.
+        dtypes: names of torch dtypes.
+        device: where to run.
+        mode: "eager"; "compile", ``torch.compile(model, fullgraph=True)``; or "graphs", one CUDA
+            graph of the whole forward.
+        image_size: pixels a side; None means what each model was made for.
+        seconds: how long to time each combination, all contenders together; at least five rounds.
+        peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each.
+        json: where to write every figure; None for nowhere.
+        chart: where to draw speed against r, as .png, .svg or .pdf; None for nowhere.
+    """
+
+    models: tuple[str, ...]
+    r: tuple[int, ...]
+    batch_sizes: tuple[int, ...] = (8,)
+    dtypes: tuple[str, ...] = ("float32",)
+    device: str = "cpu"
+    mode: str = "eager"
+    image_size: int | None = None
+    seconds: float = 10.0
+    peers: tuple[str, ...] = ()
+    json: Path | None = None
+    chart: Path | None = None
+
+
+def run(options: Options) -> list[Row]:
+    """Measure, print a table, and write what the options ask for.
+
+    Raises:
+        CommandError: a model, device, peer, mode or file that is not there or can't be used.
+    """
+    from tqdm import tqdm
+
+    device = find_device(options.device)
+    check(options, device)
+    peers = find_peers(options.peers)
+    machine = describe_machine(device)
+    settings = {
+        "device": str(device),
+        "mode": options.mode,
+        "seconds": options.seconds,
+        "weights": "random",
+        "peers": list(options.peers),
+    }
+    print(f"running on  {_rows.hardware(machine)}")
+    print(f"mode        {options.mode}")
+    print("weights     random; speed does not depend on them", flush=True)
+
+    rows: list[Row] = []
+    per_model = len(options.batch_sizes) * len(options.r)
+    bar = tqdm(
+        total=len(options.models) * len(options.dtypes) * per_model,
+        bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
+        leave=False,
+    )
+    with bar, on_device(device):
+        for name, dtype in itertools.product(options.models, options.dtypes):
+            model = load(name, options.image_size).to(device, getattr(torch, dtype))
+            for batch_size, r in itertools.product(options.batch_sizes, options.r):
+                bar.set_description_str(f"{name} {dtype} B={batch_size} r={r}")
+                done = len(rows)
+
+                def show(share: float, done: int = done) -> None:
+                    bar.update(done + share - bar.n)
+
+                figures, left_out, rounds = measure(
+                    model, images(model, batch_size), r, options.mode, options.seconds, peers, show
+                )
+                size = model.patch_embed.img_size
+                row = Row(name, size, dtype, batch_size, r, rounds, figures, left_out)
+                if not rows or _rows.title(row) != _rows.title(rows[-1]):
+                    bar.write(f"\n{_rows.title(row)}\n{_rows.heading()}")
+                bar.write("\n".join(_rows.lines(row)))
+                rows.append(row)
+                if options.json is not None:  # after every row: a long run may be stopped
+                    _rows.write_json(options.json, machine, settings, rows)
+    print(f"\n{_rows.NOTE}")
+    if options.chart is not None:
+        _chart.draw(rows, machine, settings).savefig(options.chart)
+        print(f"\nThe chart: {options.chart}")
+    return rows
+
+
+def check(options: Options, device: torch.device) -> None:
+    """Refuse what can't be measured, before anything is."""
+    if options.mode == "graphs" and device.type != "cuda":
+        raise CommandError(f"graphs are CUDA graphs: expected --device cuda, got {device}")
+    for path in (options.json, options.chart):
+        if path is not None and not path.parent.is_dir():
+            raise CommandError(f"can't write {path}: there is no folder {path.parent}")
+    chart = options.chart
+    if chart is not None and chart.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise CommandError(f"can't write {chart}: name it .png, .svg or .pdf")
+    for name in options.models:
+        check_model_name(name)
+        model = load(name, options.image_size)
+        try:
+            patch.timm(model)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        sides, unit = model.patch_embed.img_size, model.patch_embed.patch_size
+        if any(side % pixels for side, pixels in zip(sides, unit, strict=True)):
+            raise CommandError(f"--img-size: {name} needs a multiple of {unit[0]}, got {sides[0]}")
+
+
+def load(name: str, image_size: int | None) -> Any:
+    """A timm model in eval mode."""
+    size = {} if image_size is None else {"img_size": image_size}
+    return create_model(name, **size).eval()
+
+
+def images(model: Any, batch_size: int) -> Tensor:
+    """Random pictures (B, 3, height, width), as the model wants them, the same each time."""
+    weight = model.patch_embed.proj.weight
+    shape = (batch_size, weight.shape[1], *model.patch_embed.img_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.to(weight.device, weight.dtype)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams and events are of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    x: Tensor,
+    r: int,
+    mode: str,
+    seconds: float,
+    peers: list[Peer],
+    on_progress: Callable[[float], object] | None = None,
+) -> tuple[dict[str, _rows.Figures], dict[str, str], int]:
+    """Time all contenders on the images ``x``.
+
+    Returns:
+        The figures by contender; by name why a peer was left out; the number of rounds.
+
+    Raises:
+        RuntimeError: the ceiling and the patched model don't have the same tokens in every layer.
+        CommandError: out of memory.
+    """
+    if mode == "compile":
+        torch._dynamo.reset()  # every setting is compiled for itself, and torch counts them
+    runs: dict[str, Callable[[], object]] = {}
+    costs: dict[str, Cost] = {}
+    left_out: dict[str, str] = {}
+
+    def enter(name: str, patched: Any) -> None:
+        tokens = count_tokens(patched, x)
+        if CEILING in costs and tokens != costs[CEILING].tokens:
+            raise RuntimeError(
+                f"tokens by layer: expected those of the ceiling, {costs[CEILING].tokens}, "
+                f"got {tokens} in {name}"
+            )
+        flops = count_flops(lambda: patched(x)) // len(x)
+        run = runner(patched, x, mode)
+        run()  # what fails, fails here; and it compiles
+        measured = run if mode == "compile" else lambda: patched(x)
+        memory = extra_memory(measured, x.device, compiled=mode == "compile")
+        runs[name], costs[name] = run, Cost(tokens, flops, memory)
+
+    try:
+        enter(UNPATCHED, share_weights(model))
+        enter(CEILING, sliced(share_weights(model), r))
+        enter(OURS, merging(share_weights(model), r))
+        for peer in peers:
+            try:
+                enter(peer.name, peer.patch(share_weights(model), r))
+            except Exception as error:  # a peer that does not know this model may raise anything
+                left_out[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())
+        times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"a batch of {len(x)} does not fit: {reason}") from None
+    figures = _rows.summarize(times, costs, len(x))
+    return figures, left_out, len(times[OURS])
