@@ -1,4 +1,4 @@
-"""What the commands share: the error that a user can mend, and devices and models by name."""
+"""What the commands share: the error that a user can mend, devices and models by name, the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["CommandError", "check_model_name", "create_model", "find_device"]
+__all__ = [
+    "CommandError",
+    "check_model_name",
+    "create_model",
+    "find_device",
+    "prefer_cache_without_network",
+]
+
+HUB_WAIT = 5.0  # seconds the hub gets to answer before a command goes on without it
 
 
 class CommandError(Exception):
@@ -45,3 +53,23 @@ def create_model(name: str, **options: Any) -> Any:
             return timm.create_model(name, pretrained=False, **options)
         except Exception as error:  # timm and the models raise all kinds
             raise CommandError(f"timm can't make the model {name!r}: {error}") from None
+
+
+def prefer_cache_without_network() -> str | None:
+    """Ask the hub once, briefly. If it does not answer, use only files that are here already.
+
+    Without this, every file is tried with half a minute of retries. Returns what went wrong.
+    """
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except ImportError:
+        return "huggingface_hub is not installed"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_WAIT)
+    except Exception as error:  # of the HTTP library, which differs between versions of the hub's
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} does not answer, {type(error).__name__}"
+    return None

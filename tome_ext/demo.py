@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import patch
-from ._command import CommandError, check_model_name, create_model, find_device
+from ._command import (
+    CommandError,
+    check_model_name,
+    create_model,
+    find_device,
+    prefer_cache_without_network,
+)
 from .plan import MergePlan
 from .utils import synchronize
 from .vis import make_visualization
@@ -30,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Row", "run"]
 
 PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
-HUB_WAIT = 5.0  # seconds the hub gets to answer before the demo goes on without it
 TIMING_BUDGET = 30.0  # seconds for all timed rounds together
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 PANEL_PIXELS = 448  # about how wide one panel of the picture is
@@ -141,26 +146,6 @@ def load_model(name: str) -> tuple[Any, str | None]:
     except ValueError as error:
         raise CommandError(str(error)) from None
     return model, missing
-
-
-def prefer_cache_without_network() -> str | None:
-    """Ask the hub once, briefly. If it does not answer, use only files that are here already.
-
-    Without this, every file is tried with half a minute of retries. Returns what went wrong.
-    """
-    try:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session
-    except ImportError:
-        return "huggingface_hub is not installed"
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_WAIT)
-    except Exception as error:  # of the HTTP library, which differs between versions of the hub's
-        constants.HF_HUB_OFFLINE = True
-        return f"{constants.ENDPOINT} does not answer, {type(error).__name__}"
-    return None
 
 
 # --- pictures -----------------------------------------------------------------------------------

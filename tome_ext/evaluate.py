@@ -23,9 +23,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import patch
-from ._command import CommandError, check_model_name, create_model, find_device
+from ._command import (
+    CommandError,
+    check_model_name,
+    create_model,
+    find_device,
+    prefer_cache_without_network,
+)
 from ._world import World
-from .demo import prefer_cache_without_network
 from .utils import info, synchronize
 
 __all__ = ["Row", "Share", "run"]

@@ -162,23 +162,6 @@ void expect_right(const Problem& x) {
     expect_close(x, on_cuda(x));
 }
 
-// Restores the emulator's options.
-class UseMachine {
-  public:
-    UseMachine(uint32_t seed, int multiprocessors, int shared_limit)
-        : before_(tome_emulation::options()) {
-        tome_emulation::options().seed = seed;
-        tome_emulation::options().multiprocessors = multiprocessors;
-        tome_emulation::options().shared_limit = shared_limit;
-    }
-    ~UseMachine() { tome_emulation::options() = before_; }
-    UseMachine(const UseMachine&) = delete;
-    UseMachine& operator=(const UseMachine&) = delete;
-
-  private:
-    tome_emulation::Options before_;
-};
-
 constexpr int kHopperShared = 227 * 1024, kAdaShared = 99 * 1024, kTuringShared = 64 * 1024;
 
 class CudaAttentionBackwardTest : public PerDType {};
@@ -303,14 +286,14 @@ TEST_P(CudaAttentionBackwardTest, TheSameBitsInAnyOrderAndMemoryOnAnyMachine) {
     };
     for (int64_t dim : {40, 128}) {
         const Problem x = random_problem(GetParam(), {2, 1, 67, 50, dim}, Sizes::kWithZeros);
-        const UseMachine first(1, 1, kHopperShared);
+        const tome_emulation::UseOptions first({1, 1, kHopperShared});
         const Gradients want = on_cuda(x);
         expect_close(x, want);
         uint32_t seed = 2;
         for (const auto& [multiprocessors, shared] :
              {Machine{1, kHopperShared}, Machine{5, kHopperShared}, Machine{200, kHopperShared},
               Machine{1, kAdaShared}, Machine{1, kTuringShared}}) {
-            const UseMachine use(seed, multiprocessors, shared);
+            const tome_emulation::UseOptions use({seed, multiprocessors, shared});
             EXPECT_EQ(on_cuda(x, static_cast<unsigned char>(seed * 51)), want)
                 << multiprocessors << " multiprocessors, " << shared << " bytes shared";
             ++seed;

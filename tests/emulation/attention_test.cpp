@@ -16,21 +16,6 @@ namespace {
 
 using tome::AttentionParams;
 
-// The order of things, and the number of multiprocessors, changed for a scope.
-class UseMachine {
-  public:
-    UseMachine(uint32_t seed, int multiprocessors) : before_(tome_emulation::options()) {
-        tome_emulation::options().seed = seed;
-        tome_emulation::options().multiprocessors = multiprocessors;
-    }
-    ~UseMachine() { tome_emulation::options() = before_; }
-    UseMachine(const UseMachine&) = delete;
-    UseMachine& operator=(const UseMachine&) = delete;
-
-  private:
-    tome_emulation::Options before_;
-};
-
 using Shape = AttentionShape;
 
 struct Inputs {
@@ -126,7 +111,7 @@ TEST_P(CudaAttentionTest, AgreesWithTheOracle) {
                                           << s.keys << "x" << s.dim);
         for (int multiprocessors : {1, 200}) {  // large tiles, small ones
             if (GetParam() == DType::kFloat32 && multiprocessors != 1) continue;  // has one size
-            const UseMachine use(static_cast<uint32_t>(s.keys), multiprocessors);
+            const tome_emulation::UseOptions use({static_cast<uint32_t>(s.keys), multiprocessors});
             expect_exact_enough(random_inputs(GetParam(), s));
         }
     }
@@ -268,10 +253,10 @@ TEST_P(CudaAttentionTest, DegenerateShapes) {
 
 TEST_P(CudaAttentionTest, TheSameBitsInAnyOrder) {
     const Inputs in = random_inputs(GetParam(), {2, 2, 150, 90, 64}, Layout::kPacked);
-    const UseMachine first(1, 1);
+    const tome_emulation::UseOptions first({1, 1});
     const Outputs want = on_cuda(in);
     for (uint32_t seed = 2; seed < 5; ++seed) {
-        const UseMachine use(seed, seed == 3 ? 500 : 1);  // and in smaller tiles
+        const tome_emulation::UseOptions use({seed, seed == 3 ? 500 : 1});  // and in smaller tiles
         EXPECT_EQ(on_cuda(in), want);
     }
 }

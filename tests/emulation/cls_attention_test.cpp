@@ -93,22 +93,6 @@ void expect_exact_enough(const Inputs& in) {
     }
 }
 
-class UseMachine {
-  public:
-    UseMachine(uint32_t seed, int multiprocessors, int shared)
-        : before_(tome_emulation::options()) {
-        tome_emulation::options().seed = seed;
-        tome_emulation::options().multiprocessors = multiprocessors;
-        tome_emulation::options().shared_limit = shared;
-    }
-    ~UseMachine() { tome_emulation::options() = before_; }
-    UseMachine(const UseMachine&) = delete;
-    UseMachine& operator=(const UseMachine&) = delete;
-
-  private:
-    tome_emulation::Options before_;
-};
-
 constexpr int kHopperShared = 227 * 1024;
 
 class CudaClsAttentionTest : public PerDType {};
@@ -123,7 +107,8 @@ TEST_P(CudaClsAttentionTest, AgreesWithTheOracle) {
     for (const Shape& s : shapes) {
         SCOPED_TRACE(::testing::Message() << s.heads << "x" << s.keys << "x" << s.dim);
         for (int multiprocessors : {1, 200}) {
-            const UseMachine use(static_cast<uint32_t>(s.keys), multiprocessors, kHopperShared);
+            const tome_emulation::UseOptions use(
+                {static_cast<uint32_t>(s.keys), multiprocessors, kHopperShared});
             expect_exact_enough(random_inputs(GetParam(), s));
         }
         expect_exact_enough(random_inputs(GetParam(), s, 1));  // off alignment
@@ -134,14 +119,14 @@ TEST_P(CudaClsAttentionTest, KeysWhoseLogitsDontFitPassTwice) {
     const Shape s{2, 3, 70, 40};
     for (int fit : {64, 17, 5, 1}) {
         SCOPED_TRACE(fit);
-        const UseMachine use(static_cast<uint32_t>(fit), 4, 4 * 3 * (fit + 2));
+        const tome_emulation::UseOptions use({static_cast<uint32_t>(fit), 4, 4 * 3 * (fit + 2)});
         ASSERT_LT(tome::attention_tiles::cls_chunk(3, 70, 4 * 3 * (fit + 2)), 70);
         Inputs in = random_inputs(GetParam(), s);
         expect_exact_enough(in);
         for (int64_t n = 0; n < 40; ++n) in.size[size_t(n)] = 0;  // whole chunks hidden
         expect_exact_enough(in);
     }
-    const UseMachine use(1, 4, 4 * 3 * 2);
+    const tome_emulation::UseOptions use({1, 4, 4 * 3 * 2});
     const Array out(DType::kFloat32, 2 * 70 + 2 * kGuard);
     EXPECT_EQ(tome::cls_attention_cuda(params_of(random_inputs(GetParam(), s), out), nullptr),
               cudaErrorInvalidConfiguration);
@@ -185,10 +170,10 @@ TEST_P(CudaClsAttentionTest, DegenerateShapes) {
 
 TEST_P(CudaClsAttentionTest, TheSameBitsInAnyOrder) {
     const Inputs in = random_inputs(GetParam(), {3, 4, 90, 64});
-    const UseMachine first(1, 1, kHopperShared);
+    const tome_emulation::UseOptions first({1, 1, kHopperShared});
     const Array want = on_cuda(in);
     for (uint32_t seed = 2; seed < 5; ++seed) {
-        const UseMachine use(seed, seed == 3 ? 1 : 500, kHopperShared);
+        const tome_emulation::UseOptions use({seed, seed == 3 ? 1 : 500, kHopperShared});
         EXPECT_EQ(on_cuda(in), want);
     }
 }

@@ -28,11 +28,27 @@ struct Options {
 };
 Options& options();
 
+// Options, or the order in which threads and blocks run, changed for a scope.
+class UseOptions {
+  public:
+    explicit UseOptions(const Options& use) : before_(options()) { options() = use; }
+    ~UseOptions() { options() = before_; }
+    UseOptions(const UseOptions&) = delete;
+    UseOptions& operator=(const UseOptions&) = delete;
+
+  private:
+    Options before_;
+};
+
 // Whether this build can see data races.
 bool detects_races();
 
 // What went wrong in the last launch; empty if nothing did.
 const std::string& last_failure();
+
+// Of GoogleTest: the launch must go well.
+#define ASSERT_LAUNCHED(call) ASSERT_EQ(call, cudaSuccess) << tome_emulation::last_failure()
+#define EXPECT_LAUNCHED(call) EXPECT_EQ(call, cudaSuccess) << tome_emulation::last_failure()
 
 // How many launches there were, failed ones included.
 int64_t launches();

@@ -16,15 +16,11 @@ cudaError_t run(Probe probe, unsigned blocks, unsigned threads, size_t shared,
     return launch(probe, dim3(blocks), dim3(threads), shared, nullptr, Ints{out.data()});
 }
 
-#define EXPECT_LAUNCHED(call) EXPECT_EQ(call, cudaSuccess) << tome_emulation::last_failure()
-
 // --- right kernels
 // --------------------------------------------------------------------------------
 
 class RightKernels : public ::testing::TestWithParam<uint32_t> {
-  protected:
-    void SetUp() override { tome_emulation::options().seed = GetParam(); }
-    void TearDown() override { tome_emulation::options().seed = 0; }
+    const tome_emulation::UseOptions use_{{.seed = GetParam()}};
 };
 
 INSTANTIATE_TEST_SUITE_P(Seeds, RightKernels, ::testing::Values(0u, 1u, 2u));
@@ -120,7 +116,7 @@ TEST(Conversions, RoundToNearestEven) {
 
 void expect_failure(Probe probe, unsigned blocks, unsigned threads, const char* says) {
     for (uint32_t seed : {0u, 1u, 2u}) {
-        tome_emulation::options().seed = seed;
+        const tome_emulation::UseOptions use({.seed = seed});
         std::vector<int> out(256, 0);
         EXPECT_NE(run(probe, blocks, threads, 1024, out), cudaSuccess) << says;
         EXPECT_NE(tome_emulation::last_failure().find(says), std::string::npos)
@@ -128,7 +124,6 @@ void expect_failure(Probe probe, unsigned blocks, unsigned threads, const char* 
         // The next launch is not disturbed.
         EXPECT_LAUNCHED(run(reverse_block, 1, 64, 64 * sizeof(int), out));
     }
-    tome_emulation::options().seed = 0;
 }
 
 TEST(WrongKernels, ShuffleThatALaneDoesNotReach) {
@@ -150,7 +145,7 @@ TEST(WrongKernels, BarrierThatAThreadDoesNotReach) {
 
 void expect_no_overlap(Probe probe, const char* says) {
     for (uint32_t seed : {0u, 1u, 2u}) {
-        tome_emulation::options().seed = seed;
+        const tome_emulation::UseOptions use({.seed = seed});
         std::vector<int> out(64, 0);
         EXPECT_LAUNCHED(run(probe, 1, 64, 0, out));
         const Ints p{out.data()};
@@ -158,7 +153,6 @@ void expect_no_overlap(Probe probe, const char* says) {
         EXPECT_NE(tome_emulation::last_failure().find(says), std::string::npos)
             << "expected: " << says << "\ngot: " << tome_emulation::last_failure();
     }
-    tome_emulation::options().seed = 0;
 }
 
 TEST(WrongKernels, ThreadThatDoesNotWaitForEarlierKernels) {

@@ -11,17 +11,6 @@ namespace {
 
 namespace tiles = tome::tiles;
 
-// The order in which threads and blocks run, changed for a scope.
-class UseSeed {
-  public:
-    explicit UseSeed(uint32_t seed) { tome_emulation::options().seed = seed; }
-    ~UseSeed() { tome_emulation::options().seed = 0; }
-    UseSeed(const UseSeed&) = delete;
-    UseSeed& operator=(const UseSeed&) = delete;
-};
-
-#define ASSERT_LAUNCHED(call) ASSERT_EQ(call, cudaSuccess) << tome_emulation::last_failure()
-
 const MergeAddNormKind& kind(const char* name) {
     for (const MergeAddNormKind& k : kMergeAddNormKinds) {
         if (std::string(name) == k.name) return k;
@@ -157,7 +146,7 @@ TEST_P(CudaMergeAddNorm, TheOrderOfThreadsDoesNotMatter) {
         MergeAddNormOutputs first = in.outputs();
         ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(first), nullptr));
         for (uint32_t seed : {1u, 2u, 3u}) {
-            const UseSeed use(seed);
+            const tome_emulation::UseOptions use({.seed = seed});
             MergeAddNormOutputs again = in.outputs();
             ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(again), nullptr));
             EXPECT_EQ(again, first);

@@ -13,17 +13,6 @@ namespace {
 
 using tome::Reduce;
 
-// The order in which threads and blocks run, changed for a scope.
-class UseSeed {
-  public:
-    explicit UseSeed(uint32_t seed) { tome_emulation::options().seed = seed; }
-    ~UseSeed() { tome_emulation::options().seed = 0; }
-    UseSeed(const UseSeed&) = delete;
-    UseSeed& operator=(const UseSeed&) = delete;
-};
-
-#define ASSERT_LAUNCHED(call) ASSERT_EQ(call, cudaSuccess) << tome_emulation::last_failure()
-
 // Rows of a (batch, rows, channels) array with any strides: `pad` elements before the first and
 // after each one.
 struct View {
@@ -63,16 +52,6 @@ tome::MergeParams merge_params(const View& x, const Plan& plan, const float* siz
             got.out.data(), got.size.data()};
 }
 
-double roundoff(DType dtype) {
-    return dtype == DType::kFloat16    ? std::ldexp(1.0, -11)
-           : dtype == DType::kBFloat16 ? std::ldexp(1.0, -8)
-           : dtype == DType::kFloat32  ? std::ldexp(1.0, -24)
-                                       : std::ldexp(1.0, -53);
-}
-
-// Of what elements are summed in.
-double sum_roundoff(DType dtype) { return std::min(roundoff(dtype), std::ldexp(1.0, -24)); }
-
 // Every element of a merge by its definition.
 void expect_merged(const Merged& got, const View& x, const Plan& plan, const float* size,
                    Reduce reduce) {
@@ -102,8 +81,8 @@ void expect_merged(const Merged& got, const View& x, const Plan& plan, const flo
                 }
                 double want = tokens.empty() ? 0.0 : sum / divisor;
                 double error =
-                    roundoff(dtype) * std::fabs(want) +
-                    double(tokens.size() + 4) * sum_roundoff(dtype) * magnitude / divisor +
+                    roundoff_of(dtype) * std::fabs(want) +
+                    double(tokens.size() + 4) * sum_roundoff_of(dtype) * magnitude / divisor +
                     std::ldexp(1.0, dtype == DType::kFloat16 ? -25 : -140);
                 if (reduce == Reduce::kAmax && !tokens.empty()) want = highest;
                 if (reduce == Reduce::kAmax || tokens.empty()) error = 0;
@@ -119,17 +98,10 @@ void expect_merged(const Merged& got, const View& x, const Plan& plan, const flo
     }
 }
 
-std::vector<float> whole_sizes(int64_t count, unsigned seed) {
-    std::mt19937 engine(seed);
-    std::vector<float> out;
-    for (int64_t i = 0; i < count; ++i) out.push_back(static_cast<float>(1 + engine() % 5));
-    return out;
-}
-
 class CudaMerge : public PerDType {
   protected:
     const Plan plan_ = random_plan(2, 61, 33, 7);
-    const std::vector<float> sizes_ = whole_sizes(2 * 61, 3);
+    const std::vector<float> sizes_ = random_sizes(2 * 61, 3);
 };
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaMerge, ::testing::ValuesIn(kDTypes),
@@ -158,7 +130,7 @@ TEST_P(CudaMerge, ManyMembers) {
     std::vector<int32_t> assign;
     for (int32_t n = 0; n < 200; ++n) assign.push_back(n % 7 == 0 ? 1 : 0);
     const Plan plan = plan_of(assign, 1, 200, 2);
-    const std::vector<float> sizes = whole_sizes(200, 5);
+    const std::vector<float> sizes = random_sizes(200, 5);
     const View x(GetParam(), 1, 200, 40, 0, 1);
     for (Reduce reduce : {Reduce::kMean, Reduce::kSum, Reduce::kAmax}) {
         Merged got = empty_merged(x, plan);
@@ -172,7 +144,7 @@ TEST_P(CudaMerge, ManyMembers) {
 // results may.
 TEST(CudaMergeFloat64, SumsSizesInDouble) {
     const Plan plan = random_plan(2, 61, 7, 3);
-    std::vector<float> sizes = whole_sizes(2 * 61, 8);
+    std::vector<float> sizes = random_sizes(2 * 61, 8);
     for (float& size : sizes) size += 0x1p-22f * size;
     const View x(DType::kFloat64, 2, 61, 9, 0, 2), grad(DType::kFloat64, 2, 7, 9, 0, 3);
     for (Reduce reduce : {Reduce::kMean, Reduce::kSum}) {
@@ -257,7 +229,7 @@ TEST_P(CudaMerge, TheOrderOfThreadsDoesNotMatter) {
     ASSERT_LAUNCHED(
         tome::merge_cuda(merge_params(x, plan_, sizes_.data(), Reduce::kMean, first), nullptr));
     for (uint32_t seed : {1u, 2u, 3u}) {
-        const UseSeed use(seed);
+        const tome_emulation::UseOptions use({.seed = seed});
         Merged again = empty_merged(x, plan_);
         ASSERT_LAUNCHED(
             tome::merge_cuda(merge_params(x, plan_, sizes_.data(), Reduce::kMean, again), nullptr));
@@ -291,7 +263,7 @@ TEST_P(CudaMerge, BackwardAgreesWithTheCpu) {
                     ASSERT_TRUE(tome::merge_backward(p, Threads::serial()));
                     for (int64_t i = 0; i < got.count(); ++i) {
                         ASSERT_LE(std::fabs(got[i] - want[i]),
-                                  (2 * roundoff(GetParam()) + 2 * sum_roundoff(GetParam())) *
+                                  (2 * roundoff_of(GetParam()) + 2 * sum_roundoff_of(GetParam())) *
                                       std::fabs(want[i]));
                     }
                 }
@@ -386,7 +358,7 @@ TEST(CudaMergeGrid, MoreImagesThanAGridTakes) {
 
 void expect_plan(const Plan& want, const std::vector<int32_t>& assign) {
     for (uint32_t seed : {0u, 1u}) {
-        const UseSeed use(seed);
+        const tome_emulation::UseOptions use({.seed = seed});
         std::vector<int32_t> members(want.members.size(), 0x5a5a5a5a);
         std::vector<int32_t> offsets(want.offsets.size(), 0x5a5a5a5a);
         ASSERT_LAUNCHED(tome::plan_cuda(

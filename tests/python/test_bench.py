@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import fails
 from models import DEPTH, GRID, images, tiny
 from PIL import Image
 
@@ -42,18 +43,6 @@ def peers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as change:
         change.setitem(sys.modules, "some_peers", module)
         yield
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run ``bench``, which must fail; returns its one line."""
-    try:
-        code = cli.main(["bench", *map(str, argv)])
-    except SystemExit as stop:  # of argparse
-        code = stop.code  # type: ignore[assignment]
-    assert code == 2
-    lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("tome-ext")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -151,13 +140,19 @@ def test_every_combination_is_measured(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "timm has no model 'test_vit9'; did you mean" in fails(capsys, "--model", "test_vit9")
-    assert "resnet" in fails(capsys, "--model", "test_vit,resnet10t").lower()
-    assert "graphs are CUDA graphs" in fails(capsys, *SMALL, "--mode", "graphs")
-    assert "can't use the device 'nonsense'" in fails(capsys, *SMALL, "--device", "nonsense")
-    assert "there is no folder" in fails(capsys, *SMALL, "--json", tmp_path / "no" / "x.json")
-    assert "name it .png" in fails(capsys, *SMALL, "--chart", tmp_path / "x.txt")
-    assert "needs a multiple of 16, got 40" in fails(capsys, *SMALL, "--img-size", 40)
+    assert "timm has no model 'test_vit9'; did you mean" in fails(
+        capsys, "bench", "--model", "test_vit9"
+    )
+    assert "resnet" in fails(capsys, "bench", "--model", "test_vit,resnet10t").lower()
+    assert "graphs are CUDA graphs" in fails(capsys, "bench", *SMALL, "--mode", "graphs")
+    assert "can't use the device 'nonsense'" in fails(
+        capsys, "bench", *SMALL, "--device", "nonsense"
+    )
+    assert "there is no folder" in fails(
+        capsys, "bench", *SMALL, "--json", tmp_path / "no" / "x.json"
+    )
+    assert "name it .png" in fails(capsys, "bench", *SMALL, "--chart", tmp_path / "x.txt")
+    assert "needs a multiple of 16, got 40" in fails(capsys, "bench", *SMALL, "--img-size", 40)
     for peer, message in (
         ("some_peers", r"expected \[NAME=\]MODULE:FUNCTION, got 'some_peers'"),
         ("some_peers:worse", "can't import worse from some_peers: AttributeError"),
@@ -166,7 +161,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("some_peers:__name__", "expected a function"),
         ("ceiling=some_peers:good", "the name 'ceiling' is taken"),
     ):
-        assert re.search(message, fails(capsys, *SMALL, "--peer", peer))
+        assert re.search(message, fails(capsys, "bench", *SMALL, "--peer", peer))
 
 
 @pytest.mark.parametrize(
@@ -183,14 +178,14 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_in_options(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.search(message, fails(capsys, *arguments))
+    assert re.search(message, fails(capsys, "bench", *arguments))
 
 
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "BENCH_PACKAGES", ("timm", "no_such_package"))
-    assert "no_such_package: pip install 'tome_ext[bench]'" in fails(capsys)
+    assert "no_such_package: pip install 'tome_ext[bench]'" in fails(capsys, "bench")
 
 
 # --- contenders ---------------------------------------------------------------------------------
@@ -245,7 +240,7 @@ def test_published_package_takes_part_where_it_is_installed(
     peers = _contenders.find_peers(())
     assert [peer.name for peer in peers] == ["tome"]
     figures, left_out, _ = _run.measure(tiny(), images(), 4, "eager", 0.0, peers)
-    monkeypatch.delitem(sys.modules, "tome")
+    del sys.modules["tome"]  # for good: monkeypatch would put it back
     assert left_out == {}
     assert figures["tome"].tokens_left == 1 + GRID**2 - 4 * DEPTH
 

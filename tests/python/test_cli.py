@@ -10,34 +10,21 @@ from typing import Any
 import pytest
 import timm
 import torch
+from commands import fails
 from PIL import Image
 
 import tome_ext
-from tome_ext import _library, cli, demo
+from tome_ext import _command, _library, cli, demo
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16, 101 tokens
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without network, and with as few timed rounds as the demo allows."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+    """With as few timed rounds as the demo allows."""
     monkeypatch.setattr(demo, "TIMING_BUDGET", 0.0)
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run a command that must fail; returns its one line."""
-    try:
-        code = cli.main([str(a) for a in argv])
-    except SystemExit as stop:  # of argparse
-        code = stop.code  # type: ignore[assignment]
-    assert code == 2
-    lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("tome-ext")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_demo_prints_the_table_and_writes_the_picture(
@@ -140,11 +127,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     start = time.monotonic()
-    reason = demo.prefer_cache_without_network()
+    reason = _command.prefer_cache_without_network()
     assert reason is not None
     assert "127.0.0.1:9 does not answer" in reason
     assert constants.HF_HUB_OFFLINE
-    assert time.monotonic() - start < 2 * demo.HUB_WAIT  # no retries
+    assert time.monotonic() - start < 2 * _command.HUB_WAIT  # no retries
 
 
 def test_mistakes_in_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

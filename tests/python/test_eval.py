@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from commands import fails
 from PIL import Image
 from torch import nn
 
@@ -28,14 +29,7 @@ DOC = Path(__file__).parents[2] / "docs" / "evaluation.md"
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 R_VALUES = (0, 4, 12)
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without network or downloaded weights."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +83,6 @@ def rows_of(out: str) -> dict[int, list[str]]:
     """The lines of the printed table, by r."""
     lines = [line.split() for line in out.splitlines() if re.match(r" *(unpatched|\d+) ", line)]
     return {0 if line[0] == "unpatched" else int(line[0]): line[1:] for line in lines}
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run a command that must fail; returns its one line."""
-    try:
-        code = cli.main([str(a) for a in argv])
-    except SystemExit as stop:  # of argparse
-        code = stop.code  # type: ignore[assignment]
-    assert code == 2
-    lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("tome-ext")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def torchrun(work: Path, *command: str) -> subprocess.CompletedProcess[str]:
