@@ -20,6 +20,7 @@ __all__ = [
     "OPERATOR",
     "attend",
     "attention_bias",
+    "autocasts",
     "cls_attention",
     "key_mask",
     "log_size_bias",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 OPERATOR = "tome::attention"
+UNLIKE = "q, k and v that differ in batch, heads or channels"
 MAX_CUDA_HEAD_DIM = 128  # kMaxCudaHeadDim of tome_core/cuda.h
 
 
@@ -45,11 +47,12 @@ def unsupported(
         return "without sizes it is the same"
     if dropout_p > 0:
         return f"attention dropout of {dropout_p:g}"
-    if device.type not in ops.kernel_devices:
-        return f"no kernel for {device.type}"
-    if dtype not in ops.FLOATS or (device.type == "cuda" and dtype == torch.float64):
-        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device.type}"
-    if device.type == "cuda" and head_dim > MAX_CUDA_HEAD_DIM:
+    kind = device.type
+    if kind not in ops.kernel_devices:
+        return f"no kernel for {kind}"
+    if dtype not in ops.FLOATS or (kind == "cuda" and dtype == torch.float64):
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {kind}"
+    if kind == "cuda" and head_dim > MAX_CUDA_HEAD_DIM:
         return f"heads of {head_dim} channels, more than {MAX_CUDA_HEAD_DIM}"
     return None
 
@@ -71,36 +74,44 @@ def _operator_serves(
         return "forward-mode derivatives or torch.func"
     if size is not None and size.requires_grad:
         return "sizes that require a gradient"
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        return "q, k and v that differ in batch, heads or channels"
-    return unsupported(q.device, q.dtype, q.shape[3], dropout_p, size is not None)
+    like_q, like_k = q.shape, k.shape  # asked for once: each question makes a new torch.Size
+    if len(like_q) != 4 or like_k != v.shape:
+        return UNLIKE
+    if like_q != like_k and (like_q[:2] != like_k[:2] or like_q[3] != like_k[3]):
+        return UNLIKE
+    return unsupported(q.device, q.dtype, like_q[3], dropout_p, size is not None)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    if not torch._C._is_any_autocast_enabled():  # a tenth of the time of the questions below
+        return False
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast gives them to stock attention: in its dtype, but for float64."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the time of the questions below
+    if not autocasts(tensors[0]):
         return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(size: Tensor | None, **tensors: Tensor) -> None:
     """Refuse tensors of several dtypes or devices, and sizes that are not those of the keys."""
-    q, k = tensors["q"], tensors["k"]
-    if any(x.dtype != q.dtype or x.device != q.device for x in tensors.values()):
-        names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
-        raise ValueError(f"expected one dtype and one device, got {names}")
+    dtype, device = tensors["q"].dtype, tensors["q"].device
+    for x in tensors.values():
+        if x.dtype != dtype or x.device != device:
+            names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
+            raise ValueError(f"expected one dtype and one device, got {names}")
     if size is None:
         return
-    if size.shape != (k.shape[0], k.shape[-2]):
-        raise ValueError(
-            f"size: expected {(k.shape[0], k.shape[-2])}, one per key token, got {describe(size)}"
-        )
-    if size.device != q.device or not size.is_floating_point():
-        raise ValueError(f"size: expected float32 on {q.device}, got {describe(size)}")
+    keys = tensors["k"].shape[0], tensors["k"].shape[-2]
+    if size.shape != keys:
+        raise ValueError(f"size: expected {keys}, one per key token, got {describe(size)}")
+    if size.device != device or not size.is_floating_point():
+        raise ValueError(f"size: expected float32 on {device}, got {describe(size)}")
 
 
 def key_mask(attn_mask: Tensor | None, batch: int, num_keys: int) -> Tensor | None:
@@ -201,6 +212,8 @@ def proportional_attention(
         ValueError: q, k and v differ in dtype or device, or ``size`` does not have the shape (B, N)
             of the keys, a floating dtype and their device. Nothing is computed.
     """
+    q, k, v = _cast_for_autocast(q, k, v)
+    _check(size, q=q, k=k, v=v)
     return attend(q, k, v, size, attn_mask, scale, dropout_p)[0]
 
 
@@ -213,16 +226,20 @@ def attend(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, str | None]:
-    """:func:`proportional_attention`, and why it was not ``tome::attention``; None if it was."""
+    """:func:`proportional_attention`, and why it was not ``tome::attention``; None if it was.
+
+    For arguments that are known to be right, as inside a patched model: those of wrong shapes or
+    dtypes get the error of whichever operator is called.
+    """
     q, k, v = _cast_for_autocast(q, k, v)
-    _check(size, q=q, k=k, v=v)
     shown = key_mask(attn_mask, k.shape[0], k.shape[-2])
     if shown is not None:
         size = shown.to(torch.float32) if size is None else torch.where(shown, size, 0.0)
         attn_mask = None
     reason = _operator_serves(q, k, v, size, attn_mask, dropout_p)
     if reason is None:
-        size = None if size is None else size.to(torch.float32)
+        if size is not None and size.dtype != torch.float32:
+            size = size.to(torch.float32)
         return ops.attention_forward(q, k, v, size, scale)[0], None
     bias = attention_bias(size, attn_mask, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)

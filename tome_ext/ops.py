@@ -56,6 +56,8 @@ def _operator(name: str, differentiable: bool = False) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return overload(*args, **kwargs)
+            if torch.is_inference_mode_enabled():  # has left the autograd layer already
+                return overload(*args, **kwargs)
             # Under no_grad torch would still go through its autograd layer for operators outside
             # of it, which is written in Python and takes 5 to 10 us a call.
             with torch._C._AutoDispatchBelowAutograd():

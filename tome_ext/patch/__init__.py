@@ -1,8 +1,8 @@
 """Patches that make models of other libraries merge tokens.
 
 ``_engine``, ``_swap`` and ``_model`` are common and know no library; each library has one adapter
-(``_timm``), which says where its blocks, its q/k/v and its residual are. A library is imported
-only when its patch is called.
+(``_timm``: which models it takes; ``_timm_modules``: where their blocks, q/k/v and residual are). A
+library is imported only when its patch is called.
 """
 
 from __future__ import annotations

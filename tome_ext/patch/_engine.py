@@ -31,6 +31,7 @@ from ..schedule import Schedule, parse_r
 __all__ = ["AttentionKind", "Engine", "Step", "Tokens"]
 
 RECORD = "_tome"  # attribute of a storage: (engine, tokens)
+NO_STORAGE = contextlib.suppress(NotImplementedError)  # a functorch or wrapper tensor has none
 OWN_ATTENTION = "the model's own, as nothing has merged"
 STOCK_ATTENTION = "scaled_dot_product_attention"
 
@@ -288,8 +289,9 @@ class Step:
             ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
         """
         self.metric = k.detach()
-        mask = self.mask(q, attn_mask, is_causal)
-        out, reason = attend(q, k, v, self.size, mask, scale, dropout_p)
+        if attn_mask is not None or is_causal:
+            attn_mask = self.mask(q, attn_mask, is_causal)
+        out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
         if not torch.compiler.is_compiling():
             self.engine.attention[self.tokens.layer] = attention_name(reason)
         return out
@@ -303,8 +305,6 @@ class Step:
         """
         if is_causal and attn_mask is not None:
             raise ValueError("expected attn_mask or is_causal, got both")
-        if attn_mask is None and not is_causal:
-            return None
         plan = self.tokens.plan
         if is_causal:
             num_tokens = q.shape[-2] if plan is None else plan.num_tokens
@@ -391,15 +391,13 @@ def attention_name(reason: str | None) -> str:
 def _slot() -> str:
     # Neither a recomputation during the backward pass nor a trace for export, whose tensors hold no
     # data, may disturb what the last forward left. torch.compile writes real tensors there.
-    if torch.compiler.is_dynamo_compiling():
-        return "forward"
     if torch.compiler.is_compiling():
-        return "export"
+        return "forward" if torch.compiler.is_dynamo_compiling() else "export"
     return "forward" if torch._C._current_graph_task_id() == -1 else "recomputation"
 
 
 def _record(x: Tensor, engine: Engine, tokens: Tokens) -> None:
     # An attribute of the storage lives as long as the storage, and detached views share it, so
     # both kinds of gradient checkpointing keep it with the tokens they save.
-    with contextlib.suppress(NotImplementedError):  # a functorch or wrapper tensor has no storage
+    with NO_STORAGE:
         setattr(x.untyped_storage(), RECORD, (engine, tokens))
