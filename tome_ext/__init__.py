@@ -19,7 +19,7 @@ from .matching import (
     merge_wavg,
     random_bipartite_soft_matching,
 )
-from .plan import MergePlan, match
+from .plan import MergePlan, match, select
 from .schedule import parse_r
 from .utils import info
 
@@ -44,6 +44,7 @@ __all__ = [
     "proportional_attention",
     "random_bipartite_soft_matching",
     "reference",
+    "select",
     "utils",
     "vis",
 ]

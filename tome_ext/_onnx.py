@@ -56,6 +56,28 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, T
     return assign, *plan(assign, num_tokens - r)
 
 
+def select(
+    scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`tome_ext.select`."""
+    num_tokens = scores.shape[1]
+    prefix = min(num_prefix_tokens, num_tokens)
+    kept = reference.cut_keep(num_tokens, keep, prefix)
+    index = torch.arange(num_tokens, device=scores.device)
+    mine, other = scores.unsqueeze(2), scores.unsqueeze(1)
+    nan, other_nan = mine.isnan(), other.isnan()
+    earlier = index < index.unsqueeze(1)
+    above = (other > mine) | (nan & ~other_nan)
+    alike = (other == mine) | (nan & other_nan)
+    # The prefix counts in no rank.
+    rank = _count((above | (alike & earlier)) & (index >= prefix))
+    stays = (index < prefix) | (rank < kept - prefix)
+    fuses = fuse and kept < num_tokens
+    rows = stays.to(torch.int64).cumsum(1) - 1
+    assign = torch.where(stays, rows, kept if fuses else -1).to(torch.int32)
+    return assign, *plan(assign, kept + int(fuses))
+
+
 def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """As :func:`tome_ext.reference.plan`."""
     row = torch.where(assign < 0, num_rows, assign).to(torch.int64)
@@ -153,6 +175,7 @@ def attention_forward(
 # By operator, what stands for it in ONNX. The operators of gradients have no place there.
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match,
+    "select": select,
     "plan": plan,
     "merge": merge,
     "merge_add_norm": merge_add_norm,

@@ -247,7 +247,11 @@ def attend(
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """How much the class token attends to each token, without the attention matrix.
 
@@ -262,6 +266,9 @@ def cls_attention(
         size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
             None means 1. It gets no gradient.
         scale: factor of the logits; None means ``D ** -0.5``.
+        attn_mask: bool (True may be attended) or float (added to the logits), broadcastable to
+            (B, H, M, N), of which the first query's row counts. One that hides the same keys from
+            all heads costs nothing.
 
     Returns:
         (B, N) float32 (float64 for float64): every row sums to 1, or is 0 if all keys are hidden.
@@ -279,6 +286,12 @@ def cls_attention(
     if q.shape[1] == 0 or q.shape[2] == 0:
         raise ValueError(f"q: expected at least one head and one query, got {describe(q)}")
     _check(size, q=q, k=k)
+    if attn_mask is not None:
+        attn_mask = attn_mask if attn_mask.dim() < 2 else attn_mask[..., :1, :]
+        shown = key_mask(attn_mask, k.shape[0], k.shape[-2])
+        if shown is None:
+            return ops.twin("masked_cls_attention")(q, k, size, scale, attn_mask)
+        size = shown.to(torch.float32) if size is None else torch.where(shown, size, 0.0)
     if size is not None:
         size = size.to(torch.float32)
     # Its kernels take heads of any size.
@@ -287,25 +300,24 @@ def cls_attention(
     return ops.cls_attention(q, k, size, scale)
 
 
-def reduce_mask(
-    attn_mask: Tensor, plan: MergePlan, proportional: bool, dtype: torch.dtype
-) -> Tensor:
+def reduce_mask(attn_mask: Tensor, plan: MergePlan, reduce: str, dtype: torch.dtype) -> Tensor:
     """Carry an attention mask over original tokens to merged tokens.
 
     A mask multiplies the weight of a key by ``exp(mask)`` (1 or 0 for a bool mask). A merged query
-    stands for the mean of its tokens, a merged key for the sum of its tokens (or for their mean
-    where attention is not proportional), so the multipliers are averaged and summed in the same
-    way. A constant per query row changes nothing in softmax; it is taken out first, against
-    overflow. With a mask of zeros the result is ``log(size)``.
+    stands for the mean of its tokens, a merged key for the sum of its tokens (or for what
+    ``reduce`` says), so the multipliers are averaged and summed in the same way. A constant per
+    query row changes nothing in softmax; it is taken out first, against overflow. With a mask of
+    zeros the result is ``log(size)`` for a sum.
 
     Args:
         attn_mask: bool or float, broadcastable to (B, H, N, N) over the plan's N input tokens.
         plan: from the original tokens to the present M.
-        proportional: sum over the keys of a group; False takes their mean.
+        reduce: of the keys of a group: "sum", where attention is proportional; "mean"; or "amax",
+            with which a group is hidden only if all its tokens are.
         dtype: dtype of the result, that of the queries.
 
     Returns:
-        The additive mask, (B, H or 1, M or 1, M). Sizes are already in it if ``proportional``.
+        The additive mask, (B, H or 1, M or 1, M). Sizes are already in a "sum".
 
     Raises:
         ValueError: the mask does not broadcast to (B, H, N, N).
@@ -334,7 +346,7 @@ def reduce_mask(
         weight = (mask - peak).exp()
     # merge takes (B, tokens, channels): all heads and queries are the channels of a key.
     weight = weight.permute(0, 3, 1, 2).reshape(batch, num_tokens, heads * queries)
-    weight, _ = plan.merge(weight, reduce="sum" if proportional else "mean")
+    weight, _ = plan.merge(weight, reduce=reduce)
     keys = plan.num_output_tokens
     weight = weight.reshape(batch, keys, heads, queries)
     if queries == num_tokens:

@@ -26,6 +26,7 @@ __all__ = [
     "merge_add_norm",
     "merge_backward",
     "plan",
+    "select",
     "unmerge",
 ]
 
@@ -73,6 +74,8 @@ def _operator(name: str, differentiable: bool = False) -> Callable[..., Any]:
 
 # (metric, r, num_prefix_tokens=0) -> assign (B, N), members (B, N), offsets (B, M + 1), all int32
 match: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("match")
+# (scores, keep, num_prefix_tokens=0, fuse=False) -> as match
+select: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("select")
 # (assign, num_rows) -> members (B, N), offsets (B, M + 1)
 plan: Callable[..., tuple[Tensor, Tensor]] = _operator("plan")
 # (x, size, members, offsets, reduce="mean") -> tokens (B, M, C), sizes (B, M) float32
@@ -107,11 +110,23 @@ def _fake_match(
     metric: Tensor, r: int, num_prefix_tokens: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(metric.dim() in (3, 4), lambda: f"metric: got {describe(metric)}")
-    batch, num_tokens = metric.shape[0], metric.shape[-2]
+    num_tokens = metric.shape[-2]
     rows = num_tokens - reference.cut_r(num_tokens, r, num_prefix_tokens)
+    return _new_plan(metric, num_tokens, rows)
 
-    def new(length: Any) -> Tensor:
-        return metric.new_empty((batch, length), dtype=torch.int32)
+
+def _fake_select(
+    scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(scores.dim() == 2, lambda: f"scores: expected (B, N), got {describe(scores)}")
+    num_tokens = scores.shape[1]
+    kept = reference.cut_keep(num_tokens, keep, num_prefix_tokens)
+    return _new_plan(scores, num_tokens, kept + int(fuse and kept < num_tokens))
+
+
+def _new_plan(like: Tensor, num_tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def new(length: int) -> Tensor:
+        return like.new_empty((like.shape[0], length), dtype=torch.int32)
 
     return new(num_tokens), new(num_tokens), new(rows + 1)
 
@@ -339,6 +354,7 @@ def _register() -> None:
     global kernel_devices
     fakes: dict[str, Callable[..., Any]] = {
         "match": _fake_match,
+        "select": _fake_select,
         "plan": _fake_plan,
         "merge": _fake_merge,
         "merge_add_norm": _fake_merge_add_norm,

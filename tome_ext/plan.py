@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["MergePlan", "match"]
+__all__ = ["MergePlan", "match", "select"]
 
 
 class MergePlan(NamedTuple):
@@ -161,3 +161,29 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
         ValueError: wrong rank or dtype, r not an integer, num_prefix_tokens negative.
     """
     return MergePlan(*ops.match(metric, r, num_prefix_tokens))
+
+
+def select(scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False) -> MergePlan:
+    """Keep the tokens of the highest scores, and drop the others or make them one row.
+
+    Top-K drops them. EViT (Liang et al., ICLR 2022; arXiv 2202.07800) fuses them: with ``weights``
+    (B, N) that are 1 for kept tokens and the score for the others, its tokens are
+    ``plan.merge(x, weights, reduce="sum")``. Scores come from :func:`tome_ext.cls_attention`.
+
+    Ties go to the lower index. NaN ranks below everything, also below -infinity.
+
+    Args:
+        scores: (B, N) float32 or float64; any strides with a contiguous last dimension (others are
+            copied). Those of prefix tokens are not looked at.
+        keep: how many of the N - num_prefix_tokens other tokens to keep, >= 0; cut to their number.
+        num_prefix_tokens: leading tokens (class, distillation, registers), which are always kept.
+        fuse: make the others one row, the last, instead of dropping them.
+
+    Returns:
+        A plan whose rows are the prefix tokens, the tokens kept in their order, and with ``fuse``
+        one of all others, if there are any. Not differentiable.
+
+    Raises:
+        ValueError: wrong rank or dtype, ``keep`` or ``num_prefix_tokens`` negative.
+    """
+    return MergePlan(*ops.select(scores, keep, num_prefix_tokens, fuse))

@@ -19,6 +19,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "cls_attention",
+    "cut_keep",
     "cut_r",
     "match",
     "match_sets",
@@ -26,6 +27,7 @@ __all__ = [
     "merge_add_norm",
     "merge_backward",
     "plan",
+    "select",
     "unit_rows",
     "unmerge",
 ]
@@ -43,6 +45,12 @@ def cut_r(num_tokens: int, r: int, num_prefix_tokens: int) -> Any:
     # torch.sym_max/min rather than max/min: the token count may be a SymInt under torch.compile.
     free = torch.sym_max(num_tokens - num_prefix_tokens, 0)
     return torch.sym_max(torch.sym_min(r, free // 2), 0)
+
+
+def cut_keep(num_tokens: int, keep: int, num_prefix_tokens: int) -> Any:
+    """How many tokens a selection keeps, prefix included: all if there are no others."""
+    prefix = torch.sym_min(num_prefix_tokens, num_tokens)
+    return prefix + torch.sym_min(torch.sym_max(keep, 0), num_tokens - prefix)
 
 
 def unit_rows(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +122,25 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, T
     rank = place.argsort(dim=1).argsort(dim=1)  # a staying token's output row
     assign = rank.gather(1, joins)
     return (assign.to(torch.int32), *plan(assign, num_tokens - r))
+
+
+def select(
+    scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the highest scores. See :func:`tome_ext.select` for the contract."""
+    batch, num_tokens = scores.shape
+    prefix = min(num_prefix_tokens, num_tokens)
+    kept = cut_keep(num_tokens, keep, prefix)
+    patches = scores[:, prefix:]
+    ranked = torch.where(patches.isnan(), float("-inf"), patches)
+    order = ranked.sort(dim=1, descending=True, stable=True)[1]
+    # Stable again: NaN goes behind -infinity, and nothing else moves.
+    order = order.gather(1, patches.gather(1, order).isnan().sort(dim=1, stable=True)[1])
+    stays = torch.ones(batch, num_tokens, dtype=torch.bool, device=scores.device)
+    stays.scatter_(1, prefix + order[:, kept - prefix :], False)
+    fuses = fuse and kept < num_tokens
+    assign = torch.where(stays, stays.cumsum(1) - 1, kept if fuses else -1)
+    return (assign.to(torch.int32), *plan(assign, kept + int(fuses)))
 
 
 def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -342,6 +369,19 @@ def cls_attention(
     """Attention of the first query token (B, N). See :func:`tome_ext.cls_attention`."""
     scale = default_scale(q) if scale is None else scale
     return cls_weights(q, k, size, scale).mean(1)
+
+
+def masked_cls_attention(
+    q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, attn_mask: Tensor
+) -> Tensor:
+    """:func:`cls_attention` with a mask, bool or added to the logits, for (B, H, 1, N)."""
+    scale = default_scale(q) if scale is None else scale
+    logits = _logits(q[:, :, :1], k, size, scale)
+    if attn_mask.dtype == torch.bool:
+        logits = torch.where(attn_mask, logits, float("-inf"))
+    else:
+        logits = logits + attn_mask
+    return _softmax(logits)[0].squeeze(2).mean(1)
 
 
 def cls_weights(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:

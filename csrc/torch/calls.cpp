@@ -75,6 +75,26 @@ MatchCall::MatchCall(const Tensor& given, int64_t r, int64_t num_prefix_tokens) 
     params.offsets = mutable_data<int32_t>(offsets);
 }
 
+SelectCall::SelectCall(const Tensor& given, int64_t keep, int64_t num_prefix_tokens, bool fuse) {
+    check_select(given, keep, num_prefix_tokens);
+    scores = with_contiguous_last_dim(given);
+    params.scores = scores.const_data_ptr();
+    params.dtype = float_dtype(scores, "scores");
+    params.batch = scores.size(0);
+    params.tokens = scores.size(1);
+    params.stride_batch = scores.stride(0);
+    params.keep = keep;
+    params.num_prefix_tokens = num_prefix_tokens;
+    params.fuse = fuse;
+    const int64_t rows = select_rows(params.tokens, keep, num_prefix_tokens, fuse);
+    assign = int_table(scores, params.batch, params.tokens);
+    members = int_table(scores, params.batch, params.tokens);
+    offsets = int_table(scores, params.batch, rows + 1);
+    params.assign = mutable_data<int32_t>(assign);
+    params.members = mutable_data<int32_t>(members);
+    params.offsets = mutable_data<int32_t>(offsets);
+}
+
 PlanCall::PlanCall(const Tensor& given, int64_t num_rows) {
     check_plan_args(given, num_rows);
     assign = as_contiguous(given);

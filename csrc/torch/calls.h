@@ -11,6 +11,7 @@
 #include "tome_core/attention.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
+#include "tome_core/select.h"
 
 namespace tome::torch_layer {
 
@@ -19,6 +20,14 @@ struct MatchCall {
     Tensor metric, assign, members, offsets;
 
     MatchCall(const Tensor& metric, int64_t r, int64_t num_prefix_tokens);
+    std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
+};
+
+struct SelectCall {
+    SelectParams params{};
+    Tensor scores, assign, members, offsets;
+
+    SelectCall(const Tensor& scores, int64_t keep, int64_t num_prefix_tokens, bool fuse);
     std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
 };
 

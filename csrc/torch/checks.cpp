@@ -134,6 +134,17 @@ void check_match(const Tensor& metric, int64_t num_prefix_tokens) {
                     num_prefix_tokens);
 }
 
+void check_select(const Tensor& scores, int64_t keep, int64_t num_prefix_tokens) {
+    STD_TORCH_CHECK(scores.dim() == 2 && (scores.scalar_type() == ScalarType::Float ||
+                                          scores.scalar_type() == ScalarType::Double),
+                    "scores: expected (B, N) float32 or float64, got ", describe(scores));
+    STD_TORCH_CHECK(scores.size(1) < INT32_MAX, "scores: expected fewer than 2^31 - 1 tokens, got ",
+                    describe(scores));
+    STD_TORCH_CHECK(keep >= 0, "keep: expected a number >= 0, got ", keep);
+    STD_TORCH_CHECK(num_prefix_tokens >= 0, "num_prefix_tokens: expected a number >= 0, got ",
+                    num_prefix_tokens);
+}
+
 void check_plan_args(const Tensor& assign, int64_t num_rows) {
     STD_TORCH_CHECK(assign.dim() == 2 && assign.scalar_type() == ScalarType::Int,
                     "assign: expected (B, N) int32, got ", describe(assign));

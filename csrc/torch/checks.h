@@ -26,6 +26,7 @@ Reduce parse_reduce(const std::string& reduce);
 Tensor with_contiguous_last_dim(const Tensor& x);
 
 void check_match(const Tensor& metric, int64_t num_prefix_tokens);
+void check_select(const Tensor& scores, int64_t keep, int64_t num_prefix_tokens);
 void check_plan_args(const Tensor& assign, int64_t num_rows);
 void check_merge(const Tensor& x, const char* name, int64_t tokens,
                  const std::optional<Tensor>& size, const Tensor& members, const Tensor& offsets);

@@ -50,6 +50,13 @@ std::tuple<Tensor, Tensor, Tensor> match(Tensor metric, int64_t r, int64_t num_p
     return call.outputs();
 }
 
+std::tuple<Tensor, Tensor, Tensor> select(Tensor scores, int64_t keep, int64_t num_prefix_tokens,
+                                          bool fuse) {
+    const SelectCall call(scores, keep, num_prefix_tokens, fuse);
+    tome::select(call.params, torch_threads());
+    return call.outputs();
+}
+
 std::tuple<Tensor, Tensor> plan(Tensor assign, int64_t num_rows) {
     const PlanCall call(assign, num_rows);
     const PlanParams& p = call.params;
@@ -118,6 +125,7 @@ Tensor cls_attention(Tensor q, Tensor k, std::optional<Tensor> size, std::option
 
 STABLE_TORCH_LIBRARY_IMPL(tome, CPU, m) {
     m.impl("match", TORCH_BOX(&tome::torch_layer::match));
+    m.impl("select", TORCH_BOX(&tome::torch_layer::select));
     m.impl("plan", TORCH_BOX(&tome::torch_layer::plan));
     m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
     m.impl("merge_add_norm", TORCH_BOX(&tome::torch_layer::merge_add_norm));

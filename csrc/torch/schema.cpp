@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(tome, m) {
     m.def(
         "match(Tensor metric, int r, int num_prefix_tokens=0) -> (Tensor assign, Tensor members, "
         "Tensor offsets)");
+    m.def(
+        "select(Tensor scores, int keep, int num_prefix_tokens=0, bool fuse=False) -> (Tensor "
+        "assign, Tensor members, Tensor offsets)");
     m.def("plan(Tensor assign, int num_rows) -> (Tensor members, Tensor offsets)");
     m.def(
         "merge(Tensor x, Tensor? size, Tensor members, Tensor offsets, str reduce=\"mean\") -> "

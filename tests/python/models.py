@@ -124,3 +124,58 @@ def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> 
         x, size = x[:, prefix:], size[:, prefix:]
         x = (x * size.unsqueeze(-1)).sum(1) / size.sum(1, keepdim=True)
     return model.head(model.fc_norm(x))
+
+
+def plain_pruning(
+    model: VisionTransformer,
+    x: Tensor,
+    keeps: Sequence[int],
+    fuse: bool = False,
+    normalize: bool = False,
+    weight_grad: bool = False,
+    shown: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Top-K, or with ``fuse`` EViT, as its paper describes it, on an unpatched float64 model.
+
+    Args:
+        model: as for :func:`plain_tome`, with a class token and any head.
+        x: images.
+        keeps: per layer, how many patch tokens it keeps.
+        fuse: make the others one token, weighted by the class token's attention.
+        normalize: divide those weights by their sum.
+        weight_grad: let gradients through them.
+        shown: (B, N) bool, whether tokens may be attended.
+
+    Returns:
+        The logits, and the tokens (B, M, C) after every block.
+    """
+    prefix = model.num_prefix_tokens
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    shown = torch.ones_like(x[..., 0], dtype=torch.bool) if shown is None else shown
+    after = []
+    for block, keep in zip(model.blocks, keeps, strict=True):
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))
+        q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~shown[:, None, None], -torch.inf)
+        matrix = logits.softmax(-1)
+        x = x + block.drop_path1(block.ls1(attn.proj((matrix @ v).transpose(1, 2).flatten(2))))
+        scores = matrix[:, :, 0, prefix:].mean(1)
+        scores = scores if weight_grad else scores.detach()
+        patches = x[:, prefix:]
+        if keep < patches.shape[1]:
+            best = scores.topk(keep).indices.sort(1).values
+            kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+            rows = [x[:, :prefix], patches[kept].unflatten(0, (len(x), keep))]
+            seen = [shown[:, :prefix], shown[:, prefix:][kept].unflatten(0, (len(x), keep))]
+            if fuse:
+                weights = scores.masked_fill(kept, 0.0)
+                if normalize:
+                    weights = weights / weights.sum(1, keepdim=True)
+                rows.append((weights.unsqueeze(2) * patches).sum(1, keepdim=True))
+                seen.append((shown[:, prefix:] & ~kept).any(1, keepdim=True))
+            x, shown = torch.cat(rows, 1), torch.cat(seen, 1)
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        after.append(x)
+    return model.forward_head(model.norm(x)), after

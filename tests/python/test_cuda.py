@@ -11,7 +11,7 @@ import tome_ext
 from tome_ext import MergePlan, _library
 
 OPERATORS = (
-    *("match", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge"),
+    *("match", "select", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge"),
     *("attention_forward", "attention_backward", "cls_attention"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -98,6 +98,24 @@ def some_plan(batch: int = 3, tokens: int = 61, rows: int = 33) -> MergePlan:
 
 def to_gpu(plan: MergePlan) -> MergePlan:
     return MergePlan(*(x.cuda() for x in plan))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 197, 577, 5000])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_select_agrees_with_the_cpu(dtype: torch.dtype, tokens: int, fuse: bool) -> None:
+    for batch in (1, 3, 256):
+        scores = torch.rand(batch, tokens, dtype=dtype)
+        tied = (scores * 3).floor()
+        tied[:, ::7] = float("nan")
+        for x in (scores, tied, torch.rand(batch, tokens + 3, dtype=dtype)[:, :tokens]):
+            for keep in (0, tokens // 2, tokens):
+                expected = tome_ext.select(x, keep, 1, fuse)
+                for found, wanted in zip(
+                    tome_ext.select(x.cuda(), keep, 1, fuse), expected, strict=True
+                ):
+                    assert torch.equal(found.cpu(), wanted)
 
 
 @on_gpu

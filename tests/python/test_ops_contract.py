@@ -24,6 +24,10 @@ def samples():
         yield OPS.match.default, (metric[:, 0], 0, 0)
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
+        if dtype != torch.bfloat16:
+            scores = torch.rand(2, 21).to(dtype)
+            for fuse in (False, True):
+                yield OPS.select.default, (scores, 9, 1, fuse)
         size = torch.rand(2, 21) + 0.5
         for grad in (False, True):
             x = torch.randn(2, 21, 6).to(dtype).requires_grad_(grad)
@@ -98,7 +102,7 @@ def test_outputs_keep_dtype_and_device_under_fake_tensors():
 
 def test_devices_without_kernels_run_the_twin():
     attention = ("attention_forward", "attention_backward", "cls_attention")
-    tokens = ("match", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge")
+    tokens = ("match", "select", "plan", "merge", "merge_add_norm", "merge_backward", "unmerge")
     for name in (*tokens, *attention):
         for key in ops.FALLBACK_KEYS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", key)
@@ -116,6 +120,10 @@ INT = torch.zeros(2, 9, dtype=torch.int32)
         (lambda: tome_ext.match(INT[..., None], 1), "float32, float16", "(2, 9, 1) int32"),
         (lambda: tome_ext.match(X, 1, -1), "num_prefix_tokens: expected a number >= 0", "-1"),
         (lambda: tome_ext.match(X[:, None][:, :0], 1), "at least one head", "(2, 0, 9, 4)"),
+        (lambda: tome_ext.select(X, 1), "(B, N) float32 or float64", "(2, 9, 4) float32"),
+        (lambda: tome_ext.select(X[..., 0].half(), 1), "float32 or float64", "(2, 9) float16"),
+        (lambda: tome_ext.select(X[..., 0], -1), "keep: expected a number >= 0", "-1"),
+        (lambda: tome_ext.select(X[..., 0], 1, -2), "num_prefix_tokens: expected a number", "-2"),
         (lambda: PLAN.merge(X[0]), "x: expected (B, N, C)", "(9, 4) float32"),
         (lambda: PLAN.merge(X[:, :8]), "members: expected (2, N = 8) int32", "(2, 9) int32"),
         (lambda: PLAN.merge(X[:1]), "members: expected (1, N = 9)", "(2, 9) int32"),
@@ -185,7 +193,7 @@ def test_every_instruction_set(isa):
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(here / f"test_{name}.py") for name in ("match", "merge", "merge_add_norm")]
+        + [str(here / f"test_{name}.py") for name in ("match", "select", "merge", "merge_add_norm")]
         + [str(here / f"test_{name}.py") for name in ("attention", "cls_attention")]
         + ["-k", "not compiles"],
         env={**os.environ, "TOME_ISA": isa},

@@ -112,7 +112,7 @@ def test_attention_pool_counts_merged_tokens() -> None:
     features = model.forward_features(images(dtype=torch.float64))
     spread = model.tome.plan.unmerge(features)
     torch.testing.assert_close(model.pool(features), model.attn_pool(spread))
-    model._tome.prop_attn = False
+    tome_ext.patch.timm(model, r=9, prop_attn=False)
     torch.testing.assert_close(model.pool(features), model.attn_pool(features))
 
 
@@ -181,7 +181,7 @@ def test_masks_follow_the_tokens(
     assert torch.equal(model(x, **masks), expected)
     model.r = [GRID * GRID // 2]
     torch.testing.assert_close(model(x, **masks), expected, rtol=0, atol=1e-10)
-    model._tome.prop_attn = False
+    tome_ext.patch.timm(model, r=[GRID * GRID // 2], prop_attn=False)
     assert model(x, **masks).isfinite().all()
 
 
@@ -216,7 +216,7 @@ def test_padding_never_reaches_the_class_token() -> None:
 def test_wrong_mask_is_refused(shape: tuple[int, ...]) -> None:
     plan = tome_ext.match(torch.randn(2, 65, 8), 10, 1)
     with pytest.raises(ValueError, match=r"broadcasts to .* = \(2, H, 65, 65\)"):
-        reduce_mask(torch.zeros(shape), plan, True, torch.float32)
+        reduce_mask(torch.zeros(shape), plan, "sum", torch.float32)
 
 
 @pytest.mark.parametrize("proportional", [True, False])
@@ -234,16 +234,16 @@ def test_reduce_mask_is_the_mean_over_queries_of_the_sum_over_keys(
     mean = groups / groups.sum(1, keepdim=True)
     keys = groups if proportional else mean
     expected = torch.einsum("bqm,bhqk,bkn->bhmn", mean, weight, keys).log()
-    got = reduce_mask(mask, plan, proportional, torch.float64)
+    got = reduce_mask(mask, plan, "sum" if proportional else "mean", torch.float64)
     torch.testing.assert_close(got, expected)
 
 
 def test_mask_of_zeros_is_proportional_attention() -> None:
     plan = tome_ext.match(torch.randn(2, 33, 8), 12, 1)
     size = plan.offsets.diff(dim=1).float()
-    zeros = reduce_mask(torch.zeros(33, 33), plan, True, torch.float64)
+    zeros = reduce_mask(torch.zeros(33, 33), plan, "sum", torch.float64)
     torch.testing.assert_close(zeros, log_size_bias(size, torch.float64).expand(2, 1, 21, 21))
-    assert not reduce_mask(torch.zeros(33, 33), plan, False, torch.float32).any()
+    assert not reduce_mask(torch.zeros(33, 33), plan, "mean", torch.float32).any()
 
 
 def test_huge_masks_neither_overflow_nor_spoil_gradients() -> None:
@@ -252,7 +252,7 @@ def test_huge_masks_neither_overflow_nor_spoil_gradients() -> None:
     mask[:, :5] = 1e30
     mask[:, 8] = float("-inf")
     mask.requires_grad_()
-    reduced = reduce_mask(mask, plan, True, torch.float32)
+    reduced = reduce_mask(mask, plan, "sum", torch.float32)
     assert (reduced < float("inf")).all()
     assert not reduced.isnan().any()
     reduced.softmax(-1).square().sum().backward()

@@ -232,7 +232,7 @@ def test_step_compiled_by_inductor() -> None:
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_compiled_step_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_step_with_checkpointing() -> None:
     """In one graph where torch is told that sizes need not be noted again when recomputing."""
     model = tome_ext.patch.timm(tiny(depth=2, **VARIANTS[RUN[2]]), r=R).train()
     model(images()).square().sum().backward()
@@ -240,12 +240,10 @@ def test_compiled_step_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> No
     model.set_grad_checkpointing()
     for fullgraph in (False, True):
         torch.compiler.reset()
-        monkeypatch.setattr(
-            torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", fullgraph
-        )
         model.zero_grad()
         compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
-        compiled(images()).square().sum().backward()
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=fullgraph):
+            compiled(images()).square().sum().backward()
         for name, got in gradients_of(model).items():
             torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     assert model.tome.num_tokens == 64 - R * 2

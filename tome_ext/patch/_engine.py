@@ -23,12 +23,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import OPERATOR, attend, key_mask, reduce_mask, unsupported
+from ..attention import OPERATOR, attend, cls_attention, key_mask, reduce_mask, unsupported
 from ..ops import describe
-from ..plan import MergePlan, match
-from ..schedule import Schedule, parse_r
+from ..plan import MergePlan, match, select
+from ..schedule import (
+    METHODS,
+    KeepRate,
+    Method,
+    Schedule,
+    kept,
+    parse_keep_rate,
+    parse_r,
+    tokens_after,
+)
 
-__all__ = ["AttentionKind", "Engine", "Step", "Tokens"]
+__all__ = ["AttentionKind", "Engine", "Settings", "Step", "Tokens"]
 
 RECORD = "_tome"  # attribute of a storage: (engine, tokens)
 NO_STORAGE = contextlib.suppress(NotImplementedError)  # a functorch or wrapper tensor has none
@@ -45,6 +54,16 @@ class AttentionKind(NamedTuple):
     dropout_p: float
 
 
+class Settings(NamedTuple):
+    """How a patched model reduces its tokens; the arguments of a patch, which explains them."""
+
+    method: Method = "tome"
+    prop_attn: bool = True
+    trace_source: bool = False
+    normalize_fused: bool = False
+    fused_weight_grad: bool = False
+
+
 class Tokens(NamedTuple):
     """What is known about the tokens before a layer. Immutable; holds no activations.
 
@@ -52,8 +71,10 @@ class Tokens(NamedTuple):
         layer: the layer these tokens go into next.
         batch_size: B.
         num_tokens: M, how many tokens there are now.
-        size: (B, M) float32, how many original tokens each stands for; None if none was merged.
-        assigns: per layer passed, its (B, N) int32 assignment, or None if it merged nothing.
+        size: (B, M) float32, how many original tokens each stands for; None if all count as one:
+            nothing was merged, or the method prunes.
+        assigns: per layer passed, its (B, N) int32 assignment, or None if it reduced nothing.
+        reduced: whether any layer reduced the tokens.
     """
 
     layer: int
@@ -61,10 +82,11 @@ class Tokens(NamedTuple):
     num_tokens: int
     size: Tensor | None
     assigns: tuple[Tensor | None, ...]
+    reduced: bool
 
     @property
     def plan(self) -> MergePlan | None:
-        """The plan from the original tokens to these; None if none was merged."""
+        """The plan from the original tokens to these; None if nothing was reduced."""
         return self.plan_after(self.layer)
 
     def plan_after(self, num_layers: int) -> MergePlan | None:
@@ -98,10 +120,31 @@ class Engine:
         self.num_layers = num_layers
         self.num_prefix_tokens = num_prefix_tokens
         self.extra_info = info
-        self.prop_attn = True
-        self.trace_source = False
         self.local = threading.local()
-        self.r = 0
+        self.configure(Settings(), r=0)
+
+    def configure(
+        self, settings: Settings, r: Schedule = 0, keep_rate: KeepRate | None = None
+    ) -> None:
+        """Replace all settings.
+
+        Raises:
+            ValueError: one is wrong, or both ``r`` and ``keep_rate`` are given. Nothing is changed.
+        """
+        if settings.method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {settings.method!r}")
+        schedule, rates = parse_r(self.num_layers, r), None
+        if keep_rate is not None:
+            if any(schedule):
+                raise ValueError(f"expected r or keep_rate, got r={r!r}, keep_rate={keep_rate!r}")
+            rates = tuple(parse_keep_rate(self.num_layers, keep_rate, settings.method))
+        self.settings = settings
+        # Sizes count in attention only where tokens stand for others in equal shares.
+        self.proportional = settings.method == "tome" and settings.prop_attn
+        self.schedule, self.rates = tuple(schedule), rates
+        self._r = list(r) if isinstance(r, list) else r
+        self._keep_rate = list(keep_rate) if isinstance(keep_rate, list) else keep_rate
+        self._find_first_layer()
 
     @property
     def r(self) -> Schedule:
@@ -110,20 +153,46 @@ class Engine:
 
     @r.setter
     def r(self, r: Schedule) -> None:
-        self.schedule = tuple(parse_r(self.num_layers, r))
-        self._r = list(r) if isinstance(r, list) else r
-        self._find_first_merge()
+        self.configure(self.settings, r)
+
+    @property
+    def keep_rate(self) -> KeepRate | None:
+        """Share of tokens that layers keep, as it was given; None if ``r`` counts them."""
+        return self._keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, keep_rate: KeepRate | None) -> None:
+        self.configure(self.settings, 0, keep_rate)
+
+    def kept(self, layer: int, num_patches: int) -> int:
+        """How many of its patch tokens a layer leaves, EViT's fused token not counted."""
+        rate = None if self.rates is None else self.rates[layer]
+        return kept(self.settings.method, num_patches, self.schedule[layer], rate)
+
+    def tokens_after(self, layer: int, num_tokens: int) -> int:
+        """How many of ``num_tokens`` tokens, prefix included, a layer leaves."""
+        rate = None if self.rates is None else self.rates[layer]
+        r, prefix = self.schedule[layer], self.num_prefix_tokens
+        return tokens_after(self.settings.method, num_tokens, prefix, r, rate)
 
     def truncate(self, num_layers: int) -> None:
         """Follow a model that dropped its last layers: the layers that stay keep their numbers."""
         self.num_layers = num_layers
         self.schedule = self.schedule[:num_layers]
         self._r = list(self.schedule)
-        self._find_first_merge()
+        if self.rates is not None:
+            self.rates = self.rates[:num_layers]
+            self._keep_rate = list(self.rates)
+        self._find_first_layer()
 
-    def _find_first_merge(self) -> None:
-        merging = (layer for layer, r in enumerate(self.schedule) if r > 0)
-        self.first_merge = next(merging, self.num_layers)
+    def _find_first_layer(self) -> None:
+        # Per layer, whether it reduces tokens, if it has enough of them.
+        if self.rates is None:
+            self.reducing = tuple(r > 0 for r in self.schedule)
+        else:
+            self.reducing = tuple(rate < 1 for rate in self.rates)
+        numbered = (layer for layer, reduces in enumerate(self.reducing) if reduces)
+        self.first_layer = next(numbered, self.num_layers)
         # Per layer, by what its last call computed attention; None if not called since.
         self.attention: list[str | None] = [None] * self.num_layers
 
@@ -135,7 +204,7 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.local = threading.local()
-        self._find_first_merge()
+        self._find_first_layer()
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -171,7 +240,7 @@ class Engine:
             tokens = self.current
         if tokens is not None and tokens.fit(x):
             return tokens.size
-        if self.first_merge == self.num_layers:
+        if self.first_layer == self.num_layers:
             return None
         last = None if tokens is None else (tokens.batch_size, tokens.num_tokens)
         raise RuntimeError(
@@ -181,14 +250,14 @@ class Engine:
         )
 
     def _fresh(self, layer: int, x: Tensor) -> Tokens:
-        return Tokens(layer, x.shape[0], x.shape[1], None, (None,) * layer)
+        return Tokens(layer, x.shape[0], x.shape[1], None, (None,) * layer, False)
 
     def _find(self, layer: int, x: Tensor) -> Tokens:
         tokens = self._recorded(x)
         fits = tokens is not None and tokens.layer == layer and tokens.fit(x)
-        if not fits and (tokens is None or tokens.size is None):
-            # As no layer before this one merges, any block may be the first to be called.
-            if layer <= self.first_merge:
+        if not fits and (tokens is None or not tokens.reduced):
+            # As no layer before this one reduces tokens, any block may be the first to be called.
+            if layer <= self.first_layer:
                 return self._fresh(layer, x)
             tokens = self.current if tokens is None else tokens
         if tokens is None or tokens.layer != layer or not tokens.fit(x):
@@ -218,16 +287,16 @@ class Engine:
         used = self.attention[layer]
         if used is not None:
             return used
-        if layer < self.first_merge:
+        if layer < self.first_layer:
             return OWN_ATTENTION
-        sizes = self.prop_attn and layer > self.first_merge
+        sizes = self.proportional and layer > self.first_layer
         return attention_name(unsupported(*kind, sized=sizes))
 
     def info(self) -> dict[str, Any]:
         """What the published patch keeps in ``model._tome_info``; sizes as (B, M, 1)."""
         tokens = self.current
         size = None if tokens is None or tokens.size is None else tokens.size.unsqueeze(-1)
-        plan = tokens.plan if self.trace_source and tokens is not None else None
+        plan = tokens.plan if self.settings.trace_source and tokens is not None else None
         source = None
         if plan is not None:
             rows = torch.arange(plan.num_output_tokens, device=plan.assign.device)
@@ -236,8 +305,8 @@ class Engine:
             "r": list(self.schedule),
             "size": size,
             "source": source,
-            "trace_source": self.trace_source,
-            "prop_attn": self.prop_attn,
+            "trace_source": self.settings.trace_source,
+            "prop_attn": self.settings.prop_attn,
             **self.extra_info,
         }
 
@@ -246,20 +315,50 @@ class Step:
     """One call of one block.
 
     Attributes:
-        active: whether attention must be proportional or hand over its keys; if not, the
-            module's own attention is right as it is.
+        active: whether attention must be proportional or hand over its keys or scores, or masks
+            be reduced; if not, the module's own attention is right as it is.
+        reduces: whether fewer tokens leave the block than enter it.
         size: (B, M) float32 for proportional attention; None if it is off or all are 1.
-        metric: the keys (B, H, M, D) of attention.
+        ranking: what the block's plan is made of: the keys (B, H, M, D) of attention, or the
+            class token's attention (B, M).
     """
 
     def __init__(self, engine: Engine, tokens: Tokens) -> None:
         self.engine = engine
         self.tokens = tokens
-        self.metric: Tensor | None = None
-        r = engine.schedule[tokens.layer]
-        self.r = r if tokens.num_tokens - engine.num_prefix_tokens >= 2 else 0
-        self.active = self.r > 0 or tokens.size is not None
-        self.size = tokens.size if engine.prop_attn else None
+        self.ranking: Tensor | None = None
+        self.reduces = False
+        num_patches = tokens.num_tokens - engine.num_prefix_tokens
+        if engine.reducing[tokens.layer] and num_patches >= 2:
+            if engine.settings.method == "tome" and engine.rates is None:
+                self.r = engine.schedule[tokens.layer]  # which match cuts
+                self.reduces = True
+            else:
+                self.keep = engine.kept(tokens.layer, num_patches)
+                self.r = num_patches - self.keep
+                self.reduces = self.r > 0
+        self.active = self.reduces or tokens.reduced
+        self.size = tokens.size if engine.proportional else None
+
+    @property
+    def averages(self) -> bool:
+        """Whether the block's rows are weighted means, which :meth:`merge_add_norm` computes.
+
+        To be asked after attention.
+        """
+        settings = self.engine.settings
+        if settings.method != "evit" or not self.reduces:
+            return self.reduces
+        return settings.normalize_fused and not self.differentiable
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether EViT's weights are for torch to multiply by.
+
+        The operators take float32 weights, and give them no gradient.
+        """
+        wide = self.ranking is not None and self.ranking.dtype != torch.float32
+        return wide or self.engine.settings.fused_weight_grad
 
     def attend(
         self,
@@ -271,7 +370,9 @@ class Step:
         dropout_p: float = 0.0,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention of an active block, which weights keys by size; its keys become the metric.
+        """Attention of an active block, which weights keys by size.
+
+        Its keys, or the class token's attention, become what the block's plan is made of.
 
         Args:
             q: (B, H, M, D) queries; k and v alike.
@@ -288,13 +389,23 @@ class Step:
         Raises:
             ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
         """
-        self.metric = k.detach()
         if attn_mask is not None or is_causal:
             attn_mask = self.mask(q, attn_mask, is_causal)
+        if self.reduces:
+            self.ranking = self.rank(q, k, attn_mask, scale)
         out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
         if not torch.compiler.is_compiling():
             self.engine.attention[self.tokens.layer] = attention_name(reason)
         return out
+
+    def rank(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+        """What the block's plan is made of; ``attn_mask`` is over the present tokens."""
+        settings = self.engine.settings
+        if settings.method == "tome":
+            return k.detach()
+        if not settings.fused_weight_grad:
+            q, k = q.detach(), k.detach()
+        return cls_attention(q, k, self.size, scale, attn_mask)
 
     def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
         """The caller's mask over original tokens, carried to the present ones.
@@ -311,23 +422,28 @@ class Step:
             attn_mask = q.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
         if plan is None or attn_mask is None:
             return attn_mask
-        proportional = self.engine.prop_attn
+        reduce = "sum" if self.engine.proportional else "mean"
+        if self.engine.settings.method == "evit":
+            reduce = "amax"  # the fused token is one key, with nothing of the hidden ones in it
         shown = key_mask(attn_mask, *plan.assign.shape)
         if shown is None:
             self.size = None
-            return reduce_mask(attn_mask, plan, proportional, q.dtype)
+            return reduce_mask(attn_mask, plan, reduce, q.dtype)
         weight = shown.to(torch.float32).unsqueeze(-1)
-        self.size = plan.merge(weight, reduce="sum" if proportional else "mean")[0].squeeze(-1)
+        self.size = plan.merge(weight, reduce=reduce)[0].squeeze(-1)
         return None
 
     def merge(self, x: Tensor) -> Tensor:
-        """Merge the tokens (B, M, C), weighted by their sizes, where the keys are most similar."""
-        plan = self._match()
-        size = self.tokens.size
-        if plan is not None:
-            x, size = plan.merge(x, size)
-        self._passed(x, size, plan)
-        return x
+        """Reduce the tokens (B, M, C): merge or drop them as the method says."""
+        if not self.reduces:
+            self._passed(x, self.tokens.size, None)
+            return x
+        if self.engine.settings.method == "evit":
+            return self._fuse(x)
+        plan = self._plan()
+        merged, size = plan.merge(x, self.tokens.size)
+        self._passed(merged, size, plan)
+        return merged
 
     def merge_add_norm(
         self,
@@ -338,7 +454,7 @@ class Step:
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """Of a block that merges: :meth:`merge` of ``x + scale * branch``, and its LayerNorm.
+        """Of a block that averages: :meth:`merge` of ``x + scale * branch``, and its LayerNorm.
 
         Args:
             x: (B, M, C) tokens before attention.
@@ -351,36 +467,72 @@ class Step:
         Returns:
             Both (B, M', C).
         """
-        plan = self._match()
-        if plan is None:
-            raise RuntimeError(f"block {self.tokens.layer}: expected one that merges, got r = 0")
+        scores, plan = self.ranking, self._plan()
         size = self.tokens.size
+        if self.engine.settings.method == "evit":
+            size = fusing_weights(scores, plan)
         x, size, normed = plan.merge_add_norm(x, branch, size, scale, weight, bias, eps)
         self._passed(x, size, plan)
         return x, normed
 
-    def _match(self) -> MergePlan | None:
-        """The plan of this block, which uses up its keys; None if nothing merges."""
-        if self.r == 0:
-            return None
-        if self.metric is None:
+    def _fuse(self, x: Tensor) -> Tensor:
+        normalize, differentiable = self.engine.settings.normalize_fused, self.differentiable
+        scores, plan = self.ranking, self._plan()
+        weights = fusing_weights(scores, plan)
+        if differentiable:
+            if normalize:
+                weights = normalized_weights(weights, plan)
+            merged = plan.merge(x * weights.unsqueeze(-1), reduce="sum")[0].to(x.dtype)
+        else:
+            reduce = "mean" if normalize else "sum"
+            merged = plan.merge(x, weights, reduce)[0]
+        self._passed(merged, None, plan)
+        return merged
+
+    def _plan(self) -> MergePlan:
+        """The plan of this block, which uses up what attention handed over."""
+        layer, engine = self.tokens.layer, self.engine
+        if self.ranking is None:
             raise RuntimeError(
-                f"attention of block {self.tokens.layer} handed over no keys: expected the "
-                "patched attention module, it was replaced or bypassed after patching"
+                f"attention of block {layer} handed over no keys: expected the patched attention "
+                "module, it was replaced or bypassed after patching"
             )
-        plan = match(self.metric, self.r, self.engine.num_prefix_tokens)
-        self.metric = None
-        return plan
+        ranking, self.ranking = self.ranking, None
+        method, prefix = engine.settings.method, engine.num_prefix_tokens
+        if method == "tome":
+            return match(ranking, self.r, prefix)
+        return select(ranking.detach(), self.keep, prefix, fuse=method == "evit")
 
     def _passed(self, x: Tensor, size: Tensor | None, plan: MergePlan | None) -> None:
         before = self.tokens
         assigns = (*before.assigns, None if plan is None else plan.assign)
-        self.tokens = Tokens(before.layer + 1, x.shape[0], x.shape[1], size, assigns)
+        reduced = before.reduced or plan is not None
+        if self.engine.settings.method != "tome":
+            size = None  # pruned models count every token once
+        self.tokens = Tokens(before.layer + 1, x.shape[0], x.shape[1], size, assigns, reduced)
 
     def leave(self, x: Tensor) -> Tensor:
         """End the block, which returns ``x``."""
         self.engine.leave(self.tokens, x)
         return x
+
+
+def fusing_weights(scores: Tensor | None, plan: MergePlan) -> Tensor:
+    """EViT's weights (B, N) of tokens: 1, or the score of one that becomes part of the last row."""
+    assert scores is not None  # or there were no plan
+    return torch.where(plan.assign == plan.num_output_tokens - 1, scores, 1.0)
+
+
+def normalized_weights(weights: Tensor, plan: MergePlan) -> Tensor:
+    """EViT's weights (B, N), divided so that those of the fused token sum to 1.
+
+    As :meth:`MergePlan.merge` does it for a mean: evenly if they are all 0.
+    """
+    fused = plan.assign == plan.num_output_tokens - 1
+    total = torch.where(fused, weights, 0.0).sum(1, keepdim=True)
+    none = total == 0
+    weights = torch.where(none, 1.0 / fused.sum(1, keepdim=True), weights / total.where(~none, 1.0))
+    return torch.where(fused, weights, 1.0)
 
 
 def attention_name(reason: str | None) -> str:

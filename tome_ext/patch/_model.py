@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import Schedule
+from ..schedule import KeepRate, Method, Schedule
 from ._engine import AttentionKind, Engine, Tokens
 from ._swap import Swapped, is_outermost, restore
 
@@ -31,11 +31,30 @@ class PatchedModel(Swapped):
         self._tome.r = r
 
     @property
+    def keep_rate(self) -> KeepRate | None:
+        """Share of patch tokens that layers keep, a float or a list; None if ``r`` counts them.
+
+        Setting it takes effect with the next forward and puts ``r`` aside, as setting ``r`` does
+        with it; see :func:`tome_ext.schedule.parse_keep_rate`.
+        """
+        return self._tome.keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, keep_rate: KeepRate | None) -> None:
+        self._tome.keep_rate = keep_rate
+
+    @property
+    def method(self) -> Method:
+        """How tokens are reduced: "tome", "evit" or "topk"; patch again to change it."""
+        return self._tome.settings.method
+
+    @property
     def tome(self) -> Tokens | None:
         """The tokens that the last forward of this thread ended with; None before the first.
 
         ``model.tome.size`` are their sizes, and ``model.tome.plan.unmerge(features)`` spreads
-        features (B, M, C) over the original tokens (B, N, C). Both are None if nothing merged.
+        features (B, M, C) over the original tokens (B, N, C). Both are None if nothing merged; the
+        sizes are None for the methods that prune, too.
         """
         return self._tome.current
 
@@ -51,10 +70,13 @@ class PatchedModel(Swapped):
             what = engine.attention_of(layer, self._tome_attention(layer))
             first = spans.pop()[0] if spans and spans[-1][2] == what else layer
             spans.append((first, layer, what))
+        rate = engine.keep_rate
+        amount = {"r": str(engine.r)} if rate is None else {"keep rate": str(rate)}
         return {
             "model": f"{self._tome_base.__name__}, {engine.num_layers} blocks",
-            "r": str(engine.r),
-            "proportional attention": "on" if engine.prop_attn else "off",
+            "method": engine.settings.method,
+            **amount,
+            "proportional attention": "on" if engine.proportional else "off",
             "attention": "; ".join(
                 f"{_blocks(first, last)}: {what}" for first, last, what in spans
             ),

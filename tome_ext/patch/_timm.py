@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import Schedule
-from ._engine import Engine
+from ..schedule import KeepRate, Method, Schedule
+from ._engine import Engine, Settings
 from ._swap import swap
 
 __all__ = ["timm"]
@@ -30,21 +30,39 @@ SUPPORTED = (
 
 
 def timm(
-    model: nn.Module, r: Schedule = 0, prop_attn: bool = True, trace_source: bool = False
+    model: nn.Module,
+    r: Schedule = 0,
+    prop_attn: bool = True,
+    trace_source: bool = False,
+    *,
+    method: Method = "tome",
+    keep_rate: KeepRate | None = None,
+    normalize_fused: bool = False,
+    fused_weight_grad: bool = False,
 ) -> Any:
-    """Patch a timm Vision Transformer, so that its blocks merge similar tokens.
+    """Patch a timm Vision Transformer, so that its blocks go on with fewer tokens.
 
-    Each block removes up to ``r`` tokens between attention and MLP (Bolya et al., *Token Merging:
-    Your ViT But Faster*, ICLR 2023; arXiv 2210.09461); the metric is the mean of the keys over
-    heads. The model is changed in place: it keeps its parameters, hooks and ``state_dict``.
-    With ``r=0`` it computes what it did before. ``model.r`` changes ``r`` later.
+    Each block reduces its tokens between attention and MLP, by one of three methods:
+
+    - "tome" merges similar tokens (Bolya et al., *Token Merging: Your ViT But Faster*, ICLR 2023;
+      arXiv 2210.09461); the metric is the mean of the keys over heads.
+    - "topk" keeps the patch tokens that the class token attends to most, on average over heads, and
+      drops the others. Those that stay keep their order.
+    - "evit" does so too, but fuses the others into one token, at the end: the sum of their
+      features, weighted by the class token's attention (Liang et al., *Not All Patches are What You
+      Need*, ICLR 2022; arXiv 2202.07800). In later blocks it is a patch token like any other.
+
+    The model is changed in place: it keeps its parameters, hooks and ``state_dict``. With ``r=0``
+    it computes what it did before. ``model.r`` and ``model.keep_rate`` change later how many tokens
+    go.
 
     ``forward_features`` returns the merged tokens (B, M, C); ``model.tome`` has their sizes and
     their plan. ``forward_intermediates`` and ``get_intermediate_layers`` return maps of the
-    usual shape, in which merged tokens share their value. Average pooling and attention pooling
-    weight tokens by size, as if over the original tokens.
+    usual shape, in which merged tokens share their value and dropped ones are 0. Average pooling
+    and attention pooling weight merged tokens by size, as if over the original tokens; after
+    pruning they are over the tokens that are left.
 
-    In blocks that merge, and in those behind them, no attention matrix is built, whatever
+    In blocks that reduce tokens, and in those behind them, no attention matrix is built, whatever
     ``fused_attn`` says: ``torch.ops.tome.attention`` computes attention, or
     ``F.scaled_dot_product_attention`` where that cannot (attention dropout while training, masks
     that do more than hide keys); ``tome_ext.info(model)`` says which and why. Hooks on
@@ -58,9 +76,19 @@ def timm(
         r: tokens to remove per layer: an int, ``(r, inflection)`` or a list; see
             :func:`tome_ext.schedule.parse_r`.
         prop_attn: add log(size) of each key token to the logits (proportional attention). The
-            paper finds it better for models trained with labels, worse for MAE off the shelf.
+            paper finds it better for models trained with labels, worse for MAE off the shelf. Only
+            "tome" has sizes.
         trace_source: fill ``model._tome_info["source"]``, as code written for the published
             patch expects. New code uses ``model.tome.plan``, which is there in any case.
+        method: "tome", "evit" or "topk", as above. The latter two need a class token.
+        keep_rate: instead of ``r``, the share of patch tokens to keep, rounded up: a float for the
+            layers after a quarter, a half and three quarters of the model (4, 7 and 10 of 12), or a
+            list with one per layer; see :func:`tome_ext.schedule.parse_keep_rate`. EViT's fused
+            token comes on top, whereas ``r`` counts it: there r + 1 tokens become one.
+        normalize_fused: of "evit", divide the weights by their sum, so that the fused token is a
+            mean. Published models are trained without.
+        fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
+            does in training. Costs a pass over the tokens in each block that fuses.
 
     Returns:
         The model. As a context manager it removes the patch at the end:
@@ -68,7 +96,7 @@ def timm(
 
     Raises:
         ValueError: the model or a block is of a kind that is not supported (the message names
-            it), or ``r`` is wrong. Nothing is changed.
+            it), or a setting is wrong. Nothing is changed.
         ImportError: timm is not installed.
     """
     try:
@@ -78,9 +106,16 @@ def timm(
     patched = isinstance(model, TimmModel)
     blocks = [] if patched else _check(model)
     engine = model._tome if isinstance(model, TimmModel) else _new_engine(model)
-    engine.r = r  # refuses a wrong r before any module is touched
-    engine.prop_attn = bool(prop_attn)
-    engine.trace_source = bool(trace_source)
+    settings = Settings(
+        method, bool(prop_attn), bool(trace_source), bool(normalize_fused), bool(fused_weight_grad)
+    )
+    if method in ("evit", "topk") and not engine.extra_info["class_token"]:
+        raise ValueError(
+            f"method: {method!r} ranks tokens by the class token's attention, which "
+            f"{type(model).__qualname__} does not have here; expected a model with a class token, "
+            "or method='tome'"
+        )
+    engine.configure(settings, r, keep_rate)  # refuses before any module is touched
     for layer, block in enumerate(blocks):
         swap(block.attn, TimmAttention)
         swap(block, TimmBlock, _tome=engine, _tome_layer=layer)

@@ -83,7 +83,7 @@ def merged_and_normed(block: Any, step: Step, x: Tensor, attended: Tensor) -> tu
     """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
     modules = block._modules  # nn.Module's own lookup takes microseconds for each
     scale, drop, norm = modules["ls1"], modules["drop_path1"], modules["norm2"]
-    if step.r > 0 and folds(scale, drop, norm):
+    if step.averages and folds(scale, drop, norm):
         gamma = scale.gamma if type(scale) is LayerScale else None
         weight, bias = norm.weight, norm.bias
         if fit(x, attended, gamma, weight, bias):
@@ -144,7 +144,7 @@ class TimmModel(PatchedModel):
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         x, size = x[:, first:], size[:, first:]
         if self.attn_pool is not None:
-            bias = log_size_bias(size, x.dtype) if self._tome.prop_attn else None
+            bias = log_size_bias(size, x.dtype) if self._tome.proportional else None
             return self.attn_pool(x, attn_mask=bias)
         work = accumulate_dtype(x.dtype)
         weight = size.to(work) / size.sum(1, keepdim=True, dtype=work)
@@ -164,7 +164,7 @@ class TimmModel(PatchedModel):
         **masks: Any,
     ) -> Any:
         """As timm's; every intermediate is spread over the original tokens."""
-        if self._tome.first_merge == self._tome.num_layers:
+        if self._tome.first_layer == self._tome.num_layers:
             return super().forward_intermediates(  # type: ignore[misc]
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt,
                 intermediates_only, output_dict, **masks,

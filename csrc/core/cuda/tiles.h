@@ -1,6 +1,7 @@
-// Every choice of tile and launch of merge, merge_add_norm and plan, with its reason; match_tiles.h
-// has match's. Plain C++: tests/cpp covers it. The reasons come from counting bytes, registers and
-// blocks, and from what ptxas reports; no choice has been measured against another on a GPU yet.
+// Every choice of tile and launch of merge, merge_add_norm, plan and select, with its reason;
+// match_tiles.h has match's. Plain C++: tests/cpp covers it. The reasons come from counting bytes,
+// registers and blocks, and from what ptxas reports; no choice has been measured against another on
+// a GPU yet.
 #pragma once
 
 #include <cstdint>
@@ -89,5 +90,11 @@ inline constexpr int kPlanThreads = 256;
 // Up to this many rows, their cursors lie in shared memory, so that the placing warp does not wait
 // for global memory in every turn; above, in the output. 40 KiB are had without asking.
 inline constexpr int64_t kPlanSharedRows = 10 * 1024;
+
+// --- select
+// ---------------------------------------------------------------------------------------
+
+// One block takes an image: a thread for each value of a digit, of which float32 scores have four.
+inline constexpr int kSelectThreads = 256;
 
 }  // namespace tome::tiles

@@ -13,6 +13,7 @@
 #include "tome_core/attention.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
+#include "tome_core/select.h"
 
 namespace tome {
 
@@ -24,6 +25,8 @@ cudaError_t match_cuda(const MatchParams& params, void* workspace, cudaStream_t 
 
 // Entries of `assign` outside [0, rows) count as dropped tokens.
 cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
+
+cudaError_t select_cuda(const SelectParams& params, cudaStream_t stream);
 
 cudaError_t merge_cuda(const MergeParams& params, cudaStream_t stream);
 cudaError_t merge_add_norm_cuda(const MergeAddNormParams& params, cudaStream_t stream);

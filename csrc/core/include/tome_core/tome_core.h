@@ -5,4 +5,5 @@
 #include "tome_core/isa.h"
 #include "tome_core/match.h"
 #include "tome_core/merge.h"
+#include "tome_core/select.h"
 #include "tome_core/types.h"
