@@ -120,16 +120,17 @@ def models_table(result: dict[str, Any]) -> str:
     lines = [
         machine_line(result, f"images/s, medians, {result['settings']['mode']}"),
         "",
-        f"| model | dtype | B | r | {' | '.join(heads)} |",
-        f"| --- | --- | ---: | ---: |{' ---: |' * len(heads)}",
+        f"| model | method | dtype | B | {' | '.join(heads)} |",
+        f"| --- | --- | --- | ---: |{' ---: |' * len(heads)}",
     ]
     for entry in rows:
-        figures = entry["contenders"]
+        figures, rate = entry["contenders"], entry["keep_rate"]
+        amount = f"r = {entry['r']}" if rate is None else f"keep rate {rate:g}"
         cells = [
             entry["model"],
+            f"{entry['method']}, {amount}",
             entry["dtype"],
             str(entry["batch_size"]),
-            str(entry["r"]),
             *(f"{figures[name]['images_per_second']:.3g}" for name in ours),
             f"{figures['tome_ext']['speed_up']:.2f}x",
             f"{figures['tome_ext']['of_ceiling']:.3f}",

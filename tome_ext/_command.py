@@ -1,15 +1,22 @@
-"""What the commands share: the error that a user can mend, devices and models by name, the hub."""
+"""What the commands share: the error that a user can mend, settings, devices, models, the hub."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from . import patch
+from .schedule import Method
+
 __all__ = [
     "CommandError",
+    "Reduction",
     "check_model_name",
+    "check_patch",
     "create_model",
     "find_device",
     "prefer_cache_without_network",
@@ -20,6 +27,55 @@ HUB_WAIT = 5.0  # seconds the hub gets to answer before a command goes on withou
 
 class CommandError(Exception):
     """A mistake the user can mend; the message says how."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One setting of a run: how, and how far, a model's tokens are reduced.
+
+    Attributes:
+        method: see :func:`tome_ext.patch.timm`.
+        r: tokens to remove in every block, if ``keep_rate`` is None.
+        keep_rate: share of patch tokens that three layers keep.
+    """
+
+    method: Method = "tome"
+    r: int = 0
+    keep_rate: float | None = None
+
+    def __str__(self) -> str:
+        method = "" if self.method == "tome" else f"{self.method}, "
+        return f"{method}{self.amount_name} = {self.amount}"
+
+    @property
+    def amount_name(self) -> str:
+        """What the amount is: "r" or "keep rate"."""
+        return "r" if self.keep_rate is None else "keep rate"
+
+    @property
+    def amount(self) -> str:
+        """The number by which the setting is known in tables."""
+        return str(self.r) if self.keep_rate is None else f"{self.keep_rate:g}"
+
+    @property
+    def row_name(self) -> str:
+        """The amount, and the method unless it is "tome"."""
+        return self.amount if self.method == "tome" else f"{self.method} {self.amount}"
+
+    def patch(self, model: Any) -> Any:
+        """Patch a timm model so; see :func:`tome_ext.patch.timm` for what it raises."""
+        return patch.timm(model, self.r, method=self.method, keep_rate=self.keep_rate)
+
+
+def check_patch(model: Any, reductions: Iterable[Reduction]) -> None:
+    """Refuse a model that can't be patched so; it is not patched afterwards."""
+    try:
+        patch.timm(model)
+        for reduction in reductions:
+            reduction.patch(model)
+        patch.remove(model)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def find_device(name: str) -> torch.device:

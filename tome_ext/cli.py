@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from importlib.util import find_spec
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from . import _library
-from ._command import CommandError
+from ._command import CommandError, Reduction
 from ._version import __version__
+from .schedule import METHODS, Method
 from .utils import info
 
 __all__ = ["main"]
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     top = argparse.ArgumentParser(
-        prog="tome-ext", description="Token merging for Vision Transformers (arXiv 2210.09461)."
+        prog="tome-ext", description="Token merging and pruning for Vision Transformers."
     )
     top.add_argument("--version", action="version", version=f"tome_ext {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,7 +68,8 @@ def add_demo(commands: Any) -> None:
         help="run a photograph through a timm ViT, with and without merging",
         description="Run a photograph through a timm Vision Transformer, with and without token "
         "merging. Prints a table (tokens left, images/s, speed-up, agreement of the features) and "
-        "writes a picture of the merged regions. Needs: pip install 'tome_ext[demo]'",
+        "writes a picture of the merged regions or kept patches. Needs: pip install "
+        "'tome_ext[demo]'",
     )
     demo.set_defaults(run=run_demo)
     demo.add_argument(
@@ -76,10 +79,7 @@ def add_demo(commands: Any) -> None:
     demo.add_argument(
         "--model", default="vit_small_patch16_224", help=f"name of a timm model {DEFAULT}"
     )
-    demo.add_argument(
-        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
-        help=f"tokens to merge in every block, a run for each number {DEFAULT}",
-    )  # fmt: skip
+    add_reductions(demo)
     demo.add_argument(
         "--batch-size", type=at_least_one, default=8, metavar="B", help=f"images a run {DEFAULT}"
     )
@@ -99,17 +99,14 @@ def add_eval(commands: Any) -> None:
         "eval",
         help="measure the accuracy of a timm ViT on a folder of pictures, with and without merging",
         description="Measure top-1 and top-5 accuracy of a timm Vision Transformer on a folder of "
-        "pictures, FOLDER/CLASS/PICTURE, for every r, and without a patch. Prints the paper's "
+        "pictures, FOLDER/CLASS/PICTURE, without a patch and for every r. Prints the paper's "
         "numbers beside it where it has them. Runs under torchrun too. Needs: pip install "
         "'tome_ext[eval]'",
     )
     evaluate.set_defaults(run=run_eval)
     evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
     evaluate.add_argument("--model", required=True, help="name of a timm model")
-    evaluate.add_argument(
-        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
-        help=f"tokens to merge in every block; 0 is always measured {DEFAULT}",
-    )  # fmt: skip
+    add_reductions(evaluate)
     evaluate.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="weights for as many classes as the folder has (default: timm's pretrained ones)",
@@ -151,10 +148,7 @@ def add_bench(commands: Any) -> None:
         "--model", type=names, default="vit_small_patch16_224", metavar="NAME,NAME,...",
         help=f"names of timm models {DEFAULT}",
     )  # fmt: skip
-    bench.add_argument(
-        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
-        help=f"tokens to merge in every block {DEFAULT}",
-    )  # fmt: skip
+    add_reductions(bench)
     bench.add_argument(
         "--batch-size", type=batch_sizes, default="8", metavar="B,B,...",
         help=f"images a run {DEFAULT}",
@@ -179,14 +173,64 @@ def add_bench(commands: Any) -> None:
     )  # fmt: skip
     bench.add_argument(
         "--peer", action="append", default=[], metavar="[NAME=]MODULE:FUNCTION",
-        help="measure another implementation too: a function that takes a model and r and returns "
-        "the patched model; MODULE may be a .py file; may be given several times",
+        help="measure another implementation too, for every r: a function that takes a model and r "
+        "and returns the patched model; MODULE may be a .py file; may be given several times",
     )  # fmt: skip
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     bench.add_argument(
         "--chart", type=Path, metavar="FILE",
-        help="draw speed against r here (.png, .svg or .pdf)",
+        help="draw speed against r or the keep rate here (.png, .svg or .pdf)",
     )  # fmt: skip
+
+
+def add_reductions(command: Any) -> None:
+    """The options that say how tokens are reduced; :func:`reductions_of` reads them."""
+    command.add_argument(
+        "--method", type=methods, default="tome", metavar="METHOD,...",
+        help="tome merges similar tokens; evit fuses, and topk drops, those that the class token "
+        f"attends to least {DEFAULT}",
+    )  # fmt: skip
+    amount = command.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",
+        help=f"tokens to remove in every block, a run for each number {DEFAULT}",
+    )  # fmt: skip
+    amount.add_argument(
+        "--keep-rate", type=keep_rates, metavar="RATE,...",
+        help="instead of --r: the share of patch tokens to keep in the layers after a quarter, a "
+        "half and three quarters of the model (4, 7 and 10 of 12), a run for each number",
+    )  # fmt: skip
+
+
+def reductions_of(arguments: argparse.Namespace) -> tuple[Reduction, ...]:
+    """Every method with every amount."""
+    if arguments.keep_rate is None:
+        pairs = itertools.product(arguments.method, arguments.r)
+        return tuple(Reduction(method, r=r) for method, r in pairs)
+    pairs = itertools.product(arguments.method, arguments.keep_rate)
+    return tuple(Reduction(method, keep_rate=rate) for method, rate in pairs)
+
+
+def methods(text: str) -> tuple[Method, ...]:
+    """Parse "tome,evit" for argparse."""
+    found = tuple(method for name in names(text) for method in METHODS if method == name)
+    if found != names(text):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}; got {text!r}")
+    return found
+
+
+def keep_rates(text: str) -> tuple[float, ...]:
+    """Parse "0.5,0.7" for argparse; numbers given twice count once."""
+    try:
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            "expected numbers above 0 and up to 1 with commas between, such as 0.5,0.7; "
+            f"got {text!r}"
+        )
+    return values
 
 
 def r_list(text: str) -> tuple[int, ...]:
@@ -272,7 +316,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     demo.run(
         arguments.picture,
         arguments.model,
-        arguments.r,
+        reductions_of(arguments),
         arguments.batch_size,
         arguments.output,
         arguments.device,
@@ -288,7 +332,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     evaluate.run(
         arguments.folder,
         arguments.model,
-        arguments.r,
+        reductions_of(arguments),
         batch_size=arguments.batch_size,
         device_name=arguments.device,
         dtype=DTYPES[arguments.dtype],
@@ -308,7 +352,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     bench.run(
         bench.Options(
             models=arguments.model,
-            r=arguments.r,
+            reductions=reductions_of(arguments),
             batch_sizes=arguments.batch_size,
             dtypes=arguments.dtype,
             device=arguments.device,

@@ -1,4 +1,4 @@
-"""``tome-ext demo``: a photograph through a timm ViT, with and without merging.
+"""``tome-ext demo``: a photograph through a timm ViT, with and without fewer tokens.
 
 Needs timm, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it runs.
 """
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import patch
 from ._command import (
     CommandError,
+    Reduction,
     check_model_name,
+    check_patch,
     create_model,
     find_device,
     prefer_cache_without_network,
@@ -44,24 +45,24 @@ PANELS_A_ROW = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``r`` is None for the model without a patch."""
+    """One line of the table; ``reduction`` is None for the model without a patch."""
 
-    r: int | None
+    reduction: Reduction | None
     tokens: int  # left after the last block, prefix tokens included
     images_per_second: float  # median over the rounds
     agreement: float  # mean cosine similarity with the features of the model without a patch
 
 
 def run(
-    picture: Path | None = None,
-    model_name: str = "vit_small_patch16_224",
-    r_values: tuple[int, ...] = (0, 4, 8, 13),
+    picture: Path | None,
+    model_name: str,
+    reductions: tuple[Reduction, ...],
     batch_size: int = 8,
     output: Path = Path("tome_demo.png"),
     device_name: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
-    """Print a table of speed and agreement for every r, and write the picture of merged regions.
+    """Print a table of speed and agreement, and write the picture of merged regions.
 
     Raises:
         CommandError: a picture, model, device or output folder that is not there or can't be used.
@@ -70,6 +71,7 @@ def run(
     device = find_device(device_name)
     check_output(output)
     model, missing = load_model(model_name)
+    check_patch(model, reductions)
     weights = "random weights" if missing else "pretrained weights"
     model = model.eval().to(device, dtype)
     frame = Frame.of(model)
@@ -87,7 +89,7 @@ def run(
             "The network is untrained: its agreement and its picture say little about a trained\n"
             "one. Speed and the number of tokens are those of the trained one."
         )
-    rows, merged = measure(model, x, r_values, frame.prefix + frame.patches)
+    rows, merged = measure(model, x, reductions, frame.prefix + frame.patches)
     print("\n" + table(rows))
     try:
         figure(photo, frame, merged, f"{model_name}, {weights}").save(output)
@@ -141,10 +143,6 @@ def load_model(name: str) -> tuple[Any, str | None]:
             # can go on without them; a model that can't be made at all fails again here.
             missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
             model = create_model(name, num_classes=0)
-    try:
-        patch.remove(patch.timm(model))
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     return model, missing
 
 
@@ -206,20 +204,22 @@ class Frame:
 
 
 def figure(
-    photo: Image.Image, frame: Frame, merged: dict[int, MergePlan | None], note: str
+    photo: Image.Image, frame: Frame, merged: dict[Reduction, MergePlan | None], note: str
 ) -> Image.Image:
-    """The photograph, and beside it the merged regions for every r that merged anything."""
+    """The photograph, and beside it what is left for every setting that reduced anything."""
     from PIL import Image, ImageDraw, ImageFont
 
     zoom = max(1, round(PANEL_PIXELS / frame.width))
     sharp = frame.crop(photo, zoom=zoom)
     panels = [(sharp, "photograph", f"{frame.patches} patches")]
-    for r, plan in merged.items():
+    for reduction, plan in merged.items():
         if plan is not None:
             shown = make_visualization(
                 sharp, plan.assign, frame.patch * zoom, num_prefix_tokens=frame.prefix
             )
-            panels.append((shown, f"r = {r}", f"{plan.num_output_tokens - frame.prefix} regions"))
+            left = plan.num_output_tokens - frame.prefix
+            parts = "patches" if reduction.method == "topk" else "regions"
+            panels.append((shown, str(reduction), f"{left} {parts}"))
 
     unit = sharp.width // 32  # every distance follows the size of a panel
     big, small = (ImageFont.load_default(size=s * unit) for s in (2, 1.4))
@@ -243,51 +243,51 @@ def figure(
 
 
 def measure(
-    model: Any, x: Tensor, r_values: tuple[int, ...], num_tokens: int
-) -> tuple[list[Row], dict[int, MergePlan | None]]:
-    """Run the model without a patch and with every r.
+    model: Any, x: Tensor, reductions: tuple[Reduction, ...], num_tokens: int
+) -> tuple[list[Row], dict[Reduction, MergePlan | None]]:
+    """Run the model without a patch and with every setting.
 
-    Returns the rows of the table, and by r the plan from all tokens to those after the last
-    block, None where nothing was merged.
+    Returns the rows of the table, and by setting the plan from all tokens to those after the last
+    block, None where nothing was reduced.
     """
     from tqdm import tqdm
 
-    settings = [None, *r_values]
-    features: dict[int | None, Tensor] = {}
-    merged: dict[int, MergePlan | None] = {}
+    settings = [None, *reductions]
+    features: dict[Reduction | None, Tensor] = {}
+    merged: dict[Reduction, MergePlan | None] = {}
     start = time.perf_counter()
     # Also the warm-up, and what tells how many timed rounds there is time for.
-    for r in tqdm(settings, desc="comparing features", leave=False):
-        with torch.inference_mode(), patched(model, r):
-            features[r] = model(x).double()
-            if r is not None:
-                merged[r] = model.tome.plan
+    for setting in tqdm(settings, desc="comparing features", leave=False):
+        with torch.inference_mode(), patched(model, setting):
+            features[setting] = model(x).double()
+            if setting is not None:
+                merged[setting] = model.tome.plan
     rounds = round(TIMING_BUDGET / (time.perf_counter() - start))
     rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
-    times: dict[int | None, list[float]] = {r: [] for r in settings}
+    times: dict[Reduction | None, list[float]] = {setting: [] for setting in settings}
     # One after the other in every round, so that a machine that slows down slows all of them.
-    for r in tqdm(settings * rounds, desc="timing", leave=False):
-        times[r].append(timed(model, x, r))
+    for setting in tqdm(settings * rounds, desc="timing", leave=False):
+        times[setting].append(timed(model, x, setting))
 
     rows = []
-    for r in settings:
-        plan = None if r is None else merged[r]
-        rate = len(x) / statistics.median(times[r])
-        agreement = F.cosine_similarity(features[r], features[None], dim=1).mean().item()
+    for setting in settings:
+        plan = None if setting is None else merged[setting]
+        rate = len(x) / statistics.median(times[setting])
+        agreement = F.cosine_similarity(features[setting], features[None], dim=1).mean().item()
         left = num_tokens if plan is None else plan.num_output_tokens
-        rows.append(Row(r, left, rate, agreement))
+        rows.append(Row(setting, left, rate, agreement))
     return rows, merged
 
 
-def patched(model: nn.Module, r: int | None) -> AbstractContextManager[Any]:
-    """The model with r tokens merged in every block; None leaves it as it is."""
-    return nullcontext() if r is None else patch.timm(model, r=r)
+def patched(model: nn.Module, reduction: Reduction | None) -> AbstractContextManager[Any]:
+    """The model with a setting; None leaves it as it is."""
+    return nullcontext() if reduction is None else reduction.patch(model)
 
 
 @torch.inference_mode()
-def timed(model: nn.Module, x: Tensor, r: int | None) -> float:
+def timed(model: nn.Module, x: Tensor, reduction: Reduction | None) -> float:
     """Seconds of one forward pass."""
-    with patched(model, r):
+    with patched(model, reduction):
         synchronize(x.device)
         start = time.perf_counter()
         model(x)
@@ -297,9 +297,12 @@ def timed(model: nn.Module, x: Tensor, r: int | None) -> float:
 
 def table(rows: list[Row]) -> str:
     """The rows as text; the first one is what speed-up is measured against."""
-    lines = [f"{'r':>9}  {'tokens left':>11}  {'images/s':>8}  {'speed-up':>8}  {'agreement':>9}"]
+    amount = next((row.reduction.amount_name for row in rows if row.reduction is not None), "r")
+    lines = [
+        f"{amount:>9}  {'tokens left':>11}  {'images/s':>8}  {'speed-up':>8}  {'agreement':>9}"
+    ]
     for row in rows:
-        name = "unpatched" if row.r is None else str(row.r)
+        name = "unpatched" if row.reduction is None else row.reduction.row_name
         speed_up = row.images_per_second / rows[0].images_per_second
         lines.append(
             f"{name:>9}  {row.tokens:>11}  {row.images_per_second:>8.1f}  {speed_up:>7.2f}x"

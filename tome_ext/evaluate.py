@@ -1,4 +1,6 @@
-"""``tome-ext eval``: how often a timm ViT is right about a folder of pictures, for every r.
+"""``tome-ext eval``: how often a timm ViT is right about a folder of pictures.
+
+Without a patch, and for every setting of it.
 
 Needs timm, torchvision, pillow and tqdm (``pip install 'tome_ext[eval]'``), imported when it runs.
 Works in one process, or in many under ``torchrun``.
@@ -22,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import patch
 from ._command import (
     CommandError,
+    Reduction,
     check_model_name,
+    check_patch,
     create_model,
     find_device,
     prefer_cache_without_network,
 )
 from ._world import World
+from .schedule import Method
 from .utils import info, synchronize
 
 __all__ = ["Row", "Share", "run"]
@@ -49,18 +53,27 @@ PAPER = {
 class Row:
     """One line of the table, over the pictures of all processes."""
 
-    r: int  # 0 is the model without a patch
+    method: Method | None  # None is the model without a patch
+    r: int
+    keep_rate: float | None
     images: int
     top1: float  # per cent
     top5: float  # per cent
     images_per_second: float  # of all processes together, in the model: without loading
     paper: float | None  # top-1 in per cent, where the paper has this model and r
 
+    @property
+    def name(self) -> str:
+        """What the line begins with."""
+        if self.method is None:
+            return "unpatched"
+        return Reduction(self.method, self.r, self.keep_rate).row_name
+
 
 def run(
     folder: Path,
     model_name: str,
-    r_values: tuple[int, ...] = (0, 4, 8, 13),
+    reductions: tuple[Reduction, ...],
     *,
     batch_size: int = 64,
     device_name: str = "cpu",
@@ -71,17 +84,17 @@ def run(
     limit: int | None = None,
     json_file: Path | None = None,
 ) -> list[Row]:
-    """Print a table of accuracy and speed for every r; returns its rows, in every process.
+    """Print a table of accuracy and speed; returns its rows, in every process.
 
-    r = 0 comes first, whether it is asked for or not: the model without a patch, which the others
-    are compared with. Under ``torchrun`` each process takes its share of the pictures, and the
+    The model without a patch comes first, which the others are compared with and which stands for
+    r = 0. Under ``torchrun`` each process takes its share of the pictures, and the
     first one prints.
 
     Args:
         folder: pictures as FOLDER/CLASS/PICTURE, or with a split (FOLDER/val/CLASS/PICTURE).
             timm's reader lists them: classes are numbered in the order of their names.
         model_name: a timm model, with or without the tag of its weights.
-        r_values: tokens to merge in every block.
+        reductions: how to reduce tokens, a row for each.
         batch_size: pictures a forward pass.
         device_name: under ``torchrun``, "cuda" gives every process of a machine a GPU of its own.
         dtype: the model and its input are cast to it.
@@ -109,6 +122,7 @@ def run(
             if world.rank == 0:
                 print(f"loading {model_name} ...", file=sys.stderr, flush=True)
             model = load_model(model_name, share, checkpoint, img_size).to(device, dtype)
+            check_patch(model, reductions)
             return device, share, model, data_config(model, img_size)
 
         device, share, model, config = world.agree(prepare, lambda prepared: prepared[1].digest)
@@ -128,19 +142,32 @@ def run(
         }
         if world.rank == 0:
             print(header(report), flush=True)
-        r_values = tuple(dict.fromkeys((0, *r_values)))
+        reducing = [each for each in reductions if each.r or each.keep_rate is not None]
+        settings = (None, *dict.fromkeys(reducing))
         batches = loader(share, config, batch_size, device, dtype, workers)
-        counts, seconds = count(model, batches, len(share), r_values, world.rank == 0)
+        counts, seconds = count(model, batches, len(share), settings, world.rank == 0)
         world.reduce(counts, seconds, device)
 
     as_published = checkpoint is None and is_imagenet(share) and is_own_size(model, config)
     paper = PAPER.get(name, {}) if as_published else {}
-    rows = [
-        Row(r, n, 100 * top1 / n, 100 * top5 / n, n / time, paper.get(r))
-        for r, (n, top1, top5), time in zip(
-            r_values, counts.tolist(), seconds.tolist(), strict=True
+    rows = []
+    for setting, (n, top1, top5), time_taken in zip(
+        settings, counts.tolist(), seconds.tolist(), strict=True
+    ):
+        shown = setting or Reduction()
+        published = paper.get(shown.r) if shown == Reduction(r=shown.r) else None
+        rows.append(
+            Row(
+                None if setting is None else setting.method,
+                shown.r,
+                shown.keep_rate,
+                n,
+                100 * top1 / n,
+                100 * top5 / n,
+                n / time_taken,
+                published,
+            )
         )
-    ]
     if world.rank == 0:
         print("\n" + table(rows))
         if json_file is not None:
@@ -280,10 +307,6 @@ def load_model(name: str, share: Share, checkpoint: Path | None, img_size: int |
                 f"{checkpoint} is no checkpoint of {name!r} with {classes} classes, as many as "
                 f"{share.root} has: {one_line(error)}"
             ) from None
-    try:
-        patch.remove(patch.timm(model))
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     return model.eval()
 
 
@@ -313,33 +336,33 @@ def count(
     model: Any,
     batches: Iterable[tuple[Tensor, Tensor]],
     number: int,
-    r_values: tuple[int, ...],
+    settings: tuple[Reduction | None, ...],
     show: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run every batch with every r, one after the other, so that each picture is read once.
+    """Run every batch with every setting, one after the other, so each picture is read once.
 
     Returns:
-        counts (len(r_values), 3) int64: pictures, and those right in the first and among the first
-        five answers; seconds (len(r_values),) float64 in the model.
+        counts (len(settings), 3) int64: pictures, and those right in the first and among the first
+        five answers; seconds (len(settings),) float64 in the model.
 
     Raises:
         CommandError: a picture that can't be read, or output that is not finite.
     """
     from tqdm import tqdm
 
-    counts = torch.zeros(len(r_values), 3, dtype=torch.int64)
-    seconds = torch.zeros(len(r_values), dtype=torch.float64)
+    counts = torch.zeros(len(settings), 3, dtype=torch.int64)
+    seconds = torch.zeros(len(settings), dtype=torch.float64)
     warm = False
     with tqdm(total=number, desc="evaluating", unit="img", disable=not show) as progress:
         try:
             for x, target in batches:
-                for i, r in enumerate(r_values):
+                for i, setting in enumerate(settings):
                     if not warm:
-                        timed(model, x, r)
-                    logits, time_taken = timed(model, x, r)
+                        timed(model, x, setting)
+                    logits, time_taken = timed(model, x, setting)
                     if not logits.isfinite().all():
                         raise CommandError(
-                            f"r = {r}: NaN or infinite output of the model in "
+                            f"{setting or 'unpatched'}: NaN or infinite output of the model in "
                             f"{str(x.dtype).removeprefix('torch.')}"
                         )
                     seconds[i] += time_taken
@@ -357,9 +380,9 @@ def count(
 
 
 @torch.inference_mode()
-def timed(model: Any, x: Tensor, r: int) -> tuple[Tensor, float]:
-    """The logits (B, classes), and the seconds it took; r = 0 is the model without a patch."""
-    with patch.timm(model, r=r) if r else nullcontext():
+def timed(model: Any, x: Tensor, reduction: Reduction | None) -> tuple[Tensor, float]:
+    """The logits (B, classes), and the seconds it took; None is the model without a patch."""
+    with nullcontext() if reduction is None else reduction.patch(model):
         synchronize(x.device)
         start = time.perf_counter()
         logits = model(x)
@@ -397,14 +420,14 @@ def header(report: dict[str, Any]) -> str:
 def table(rows: list[Row]) -> str:
     """The rows as text, with a column for the paper if it has any of them."""
     with_paper = any(row.paper is not None for row in rows)
+    by_rate = any(row.keep_rate is not None for row in rows)
     lines = [
-        f"{'r':>9}  {'images':>7}  {'top-1':>6}  {'top-5':>6}  {'images/s':>8}  {'speed-up':>8}"
-        + ("  paper" if with_paper else "")
+        f"{'keep rate' if by_rate else 'r':>9}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
+        f"  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
     ]
     for row in rows:
-        name = "unpatched" if row.r == 0 else str(row.r)
         line = (
-            f"{name:>9}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
+            f"{row.name:>9}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
             f"  {row.images_per_second:>8.1f}"
             f"  {row.images_per_second / rows[0].images_per_second:>7.2f}x"
         )

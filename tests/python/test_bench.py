@@ -21,6 +21,7 @@ from models import DEPTH, GRID, images, tiny
 from PIL import Image
 
 from tome_ext import bench, cli, patch
+from tome_ext._command import Reduction
 from tome_ext.bench import _chart, _contenders, _cost, _rows, _run
 from tome_ext.bench.timing import interleave, ratio
 
@@ -59,7 +60,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
         options += ["--peer", f"{name}=some_peers:{name}"]
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         assert cli.main(["bench", *SMALL, *options]) == 0
-    assert "test_vit float32 B=2 r=2" in err.getvalue()  # progress
+    assert "test_vit float32 B=2 r = 2" in err.getvalue()  # progress
     return out.getvalue(), json.loads(figures.read_text()), chart
 
 
@@ -126,10 +127,31 @@ def flops(counts: list[int]) -> int:
     return total
 
 
+def test_methods_by_keep_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, chart = tmp_path / "x.json", tmp_path / "x.svg"
+    argv = ["bench", *SMALL, "--method", "tome,evit,topk", "--keep-rate", "0.5,1"]
+    argv += ["--peer", "some_peers:good", "--json", str(figures), "--chart", str(chart)]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "test_vit, 64 x 64, float32, batch of 2, evit\nkeep " in out
+    assert out.count("some_peers: left out, it takes r, not a keep rate") == 6
+    left = {
+        (row["method"], row["keep_rate"], name): contender["tokens_left"]
+        for row in json.loads(figures.read_text())["rows"]
+        for name, contender in row["contenders"].items()
+    }
+    assert len(left) == 18
+    for name in ("ceiling", "tome_ext"):
+        for method, tokens in {"tome": 3, "evit": 5, "topk": 3}.items():
+            assert left[method, 0.5, name] == tokens
+            assert left[method, 1.0, name] == TOKENS
+    assert "keep rate" in chart.read_text() or "<svg" in chart.read_text()
+
+
 def test_every_combination_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     options = bench.Options(
-        ("test_vit", "test_vit2"), (1,), (1, 2), ("float32", "bfloat16"),
+        ("test_vit", "test_vit2"), (Reduction(r=1),), (1, 2), ("float32", "bfloat16"),
         image_size=32, seconds=0, json=file,
     )  # fmt: skip
     rows = bench.run(options)
@@ -195,9 +217,11 @@ def test_missing_packages_are_named(
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4, "init_values": 0.5}])
 def test_ceiling_has_the_tokens_of_merging(r: int, options: dict[str, Any]) -> None:
     x = images()
-    sliced = _contenders.sliced(tiny(**options), r)
+    sliced = _contenders.sliced(tiny(**options), Reduction(r=r))
     counts = _contenders.count_tokens(sliced, x)
-    assert counts == _contenders.count_tokens(_contenders.merging(tiny(**options), r), x)
+    assert counts == _contenders.count_tokens(
+        _contenders.patched(tiny(**options), Reduction(r=r)), x
+    )
     prefix = 1 + options.get("reg_tokens", 0)
     num_tokens = prefix + GRID**2
     for count in counts:
@@ -205,18 +229,26 @@ def test_ceiling_has_the_tokens_of_merging(r: int, options: dict[str, Any]) -> N
         assert count == num_tokens
 
 
+@pytest.mark.parametrize("method", ["tome", "evit", "topk"])
+@pytest.mark.parametrize("amount", [{"r": 5}, {"r": 40}, {"keep_rate": 0.7}])
+def test_ceiling_has_the_tokens_of_every_method(method: Any, amount: dict[str, Any]) -> None:
+    x, reduction = images(), Reduction(method, **amount)
+    counts = _contenders.count_tokens(_contenders.sliced(tiny(), reduction), x)
+    assert counts == _contenders.count_tokens(_contenders.patched(tiny(), reduction), x)
+    assert counts[-1] < 1 + GRID**2
+
+
 def test_ceiling_without_r_is_the_model() -> None:
     model, x = tiny(), images()
     other = _contenders.share_weights(model)
-    assert torch.equal(_contenders.sliced(other, 0)(x), model(x))
+    assert torch.equal(_contenders.sliced(other, Reduction())(x), model(x))
     assert all(a is b for a, b in zip(other.parameters(), model.parameters(), strict=True))
-    assert type(model.blocks[0]) is not type(other.blocks[0])
 
 
 def test_other_tokens_than_the_ceilings_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "merging", lambda model, r: patch.timm(model, r=r + 1))
+    monkeypatch.setattr(_run, "patched", lambda model, _: patch.timm(model, r=5))
     with pytest.raises(RuntimeError, match=r"ceiling, \[61, 57, 53\], got \[60, 55, 50\] in tome_"):
-        _run.measure(tiny(), images(), 4, "eager", 0.0, [])
+        _run.measure(tiny(), images(), Reduction(r=4), "eager", 0.0, [])
 
 
 def test_stock_computes_what_the_patch_does() -> None:
@@ -239,14 +271,16 @@ def test_published_package_takes_part_where_it_is_installed(
     monkeypatch.syspath_prepend(tmp_path)
     peers = _contenders.find_peers(())
     assert [peer.name for peer in peers] == ["tome"]
-    figures, left_out, _ = _run.measure(tiny(), images(), 4, "eager", 0.0, peers)
+    figures, left_out, _ = _run.measure(tiny(), images(), Reduction(r=4), "eager", 0.0, peers)
     del sys.modules["tome"]  # for good: monkeypatch would put it back
     assert left_out == {}
     assert figures["tome"].tokens_left == 1 + GRID**2 - 4 * DEPTH
 
 
 def test_compiled() -> None:
-    figures, left_out, rounds = _run.measure(tiny(depth=1), images(), 4, "compile", 0.0, [])
+    figures, left_out, rounds = _run.measure(
+        tiny(depth=1), images(), Reduction(r=4), "compile", 0.0, []
+    )
     assert (set(figures), left_out) == ({"unpatched", "ceiling", "tome_ext"}, {})
     assert rounds == _run.FEWEST_ROUNDS
     assert all(each.extra_memory is None for each in figures.values())
@@ -257,7 +291,7 @@ def test_compiled() -> None:
 @pytest.mark.parametrize("mode", ["eager", "graphs"])
 def test_on_a_gpu(mode: str) -> None:
     model, x = tiny().cuda(), images(device="cuda")
-    figures, _, _ = _run.measure(model, x, 4, mode, 0.1, [])
+    figures, _, _ = _run.measure(model, x, Reduction(r=4), mode, 0.1, [])
     assert all(each.extra_memory > 0 for each in figures.values())  # type: ignore[operator]
     assert all(each.median_ms > 0 for each in figures.values())
 
@@ -320,6 +354,7 @@ def test_flops_of_the_operators() -> None:
     assert _cost.count_flops(lambda: torch.ops.tome.attention(q, q, q, size)) == attention
     assert _cost.count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == attention
     assert _cost.count_flops(lambda: torch.ops.tome.match(q[:, :, :9], 2)) == 2 * 2 * 5 * 4 * 8
+    assert _cost.count_flops(lambda: torch.ops.tome.cls_attention(q, q)) == 2 * 2 * 3 * 10 * 8
 
 
 def test_chart_of_many_panels(tmp_path: Path) -> None:
@@ -330,7 +365,9 @@ def test_chart_of_many_panels(tmp_path: Path) -> None:
     for dtype, batch, r in itertools.product(("float32", "bfloat16"), (1, 8), (0, 8)):
         contenders = {"unpatched": figures(100), "ceiling": figures(100 + 6 * r)}
         contenders |= {"tome_ext": figures(100 + 5 * r)} | ({"tome": figures(90)} if r else {})
-        rows.append(_rows.Row("a_model", (224, 224), dtype, batch, r, 5, contenders, {}))
+        rows.append(
+            _rows.Row("a_model", (224, 224), dtype, batch, "tome", r, None, 5, contenders, {})
+        )
     machine = {"cpu": "A processor", "threads": 2, "torch": "2", "tome_ext": "0"}
     figure = _chart.draw(rows, machine, {"mode": "eager"})
     assert len(figure.axes) == 4

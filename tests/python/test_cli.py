@@ -15,8 +15,10 @@ from PIL import Image
 
 import tome_ext
 from tome_ext import _command, _library, cli, demo
+from tome_ext._command import Reduction
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16, 101 tokens
+WITHOUT_CLASS_TOKEN = "test_vit2"  # timm's too
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -72,7 +74,7 @@ def test_agreement_compares_with_the_unpatched_model() -> None:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    rows, merged = demo.measure(model, x, (0, 8), 101)
+    rows, merged = demo.measure(model, x, (Reduction(), Reduction(r=8)), 101)
     with torch.no_grad():
         plain = model(x)
         with tome_ext.patch.timm(model, r=8):
@@ -82,9 +84,9 @@ def test_agreement_compares_with_the_unpatched_model() -> None:
     assert rows[1].agreement == pytest.approx(1, abs=1e-6)
     assert rows[2].agreement == pytest.approx(expected, abs=1e-5)
     assert expected < 0.9999
-    assert merged[0] is None
-    assert merged[8] is not None
-    assert merged[8].num_output_tokens == rows[2].tokens
+    assert merged[Reduction()] is None
+    assert merged[Reduction(r=8)] is not None
+    assert merged[Reduction(r=8)].num_output_tokens == rows[2].tokens
 
 
 def test_crops_are_centred_and_keep_their_shape() -> None:
@@ -153,6 +155,10 @@ def test_mistakes_in_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["--r", "4,x"], "expected numbers of at least 0 .* got '4,x'"),
         (["--r=-1"], "got '-1'"),
+        (["--method", "tome,prune"], "expected some of tome, evit, topk; got 'tome,prune'"),
+        (["--keep-rate", "0.5,0"], "above 0 and up to 1 .* got '0.5,0'"),
+        (["--keep-rate", "half"], "got 'half'"),
+        (["--keep-rate", "0.5", "--r", "4"], "--r: not allowed with argument --keep-rate"),
         (["--batch-size", "0"], "expected a number of at least 1, got '0'"),
         (["--dtype", "int8"], "invalid choice: '?int8"),
     ],
@@ -163,8 +169,29 @@ def test_mistakes_in_options(
     assert re.search(message, fails(capsys, "demo", *arguments))
 
 
-def test_r_list() -> None:
+def test_lists() -> None:
     assert cli.r_list("0,4, 8,4") == (0, 4, 8)
+    assert cli.keep_rates("1, 0.5,.5") == (1.0, 0.5)
+    assert cli.methods("topk, tome,topk") == ("topk", "tome")
+
+
+def test_demo_of_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method", "tome,evit,topk", "--keep-rate", "0.5", "--batch-size", "1"]
+    argv = ["demo", "--model", SMALL, *options, "--output", str(tmp_path / "x.png")]
+    assert cli.main(argv) == 0
+    out, _ = capsys.readouterr()
+    lines = [re.split(r"  +", line.strip()) for line in out.splitlines()]
+    assert [cell for line in lines for cell in line if cell == "keep rate"] == ["keep rate"]
+    left = {line[0]: int(line[1]) for line in lines if len(line) == 5 and line[1].isdecimal()}
+    # Layers 1, 3 and 4 of 6 keep half, and EViT fuses the others.
+    assert left == {"unpatched": 101, "0.5": 14, "evit 0.5": 16, "topk 0.5": 14}
+
+
+def test_a_setting_that_a_model_cannot_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "demo", "--model", SMALL, "--keep-rate", "0.2")
+    assert "expected at least 0.5, as tome merges at most half" in line
+    line = fails(capsys, "demo", "--model", WITHOUT_CLASS_TOKEN, "--method", "topk")
+    assert "ranks tokens by the class token's attention" in line
 
 
 def test_missing_packages_are_named(
@@ -198,7 +225,17 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["demo", "--help"])
     out = capsys.readouterr().out
-    for word in ("PICTURE", "--model", "--r", "--batch-size", "--output", "--device", "--dtype"):
+    for word in (
+        "PICTURE",
+        "--model",
+        "--method",
+        "--keep-rate",
+        "--r",
+        "--batch-size",
+        "--output",
+        "--device",
+        "--dtype",
+    ):
         assert word in out
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import tome_ext
 from tome_ext import cli, evaluate
-from tome_ext._command import CommandError
+from tome_ext._command import CommandError, Reduction
 from tome_ext._world import World
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16
@@ -149,13 +149,40 @@ def test_accuracy_is_that_of_a_plain_loop(work: Path, capsys: pytest.CaptureFixt
 
 def test_workers_batches_and_a_split_change_nothing(work: Path, tmp_path: Path) -> None:
     (tmp_path / "val").symlink_to(work / "flowers")
+    reductions = tuple(Reduction(r=r) for r in R_VALUES)
     rows = evaluate.run(
-        tmp_path, SMALL, R_VALUES, batch_size=15, workers=1, checkpoint=work / "tuned.pth"
+        tmp_path, SMALL, reductions, batch_size=15, workers=1, checkpoint=work / "tuned.pth"
     )
     answers = expected(work)
     assert {row.r: (row.top1, row.top5) for row in rows} == {
         r: (100 * top1 / 15, 100 * top5 / 15) for r, (top1, top5) in answers.items()
     }
+
+
+def test_methods_and_keep_rates(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_file = work / "methods.json"
+    options = ["--method", "evit,topk", "--keep-rate", "0.3", "--json", json_file]
+    assert cli.main(arguments(work, *options)) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^ *(keep rate|unpatched|evit 0.3|topk 0.3)  ", out, re.MULTILINE) == [
+        "keep rate", "unpatched", "evit 0.3", "topk 0.3",
+    ]  # fmt: skip
+    rows = json.loads(json_file.read_text())["results"]
+    settings = [(row["method"], row["r"], row["keep_rate"]) for row in rows]
+    assert settings == [(None, 0, None), ("evit", 0, 0.3), ("topk", 0, 0.3)]
+    model = timm.create_model(SMALL, num_classes=len(CLASSES)).eval()
+    model.load_state_dict(torch.load(work / "tuned.pth"))
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(model), is_training=False
+    )
+    for row in rows[1:]:
+        tome_ext.patch.timm(model, method=row["method"], keep_rate=0.3)
+        right = 0
+        for target, name in enumerate(CLASSES):
+            for path in sorted((work / "flowers" / name).iterdir()):
+                with Image.open(path) as img, torch.no_grad():
+                    right += model(transform(img.convert("RGB"))[None]).argmax().item() == target
+        assert row["top1"] == pytest.approx(100 * right / 15)
 
 
 def test_commands_of_the_doc(
@@ -367,7 +394,7 @@ def test_output_that_is_not_finite(
     state["head.bias"].fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pth")
     argv = ["eval", work / "flowers", "--model", SMALL, "--checkpoint", tmp_path / "nan.pth"]
-    assert "r = 0: NaN or infinite output of the model in float32" in fails(
+    assert "unpatched: NaN or infinite output of the model in float32" in fails(
         capsys, *argv, "--workers", 0
     )
 

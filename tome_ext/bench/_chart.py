@@ -1,4 +1,7 @@
-"""Speed against r as a picture: one panel per batch size, a row of them per model and dtype."""
+"""Speed against r or keep rate as a picture: a panel per batch size.
+
+A row of panels has one model, dtype and method.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ INK, FAINT = "#222222", "#666666"
 
 
 def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """Draw images/s of every contender against r; the scale on the right is the speed-up."""
+    """Draw images/s of every contender; the scale on the right is the speed-up."""
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys((row.model, row.image_size, row.dtype) for row in rows))
+    groups = list(dict.fromkeys((r.model, r.image_size, r.dtype, r.method) for r in rows))
     batches = list(dict.fromkeys(row.batch_size for row in rows))
     peers = list(dict.fromkeys(name for row in rows for name in row.contenders))
     peers = [name for name in peers if name not in COLORS]
@@ -33,8 +36,12 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
     for group, line in zip(groups, panels, strict=True):
         for batch, axes in zip(batches, line, strict=True):
             key = (*group, batch)
-            shown = [r for r in rows if (r.model, r.image_size, r.dtype, r.batch_size) == key]
-            panel(axes, sorted(shown, key=lambda row: row.r), colors)
+            shown = [
+                row
+                for row in rows
+                if (row.model, row.image_size, row.dtype, row.method, row.batch_size) == key
+            ]
+            panel(axes, sorted(shown, key=amount), colors)
             name, _, rest = title(shown[0]).partition(", ")
             axes.set_title(f"{name}\n{rest}", size=9.5)
     figure.legend(
@@ -44,10 +51,15 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
     note = (
         f"{hardware(machine)}, {settings['mode']}, torch {machine['torch']}, "
         f"tome_ext {machine['tome_ext']}\n"
-        "Medians, the contenders taking turns. Ceiling: tokens sliced off where others are merged."
+        "Medians, the contenders taking turns. Ceiling: tokens sliced off instead."
     )
     figure.supxlabel(note, size=7.5, color=FAINT)
     return figure
+
+
+def amount(row: Row) -> float:
+    """What a row is drawn over."""
+    return row.r if row.keep_rate is None else row.keep_rate
 
 
 def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
@@ -56,7 +68,7 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
     axes.axhline(base, color=colors[UNPATCHED], linestyle="--", linewidth=1.3, label=UNPATCHED)
     for name, color in colors.items():
         points = [
-            (row.r, row.contenders[name].images_per_second)
+            (amount(row), row.contenders[name].images_per_second)
             for row in rows
             if name in row.contenders and name != UNPATCHED
         ]
@@ -64,7 +76,7 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
             continue
         ceiling = name == CEILING
         axes.plot(
-            [r for r, _ in points],
+            [x for x, _ in points],
             [speed for _, speed in points],
             color=color,
             label=LABELS.get(name, name),
@@ -74,8 +86,9 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
             markersize=10 if ceiling else 4.5,
             zorder=4 if name == OURS else 3,
         )
-    axes.set_xticks(sorted({row.r for row in rows}))
-    axes.set_xlabel("r, tokens merged in every block", size=9)
+    axes.set_xticks(sorted({amount(row) for row in rows}))
+    by_rate = rows[0].keep_rate is not None
+    axes.set_xlabel("keep rate" if by_rate else "r, tokens removed in every block", size=9)
     axes.set_ylabel("images/s", size=9)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.06)

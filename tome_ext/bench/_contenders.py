@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import patch
-from .._command import CommandError
+from .._command import CommandError, Reduction
 from ..patch._swap import Swapped, swap
+from ..schedule import parse_keep_rate, tokens_after
 
 __all__ = [
     "CEILING",
@@ -25,7 +25,7 @@ __all__ = [
     "Peer",
     "count_tokens",
     "find_peers",
-    "merging",
+    "patched",
     "runner",
     "share_weights",
     "sliced",
@@ -49,26 +49,30 @@ class SlicedBlock(Swapped):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
-        num_tokens, prefix = x.shape[1], self._tome_num_prefix_tokens
-        r = min(self._tome_r, (num_tokens - prefix) // 2)  # as merging cuts it
-        x = x[:, : num_tokens - r]
+        method, prefix, r, keep_rate = self._tome_reduction
+        x = x[:, : tokens_after(method, x.shape[1], prefix, r, keep_rate)]
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def sliced(model: Any, r: int) -> Any:
-    """The ceiling: every block of the model keeps as many tokens as merging ``r`` would leave.
+def sliced(model: Any, reduction: Reduction) -> Any:
+    """The ceiling: every block of the model keeps as many tokens as the patch would leave.
 
     Nothing else changes, attention is the model's own.
     """
-    for block in model.blocks:
-        prefix = model.num_prefix_tokens
-        swap(block, SlicedBlock, _tome_r=r, _tome_num_prefix_tokens=prefix)
+    method, r, keep_rate = reduction.method, reduction.r, reduction.keep_rate
+    depth = len(model.blocks)
+    rates: Any = [None] * depth
+    if keep_rate is not None:
+        rates = parse_keep_rate(depth, keep_rate, method)
+    for block, rate in zip(model.blocks, rates, strict=True):
+        if r or rate not in (None, 1.0):
+            swap(block, SlicedBlock, _tome_reduction=(method, model.num_prefix_tokens, r, rate))
     return model
 
 
-def merging(model: nn.Module, r: int) -> Any:
+def patched(model: nn.Module, reduction: Reduction) -> Any:
     """The model with this package's patch."""
-    return patch.timm(model, r=r)
+    return reduction.patch(model)
 
 
 # --- peers --------------------------------------------------------------------------------------

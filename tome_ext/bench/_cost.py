@@ -20,11 +20,12 @@ def count_flops(run: Callable[[], object]) -> int:
 
     As ``torch.utils.flop_counter`` counts them (a multiply-add is two), with this package's
     operators: ``tome::attention`` as ``F.scaled_dot_product_attention``, and in ``tome::match`` the
-    scores, although most of them are never kept. What reads and writes, such as merging, norms and
-    softmax, counts nothing there or here.
+    scores, although most of them are never kept; in ``tome::cls_attention`` those of one query.
+    What reads and writes, such as merging, norms and softmax, counts nothing there or here.
     """
     formulas = {
         torch.ops.tome.attention_forward: _attention_flops,
+        torch.ops.tome.cls_attention: _cls_flops,
         torch.ops.tome.match: _match_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -34,6 +35,11 @@ def count_flops(run: Callable[[], object]) -> int:
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
+
+
+def _cls_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, num_tokens, dim = k
+    return int(2 * batch * heads * num_tokens * dim)
 
 
 def _match_flops(metric: Any, r: int, *args: Any, **kwargs: Any) -> int:

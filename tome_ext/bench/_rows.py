@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .._command import Reduction
+from ..schedule import Method
 from ._contenders import CEILING, OURS, UNPATCHED
 from .timing import ratio
 
@@ -74,10 +76,17 @@ class Row:
     image_size: tuple[int, int]
     dtype: str
     batch_size: int
+    method: Method
     r: int
+    keep_rate: float | None
     rounds: int
     contenders: dict[str, Figures]
     left_out: dict[str, str]
+
+    @property
+    def reduction(self) -> Reduction:
+        """How tokens were reduced."""
+        return Reduction(self.method, self.r, self.keep_rate)
 
 
 def summarize(
@@ -109,7 +118,7 @@ def write_json(
 
 # --- text ---------------------------------------------------------------------------------------
 
-# Heading, width, and how a figure is shown; the first two columns are r and the contender's name.
+# Heading, width, and how a figure is shown; before them are the amount and the contender's name.
 COLUMNS = (
     ("img/s", 8, lambda f: f"{f.images_per_second:.1f}"),
     ("ms", 8, lambda f: f"{f.median_ms:.4g}"),
@@ -123,7 +132,7 @@ COLUMNS = (
 LABELS = {CEILING: "ceiling (sliced)", OURS: "tome_ext"}
 NOTE = (
     "img/s, ms: medians, the contenders taking turns; ms and MiB of a whole batch, MiB at the peak "
-    "beyond weights\nand input; ceiling: tokens sliced off instead of merged"
+    "beyond weights\nand input; ceiling: tokens sliced off instead"
 )
 
 
@@ -136,13 +145,14 @@ def hardware(machine: dict[str, Any]) -> str:
 def title(row: Row) -> str:
     """What rows have in common that share a heading."""
     height, width = row.image_size
-    return f"{row.model}, {height} x {width}, {row.dtype}, batch of {row.batch_size}"
+    method = "" if row.method == "tome" else f", {row.method}"
+    return f"{row.model}, {height} x {width}, {row.dtype}, batch of {row.batch_size}{method}"
 
 
-def heading() -> str:
+def heading(row: Row) -> str:
     """The names of the columns."""
     names = "".join(f"  {name:>{width}}" for name, width, _ in COLUMNS)
-    return f"{'r':>4}  {'':16}{names}"
+    return f"{'r' if row.keep_rate is None else 'keep':>4}  {'':16}{names}"
 
 
 def lines(row: Row) -> list[str]:
@@ -150,6 +160,6 @@ def lines(row: Row) -> list[str]:
     out: list[str] = []
     for name, figures in row.contenders.items():
         cells = "".join(f"  {show(figures):>{width}}" for _, width, show in COLUMNS)
-        first = str(row.r) if not out else ""
+        first = row.reduction.amount if not out else ""
         out.append(f"{first:>4}  {LABELS.get(name, name):16}{cells}")
     return out + [f"      {name}: left out, {reason}" for name, reason in row.left_out.items()]

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import patch
-from .._command import CommandError, check_model_name, create_model, find_device
+from .._command import (
+    CommandError,
+    Reduction,
+    check_model_name,
+    check_patch,
+    create_model,
+    find_device,
+)
 from . import _chart, _rows
 from ._contenders import (
     CEILING,
@@ -22,7 +28,7 @@ from ._contenders import (
     Peer,
     count_tokens,
     find_peers,
-    merging,
+    patched,
     runner,
     share_weights,
     sliced,
@@ -39,11 +45,11 @@ FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: every combination of models, dtypes, batch sizes and r.
+    """What to measure: every combination of models, dtypes, batch sizes and reductions.
 
     Attributes:
         models: names of timm models.
-        r: tokens to merge in every block.
+        reductions: how, and how far, tokens are reduced.
         batch_sizes: images a forward.
         dtypes: names of torch dtypes.
         device: where to run.
@@ -51,13 +57,13 @@ class Options:
             graph of the whole forward.
         image_size: pixels a side; None means what each model was made for.
         seconds: how long to time each combination, all contenders together; at least five rounds.
-        peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each.
+        peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each; they take r.
         json: where to write every figure; None for nowhere.
-        chart: where to draw speed against r, as .png, .svg or .pdf; None for nowhere.
+        chart: where to draw speed against the amount, as .png, .svg or .pdf; None for nowhere.
     """
 
     models: tuple[str, ...]
-    r: tuple[int, ...]
+    reductions: tuple[Reduction, ...]
     batch_sizes: tuple[int, ...] = (8,)
     dtypes: tuple[str, ...] = ("float32",)
     device: str = "cpu"
@@ -93,7 +99,7 @@ def run(options: Options) -> list[Row]:
     print("weights     random; speed does not depend on them", flush=True)
 
     rows: list[Row] = []
-    per_model = len(options.batch_sizes) * len(options.r)
+    per_model = len(options.batch_sizes) * len(options.reductions)
     bar = tqdm(
         total=len(options.models) * len(options.dtypes) * per_model,
         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
@@ -102,20 +108,28 @@ def run(options: Options) -> list[Row]:
     with bar, on_device(device):
         for name, dtype in itertools.product(options.models, options.dtypes):
             model = load(name, options.image_size).to(device, getattr(torch, dtype))
-            for batch_size, r in itertools.product(options.batch_sizes, options.r):
-                bar.set_description_str(f"{name} {dtype} B={batch_size} r={r}")
+            # Methods one after the other, each with its batch sizes and amounts.
+            by_method = itertools.groupby(options.reductions, lambda each: each.method)
+            for batch_size, reduction in [
+                pair
+                for _, group in by_method
+                for pair in itertools.product(options.batch_sizes, list(group))
+            ]:
+                bar.set_description_str(f"{name} {dtype} B={batch_size} {reduction}")
                 done = len(rows)
 
                 def show(share: float, done: int = done) -> None:
                     bar.update(done + share - bar.n)
 
+                x = images(model, batch_size)
                 figures, left_out, rounds = measure(
-                    model, images(model, batch_size), r, options.mode, options.seconds, peers, show
+                    model, x, reduction, options.mode, options.seconds, peers, show
                 )
+                amount = reduction.method, reduction.r, reduction.keep_rate
                 size = model.patch_embed.img_size
-                row = Row(name, size, dtype, batch_size, r, rounds, figures, left_out)
+                row = Row(name, size, dtype, batch_size, *amount, rounds, figures, left_out)
                 if not rows or _rows.title(row) != _rows.title(rows[-1]):
-                    bar.write(f"\n{_rows.title(row)}\n{_rows.heading()}")
+                    bar.write(f"\n{_rows.title(row)}\n{_rows.heading(row)}")
                 bar.write("\n".join(_rows.lines(row)))
                 rows.append(row)
                 if options.json is not None:  # after every row: a long run may be stopped
@@ -140,10 +154,7 @@ def check(options: Options, device: torch.device) -> None:
     for name in options.models:
         check_model_name(name)
         model = load(name, options.image_size)
-        try:
-            patch.timm(model)
-        except ValueError as error:
-            raise CommandError(str(error)) from None
+        check_patch(model, options.reductions)
         sides, unit = model.patch_embed.img_size, model.patch_embed.patch_size
         if any(side % pixels for side, pixels in zip(sides, unit, strict=True)):
             raise CommandError(f"--img-size: {name} needs a multiple of {unit[0]}, got {sides[0]}")
@@ -172,7 +183,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def measure(
     model: Any,
     x: Tensor,
-    r: int,
+    reduction: Reduction,
     mode: str,
     seconds: float,
     peers: list[Peer],
@@ -193,27 +204,30 @@ def measure(
     costs: dict[str, Cost] = {}
     left_out: dict[str, str] = {}
 
-    def enter(name: str, patched: Any) -> None:
-        tokens = count_tokens(patched, x)
+    def enter(name: str, contender: Any) -> None:
+        tokens = count_tokens(contender, x)
         if CEILING in costs and tokens != costs[CEILING].tokens:
             raise RuntimeError(
                 f"tokens by layer: expected those of the ceiling, {costs[CEILING].tokens}, "
                 f"got {tokens} in {name}"
             )
-        flops = count_flops(lambda: patched(x)) // len(x)
-        run = runner(patched, x, mode)
+        flops = count_flops(lambda: contender(x)) // len(x)
+        run = runner(contender, x, mode)
         run()  # what fails, fails here; and it compiles
-        measured = run if mode == "compile" else lambda: patched(x)
+        measured = run if mode == "compile" else lambda: contender(x)
         memory = extra_memory(measured, x.device, compiled=mode == "compile")
         runs[name], costs[name] = run, Cost(tokens, flops, memory)
 
     try:
         enter(UNPATCHED, share_weights(model))
-        enter(CEILING, sliced(share_weights(model), r))
-        enter(OURS, merging(share_weights(model), r))
+        enter(CEILING, sliced(share_weights(model), reduction))
+        enter(OURS, patched(share_weights(model), reduction))
         for peer in peers:
+            if reduction.keep_rate is not None:
+                left_out[peer.name] = "it takes r, not a keep rate"
+                continue
             try:
-                enter(peer.name, peer.patch(share_weights(model), r))
+                enter(peer.name, peer.patch(share_weights(model), reduction.r))
             except Exception as error:  # a peer that does not know this model may raise anything
                 left_out[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())
         times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
