@@ -137,12 +137,11 @@ def draw(result: dict[str, Any]) -> Any:
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center", ncols=4, frameon=False, fontsize=9.5,
     )  # fmt: skip
-    photographs = (
-        "a photograph" if result["photographs"] == 1 else f"{result['photographs']} photographs"
-    )
+    count = result["photographs"]
+    photographs = "a photograph" if count == 1 else f"{count} photographs"
     figure.supxlabel(
-        f"{result['model']}, {result['weights']} weights; {result['crops']} crops of {photographs}; "
-        "agreement: mean cosine similarity with the unpatched model's",
+        f"{result['model']}, {result['weights']} weights; {result['crops']} crops of "
+        f"{photographs}; agreement: mean cosine similarity with the unpatched model's",
         size=7.5, color=FAINT,
     )  # fmt: skip
     return figure

@@ -16,6 +16,7 @@ PAGES = sorted(page.name for page in RUNNING.glob("*.md") if page.name != "READM
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ON_GPU = {"cuda-graphs.md"}
 BY_TORCHRUN = {"distributed.md"}
+OTHERS = ("../methods.md",)  # pages elsewhere
 # What pages change in torch._dynamo.config, as it was before: set back after each.
 CHANGED = ("recompile_limit", "skip_fwd_side_effects_in_bwd_under_checkpoint")
 SETTINGS = {name: getattr(torch._dynamo.config, name) for name in CHANGED}
@@ -36,7 +37,7 @@ def marked(page: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page not in BY_TORCHRUN])
+@pytest.mark.parametrize("page", [*map(marked, sorted({*PAGES, *OTHERS} - BY_TORCHRUN))])
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # for what the page writes
     torch.compiler.reset()
