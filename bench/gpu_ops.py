@@ -157,6 +157,7 @@ def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[st
     inputs = watch.rotating(make)
     plan = tome_ext.match(inputs[0][0], r, 1)
     vectors = [torch.randn(channels, device=watch.device, dtype=DTYPE) for _ in range(2)]
+    scores = torch.rand(batch, tokens, device=watch.device)
 
     # For a branch stands the x half a turn away, as far from the cache as can be.
     half = len(inputs) // 2
@@ -183,6 +184,7 @@ def layer_row(watch: Stopwatch, shape: dict, bandwidth: float | None) -> dict[st
         inputs,
         {
             "match": lambda keys, x, size: tome_ext.match(keys, r, 1),
+            "select": lambda keys, x, size: tome_ext.select(scores, tokens - r, 1),
             "merge": lambda keys, x, size: plan.merge(x, size),
             "unmerge": lambda keys, x, size: plan.unmerge(x[:, : tokens - r]),
             "both": both,
@@ -380,6 +382,9 @@ def exercise(device: str) -> None:
             _, _, normed = plan.merge_add_norm(x, x, None, *torch.randn(3, channels).to(x))
             normed.sum().backward()
             tome_ext.MergePlan.from_assign(plan.assign, plan.num_output_tokens)
+            if dtype in (torch.float32, torch.float64):
+                for fuse in (False, True):
+                    tome_ext.select(x.detach()[..., 0].contiguous(), 20, 1, fuse)
             if device == "cuda" and dtype == torch.float64:
                 continue  # attention has no such kernel
             q = torch.randn_like(keys).requires_grad_()

@@ -78,6 +78,16 @@ def test_export_gives_the_model_s_logits_for_every_batch_size(name: str, strict:
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("method", ["evit", "topk"])
+def test_export_of_a_pruned_model(method: str) -> None:
+    model = tome.patch.timm(tiny(depth=2), method=method, keep_rate=0.6).requires_grad_(False)
+    program = export(model)
+    assert operators(program)["tome.select.default"] == 2
+    for batch in (1, 4):
+        x = images(batch, seed=batch)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_export_leaves_no_trace_in_the_model(strict: bool) -> None:

@@ -73,6 +73,18 @@ def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["evit", "topk"])
+def test_a_pruned_model_gives_its_logits_in_onnx_runtime(method: str) -> None:
+    model = tome.patch.timm(tiny(depth=2), method=method, keep_rate=0.6).requires_grad_(False)
+    proto = to_onnx(model, (images(2),), dynamic_shapes=BATCH)
+    assert_standard(proto)
+    run = session(proto)
+    for batch in (1, 3):
+        x = images(batch, seed=batch)
+        torch.testing.assert_close(run(x)[0], model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_an_exported_program_can_be_taken_to_onnx() -> None:
     model = patched("plain", depth=1)
     program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
@@ -100,7 +112,9 @@ class EveryOperator(nn.Module):
         shown = torch.where(last | (size >= 3), 0.0, size)
         attended = tome.proportional_attention(heads, heads, heads, shown, scale=0.3)
         scores = tome.cls_attention(heads, heads, shown)
-        return plan.assign, plan.unmerge(merged), size, attended, scores
+        kept = tome.select(scores, 9, num_prefix_tokens=1, fuse=True)
+        fused, _ = kept.merge(merged, scores, reduce="sum")
+        return plan.assign, plan.unmerge(merged), size, attended, scores, fused
 
 
 @pytest.mark.slow
