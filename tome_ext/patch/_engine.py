@@ -34,7 +34,6 @@ from ..schedule import (
     kept,
     parse_keep_rate,
     parse_r,
-    tokens_after,
 )
 
 __all__ = ["AttentionKind", "Engine", "Settings", "Step", "Tokens"]
@@ -169,12 +168,6 @@ class Engine:
         rate = None if self.rates is None else self.rates[layer]
         return kept(self.settings.method, num_patches, self.schedule[layer], rate)
 
-    def tokens_after(self, layer: int, num_tokens: int) -> int:
-        """How many of ``num_tokens`` tokens, prefix included, a layer leaves."""
-        rate = None if self.rates is None else self.rates[layer]
-        r, prefix = self.schedule[layer], self.num_prefix_tokens
-        return tokens_after(self.settings.method, num_tokens, prefix, r, rate)
-
     def truncate(self, num_layers: int) -> None:
         """Follow a model that dropped its last layers: the layers that stay keep their numbers."""
         self.num_layers = num_layers
@@ -240,7 +233,7 @@ class Engine:
             tokens = self.current
         if tokens is not None and tokens.fit(x):
             return tokens.size
-        if self.first_layer == self.num_layers:
+        if self.first_layer == self.num_layers or self.settings.method != "tome":
             return None
         last = None if tokens is None else (tokens.batch_size, tokens.num_tokens)
         raise RuntimeError(
