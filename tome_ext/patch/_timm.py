@@ -111,9 +111,8 @@ def timm(
     )
     if method in ("evit", "topk") and not engine.extra_info["class_token"]:
         raise ValueError(
-            f"method: {method!r} ranks tokens by the class token's attention, which "
-            f"{type(model).__qualname__} does not have here; expected a model with a class token, "
-            "or method='tome'"
+            f"method: {method!r} ranks tokens by the class token's attention, and this "
+            "model has no class token; expected one that has, or method='tome'"
         )
     engine.configure(settings, r, keep_rate)  # refuses before any module is touched
     for layer, block in enumerate(blocks):
