@@ -48,6 +48,17 @@ Tensor as_heads(const Tensor& x) {
                : torch::stable::transpose(torch::stable::contiguous(tokens_first), 1, 2);
 }
 
+// The plan that a call makes, on the device of `like`.
+template <class Call>
+void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
+    call.assign = int_table(like, call.params.batch, call.params.tokens);
+    call.members = int_table(like, call.params.batch, call.params.tokens);
+    call.offsets = int_table(like, call.params.batch, rows + 1);
+    call.params.assign = mutable_data<int32_t>(call.assign);
+    call.params.members = mutable_data<int32_t>(call.members);
+    call.params.offsets = mutable_data<int32_t>(call.offsets);
+}
+
 }  // namespace
 
 MatchCall::MatchCall(const Tensor& given, int64_t r, int64_t num_prefix_tokens) {
@@ -67,12 +78,7 @@ MatchCall::MatchCall(const Tensor& given, int64_t r, int64_t num_prefix_tokens) 
     params.r = r;
     params.num_prefix_tokens = num_prefix_tokens;
     const int64_t rows = params.tokens - cut_r(params.tokens, r, num_prefix_tokens);
-    assign = int_table(metric, params.batch, params.tokens);
-    members = int_table(metric, params.batch, params.tokens);
-    offsets = int_table(metric, params.batch, rows + 1);
-    params.assign = mutable_data<int32_t>(assign);
-    params.members = mutable_data<int32_t>(members);
-    params.offsets = mutable_data<int32_t>(offsets);
+    allocate_plan(*this, metric, rows);
 }
 
 SelectCall::SelectCall(const Tensor& given, int64_t keep, int64_t num_prefix_tokens, bool fuse) {
@@ -87,12 +93,7 @@ SelectCall::SelectCall(const Tensor& given, int64_t keep, int64_t num_prefix_tok
     params.num_prefix_tokens = num_prefix_tokens;
     params.fuse = fuse;
     const int64_t rows = select_rows(params.tokens, keep, num_prefix_tokens, fuse);
-    assign = int_table(scores, params.batch, params.tokens);
-    members = int_table(scores, params.batch, params.tokens);
-    offsets = int_table(scores, params.batch, rows + 1);
-    params.assign = mutable_data<int32_t>(assign);
-    params.members = mutable_data<int32_t>(members);
-    params.offsets = mutable_data<int32_t>(offsets);
+    allocate_plan(*this, scores, rows);
 }
 
 PlanCall::PlanCall(const Tensor& given, int64_t num_rows) {
