@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_patch",
     "create_model",
     "find_device",
+    "patched",
     "prefer_cache_without_network",
 ]
 
@@ -76,6 +78,11 @@ def check_patch(model: Any, reductions: Iterable[Reduction]) -> None:
         patch.remove(model)
     except ValueError as error:
         raise CommandError(str(error)) from None
+
+
+def patched(model: Any, reduction: Reduction | None) -> AbstractContextManager[Any]:
+    """The model with a setting, for a while; None leaves it as it is."""
+    return nullcontext() if reduction is None else reduction.patch(model)
 
 
 def find_device(name: str) -> torch.device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from ._command import (
     check_patch,
     create_model,
     find_device,
+    patched,
     prefer_cache_without_network,
 )
 from .plan import MergePlan
@@ -277,11 +277,6 @@ def measure(
         left = num_tokens if plan is None else plan.num_output_tokens
         rows.append(Row(setting, left, rate, agreement))
     return rows, merged
-
-
-def patched(model: nn.Module, reduction: Reduction | None) -> AbstractContextManager[Any]:
-    """The model with a setting; None leaves it as it is."""
-    return nullcontext() if reduction is None else reduction.patch(model)
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ._command import (
     check_patch,
     create_model,
     find_device,
+    patched,
     prefer_cache_without_network,
 )
 from ._world import World
@@ -382,7 +382,7 @@ def count(
 @torch.inference_mode()
 def timed(model: Any, x: Tensor, reduction: Reduction | None) -> tuple[Tensor, float]:
     """The logits (B, classes), and the seconds it took; None is the model without a patch."""
-    with nullcontext() if reduction is None else reduction.patch(model):
+    with patched(model, reduction):
         synchronize(x.device)
         start = time.perf_counter()
         logits = model(x)

@@ -25,7 +25,6 @@ __all__ = [
     "Peer",
     "count_tokens",
     "find_peers",
-    "patched",
     "runner",
     "share_weights",
     "sliced",
@@ -68,11 +67,6 @@ def sliced(model: Any, reduction: Reduction) -> Any:
         if r or rate not in (None, 1.0):
             swap(block, SlicedBlock, _tome_reduction=(method, model.num_prefix_tokens, r, rate))
     return model
-
-
-def patched(model: nn.Module, reduction: Reduction) -> Any:
-    """The model with this package's patch."""
-    return reduction.patch(model)
 
 
 # --- peers --------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from ._contenders import (
     Peer,
     count_tokens,
     find_peers,
-    patched,
     runner,
     share_weights,
     sliced,
@@ -221,7 +220,7 @@ def measure(
     try:
         enter(UNPATCHED, share_weights(model))
         enter(CEILING, sliced(share_weights(model), reduction))
-        enter(OURS, patched(share_weights(model), reduction))
+        enter(OURS, reduction.patch(share_weights(model)))
         for peer in peers:
             if reduction.keep_rate is not None:
                 left_out[peer.name] = "it takes r, not a keep rate"
