@@ -376,14 +376,16 @@ def masked_cls_attention(
 ) -> Tensor:
     """:func:`cls_attention` with a mask, bool or added to the logits, for (B, H, 1, N)."""
     scale = default_scale(q) if scale is None else scale
-    logits = _logits(q[:, :, :1], k, size, scale)
-    if attn_mask.dtype == torch.bool:
-        logits = torch.where(attn_mask, logits, float("-inf"))
-    else:
-        logits = logits + attn_mask
-    return _softmax(logits)[0].squeeze(2).mean(1)
+    return cls_weights(q, k, size, scale, attn_mask).mean(1)
 
 
-def cls_weights(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
+def cls_weights(
+    q: Tensor, k: Tensor, size: Tensor | None, scale: float, attn_mask: Tensor | None = None
+) -> Tensor:
     """The rows (B, H, N) that ``cls_attention`` averages over heads."""
-    return _softmax(_logits(q[:, :, :1], k, size, scale))[0].squeeze(2)
+    logits = _logits(q[:, :, :1], k, size, scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = torch.where(attn_mask, logits, float("-inf"))
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return _softmax(logits)[0].squeeze(2)
