@@ -7,8 +7,8 @@ library is imported only when its patch is called.
 
 from __future__ import annotations
 
-from ._engine import Tokens
 from ._model import remove
 from ._timm import timm
+from ._tokens import Tokens
 
 __all__ = ["Tokens", "remove", "timm"]

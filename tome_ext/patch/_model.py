@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..schedule import KeepRate, Method, Schedule
-from ._engine import AttentionKind, Engine, Tokens
+from ._engine import AttentionKind, Engine
 from ._swap import Swapped, is_outermost, restore
+from ._tokens import Tokens
 
 __all__ = ["PatchedModel", "remove"]
 

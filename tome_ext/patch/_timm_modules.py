@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..attention import autocasts, log_size_bias
 from ..reference import accumulate_dtype
-from ._engine import AttentionKind, Step
+from ._engine import AttentionKind
 from ._model import PatchedModel
+from ._step import Step
 from ._swap import Swapped
 
 __all__ = ["TimmAttention", "TimmBlock", "TimmModel"]
