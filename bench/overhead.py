@@ -20,6 +20,7 @@ from timing import Contender, describe_machine, interleave, write_json
 from timm.models.vision_transformer import VisionTransformer
 
 import tome_ext
+from tome_ext._command import Reduction
 from tome_ext.bench._contenders import share_weights, sliced
 
 R = 1
@@ -37,7 +38,7 @@ def contenders() -> dict[str, Contender]:
     forms = {
         "unpatched": model,
         "r=0": tome_ext.patch.timm(share_weights(model)),
-        "ceiling": sliced(share_weights(model), R),
+        "ceiling": sliced(share_weights(model), Reduction(r=R)),
         "patched": tome_ext.patch.timm(share_weights(model), r=R),
     }
     return {name: lambda form=form: form(x) for name, form in forms.items()}
