@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .ops import describe
+from .ops import describe, device_kind
 from .plan import MergePlan
 from .reference import accumulate_dtype
 
@@ -35,19 +35,21 @@ MAX_CUDA_HEAD_DIM = 128  # kMaxCudaHeadDim of tome_core/cuda.h
 
 
 def unsupported(
-    device: torch.device,
+    kind: str,
     dtype: torch.dtype,
     head_dim: int,
     dropout_p: float = 0.0,
     sized: bool = True,
 ) -> str | None:
-    """Why ``tome::attention`` does not serve attention of this kind, in words; None if it does."""
-    if not sized and device.type != "cpu":
+    """Why ``tome::attention`` does not serve such attention, in words; None if it does.
+
+    ``kind`` is the type of the device.
+    """
+    if not sized and kind != "cpu":
         # There stock attention is flash. On the CPU it is slower: the README has the figures.
         return "without sizes it is the same"
     if dropout_p > 0:
         return f"attention dropout of {dropout_p:g}"
-    kind = device.type
     if kind not in ops.kernel_devices:
         return f"no kernel for {kind}"
     if dtype not in ops.FLOATS or (kind == "cuda" and dtype == torch.float64):
@@ -79,14 +81,14 @@ def _operator_serves(
         return UNLIKE
     if like_q != like_k and (like_q[:2] != like_k[:2] or like_q[3] != like_k[3]):
         return UNLIKE
-    return unsupported(q.device, q.dtype, like_q[3], dropout_p, size is not None)
+    return unsupported(device_kind(q), q.dtype, like_q[3], dropout_p, size is not None)
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
     if not torch._C._is_any_autocast_enabled():  # a tenth of the time of the questions below
         return False
-    device = x.device.type
+    device = device_kind(x)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -114,11 +116,11 @@ def _check(size: Tensor | None, **tensors: Tensor) -> None:
         raise ValueError(f"size: expected float32 on {device}, got {describe(size)}")
 
 
-def key_mask(attn_mask: Tensor | None, batch: int, num_keys: int) -> Tensor | None:
+def key_mask(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor | None:
     """The keys that a mask shows, if that is all it says.
 
     Args:
-        attn_mask: a mask broadcastable to (B, H, M, N), or None.
+        attn_mask: a mask broadcastable to (B, H, M, N).
         batch: B.
         num_keys: N.
 
@@ -126,7 +128,7 @@ def key_mask(attn_mask: Tensor | None, batch: int, num_keys: int) -> Tensor | No
         (B, N) bool, True for the keys that every query may see; None if the mask is not bool, or
         differs between heads or queries.
     """
-    if attn_mask is None or attn_mask.dtype != torch.bool or attn_mask.dim() > 4:
+    if attn_mask.dtype != torch.bool or attn_mask.dim() > 4:
         return None
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if shape[0] not in (1, batch) or shape[1:3] != (1, 1) or shape[3] not in (1, num_keys):
@@ -232,10 +234,11 @@ def attend(
     dtypes get the error of whichever operator is called.
     """
     q, k, v = _cast_for_autocast(q, k, v)
-    shown = key_mask(attn_mask, k.shape[0], k.shape[-2])
-    if shown is not None:
-        size = shown.to(torch.float32) if size is None else torch.where(shown, size, 0.0)
-        attn_mask = None
+    if attn_mask is not None:
+        shown = key_mask(attn_mask, k.shape[0], k.shape[-2])
+        if shown is not None:
+            size = shown.to(torch.float32) if size is None else torch.where(shown, size, 0.0)
+            attn_mask = None
     reason = _operator_serves(q, k, v, size, attn_mask, dropout_p)
     if reason is None:
         if size is not None and size.dtype != torch.float32:
@@ -295,7 +298,7 @@ def cls_attention(
     if size is not None:
         size = size.to(torch.float32)
     # Its kernels take heads of any size.
-    if unsupported(q.device, q.dtype, head_dim=1) is not None:
+    if unsupported(device_kind(q), q.dtype, head_dim=1) is not None:
         return ops.twin("cls_attention")(q, k, size, scale)
     return ops.cls_attention(q, k, size, scale)
 

@@ -47,7 +47,7 @@ OWN_ATTENTION = "the model's own, as nothing has merged"
 class AttentionKind(NamedTuple):
     """What is known about a layer's attention before it runs."""
 
-    device: torch.device
+    device: str
     dtype: torch.dtype
     head_dim: int
     dropout_p: float

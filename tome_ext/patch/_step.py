@@ -34,6 +34,8 @@ class Step:
             class token's attention (B, M).
     """
 
+    __slots__ = ("active", "engine", "keep", "r", "ranking", "reduces", "size", "tokens")
+
     def __init__(self, engine: Engine, tokens: Tokens) -> None:
         self.engine = engine
         self.tokens = tokens
@@ -220,7 +222,8 @@ class Step:
         reduced = before.reduced or plan is not None
         if self.engine.settings.method != "tome":
             size = None  # pruned models count every token once
-        self.tokens = Tokens(before.layer + 1, x.shape[0], x.shape[1], size, assigns, reduced)
+        shape = x.shape
+        self.tokens = Tokens(before.layer + 1, shape[0], shape[1], size, assigns, reduced)
 
     def leave(self, x: Tensor) -> Tensor:
         """End the block, which returns ``x``."""

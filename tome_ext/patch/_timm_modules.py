@@ -123,7 +123,7 @@ def fit(x: Tensor, *others: Tensor | None) -> bool:
 
     Not if autocast or several dtypes are at work, whose conversions are torch's to choose.
     """
-    if x.device.type not in ops.kernel_devices or autocasts(x):
+    if ops.device_kind(x) not in ops.kernel_devices or autocasts(x):
         return False
     dtype = x.dtype
     return all(other is None or other.dtype == dtype for other in others)
@@ -208,7 +208,7 @@ class TimmModel(PatchedModel):
     def _tome_attention(self: Any, layer: int) -> AttentionKind:
         attn = self.blocks[layer].attn
         weight = next(attn.parameters())
-        return AttentionKind(weight.device, weight.dtype, attn.head_dim, dropout_of(attn))
+        return AttentionKind(weight.device.type, weight.dtype, attn.head_dim, dropout_of(attn))
 
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the layers that stay keep the number of tokens they remove."""

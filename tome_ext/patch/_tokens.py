@@ -52,4 +52,5 @@ class Tokens(NamedTuple):
 
     def fit(self, x: Tensor) -> bool:
         """Whether ``x`` (B, M, C) can be these tokens."""
-        return x.shape[0] == self.batch_size and x.shape[1] == self.num_tokens
+        shape = x.shape  # asked for once: each question makes a new torch.Size
+        return shape[0] == self.batch_size and shape[1] == self.num_tokens
