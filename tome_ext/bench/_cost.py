@@ -24,6 +24,8 @@ def count_flops(run: Callable[[], object]) -> int:
     What reads and writes, such as merging, norms and softmax, counts nothing there or here.
     """
     formulas = {
+        # torch has a formula for its attention on the CPU from 2.15 on.
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.tome.attention_forward: _attention_flops,
         torch.ops.tome.cls_attention: _cls_flops,
         torch.ops.tome.match: _match_flops,

@@ -45,6 +45,27 @@ TOME_INLINE void prefetch_token(const In* x, int64_t heads, int64_t stride_head,
     }
 }
 
+// kBlock vectors of one token's mean over heads, from channel d on, side by side: every head is
+// read in a run as long as that. Adds up their squares.
+//   x    (heads, dim)  the token's metric in every head
+//   row  (dim) out
+template <int kBlock, class In, class T, class V>
+TOME_INLINE void mean_over_heads(const In* x, int64_t heads, int64_t stride_head, int64_t d,
+                                 V share, T* row, V (&squares)[4]) {
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    V sum[kBlock];
+    for (int u = 0; u < kBlock; ++u) sum[u] = load(x + d + u * kLanes);
+    for (int64_t h = 1; h < heads; ++h) {
+        const In* head = x + h * stride_head + d;
+        for (int u = 0; u < kBlock; ++u) sum[u] += load(head + u * kLanes);
+    }
+    for (int u = 0; u < kBlock; ++u) {
+        const V mean = sum[u] * share;
+        squares[u % 4] += mean * mean;
+        store(row + d + u * kLanes, mean);
+    }
+}
+
 // One token's metric at length 1 (a zero vector stays zero). Returns false, and zeros, where it
 // holds NaN or infinity.
 //   x   (heads, dim)  the token's metric in every head
@@ -53,33 +74,29 @@ template <class In, class T>
 bool load_unit_row(const In* x, int64_t heads, int64_t stride_head, int64_t dim, T* row) {
     using V = typename Vector<T>::Type;
     constexpr int64_t kLanes = Vector<T>::kLanes;
-    constexpr int kBlock = 8;  // vectors summed side by side: every head is read in long runs
     const V share = broadcast<V>(T(1) / T(heads));
-    V squares[kBlock] = {};
+    V squares[4] = {};
     int64_t d = 0;
-    for (; d + kBlock * kLanes <= dim; d += kBlock * kLanes) {
-        V sum[kBlock];
-        for (int u = 0; u < kBlock; ++u) sum[u] = load(x + d + u * kLanes);
-        for (int64_t h = 1; h < heads; ++h) {
-            const In* head = x + h * stride_head + d;
-            for (int u = 0; u < kBlock; ++u) sum[u] += load(head + u * kLanes);
-        }
-        for (int u = 0; u < kBlock; ++u) {
-            const V mean = sum[u] * share;
-            squares[u] += mean * mean;
-            store(row + d + u * kLanes, mean);
-        }
+    for (; d + 8 * kLanes <= dim; d += 8 * kLanes) {
+        mean_over_heads<8>(x, heads, stride_head, d, share, row, squares);
     }
-    for (; d < dim; d += kLanes) {
-        const int64_t part = dim - d < kLanes ? dim - d : kLanes;
+    // The usual 64 channels are eight vectors of AVX2 but four of AVX-512.
+    if (d + 4 * kLanes <= dim) {
+        mean_over_heads<4>(x, heads, stride_head, d, share, row, squares);
+        d += 4 * kLanes;
+    }
+    for (; d + kLanes <= dim; d += kLanes) {
+        mean_over_heads<1>(x, heads, stride_head, d, share, row, squares);
+    }
+    if (d < dim) {
+        const int64_t part = dim - d;
         V sum = load_part(x + d, part);
         for (int64_t h = 1; h < heads; ++h) sum += load_part(x + h * stride_head + d, part);
         sum *= share;
         squares[0] += sum * sum;
         store_part(row + d, sum, part);
     }
-    const T square = total(((squares[0] + squares[1]) + (squares[2] + squares[3])) +
-                           ((squares[4] + squares[5]) + (squares[6] + squares[7])));
+    const T square = total((squares[0] + squares[1]) + (squares[2] + squares[3]));
     // Between these, neither the squares nor their rounding are in danger.
     constexpr T kLow = sizeof(T) == 8 ? T(1e-280) : T(1e-28);
     constexpr T kHigh = sizeof(T) == 8 ? T(1e300) : T(1e36);

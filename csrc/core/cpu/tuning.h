@@ -27,10 +27,11 @@ constexpr int64_t columns_per_chunk(int64_t dim, int64_t element_bytes, int64_t 
 }
 
 // One image is spread over threads when there are too few images to keep all threads busy, or
-// they don't divide evenly and the remainder matters, and the image itself is worth it: 2^20
-// multiply-adds are about 20 microseconds on one core.
+// they don't divide evenly and the remainder matters, and the image itself is worth it: 2^17
+// multiply-adds come with keys of 10 microseconds to read, twice that where another core's cache
+// holds them, and two forks and joins take as long as half of it.
 constexpr bool split_image(int64_t batch, int64_t threads, int64_t multiply_adds) {
-    if (threads <= 1 || multiply_adds < (int64_t{1} << 20)) return false;
+    if (threads <= 1 || multiply_adds < (int64_t{1} << 17)) return false;
     return batch < 4 * threads && batch % threads != 0;
 }
 
