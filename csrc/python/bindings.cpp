@@ -72,10 +72,10 @@ tome::Reduce parse_reduce(const std::string& name) {
 }
 
 Isa parse_isa(const std::string& name) {
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    for (Isa isa : tome::kIsas) {
         if (name == tome::isa_name(isa)) return isa;
     }
-    fail("isa: expected portable, avx2 or avx512, got " + name);
+    fail("isa: expected portable, avx2, avx512 or avx512_bf16, got " + name);
 }
 
 void check_status(const Status& status) {

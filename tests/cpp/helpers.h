@@ -187,7 +187,7 @@ inline const std::vector<DType> kDTypes = {DType::kFloat32, DType::kFloat16, DTy
 inline std::vector<Isa> isas() {
     const Isa before = tome::active_isa();
     std::vector<Isa> out;
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    for (Isa isa : tome::kIsas) {
         if (tome::set_isa(isa)) out.push_back(isa);
     }
     tome::set_isa(before);

@@ -184,7 +184,7 @@ def test_non_integer_r_is_refused():
             tome_ext.match(X, r)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """The operators' tests once more with a lower instruction set (the best is the default).
 

@@ -29,13 +29,15 @@ void fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
     std::fill(bias + keys, bias + padded, -std::numeric_limits<T>::infinity());
 }
 
-// Keys [begin, begin + count) of one image and head.
-template <class T>
+// Keys [begin, begin + count) of one image and head. Depths are counted in P, which may hold
+// several channels, or keys.
+template <class P, class T>
 struct KeyBlock {
-    const T* columns;  // (key panels, dim, kPanel)
-    const T* values;   // (channel panels, count, kPanel)
+    const P* columns;  // (key panels, dim, kPanel)
+    const P* values;   // (channel panels, count, kPanel)
     const T* bias;     // (padded count)
     int64_t count;
+    int64_t dim_depth, count_depth;
     bool first, last;
 };
 
@@ -48,18 +50,20 @@ struct RowState {
 };
 
 // scores (kRows, padded count) = factor * queries x columns + bias; each row's maximum in `top`.
-template <class T, int kRows>
-TOME_INLINE void score_tile_of(const T* queries, int64_t dim, T factor, const KeyBlock<T>& block,
-                               T* scores, T (&top)[kRows]) {
+template <class P, class T, int kRows>
+TOME_INLINE void score_tile_of(const P* queries, T factor, const KeyBlock<P, T>& block, T* scores,
+                               T (&top)[kRows]) {
     using V = typename Vector<T>::Type;
     constexpr int kLanes = Vector<T>::kLanes;
     const int64_t padded = round_up(block.count, kPanel<T>);
+    const int64_t depth = block.dim_depth;
     const V factors = broadcast<V>(factor);
     V peak[kRows];
     for (int i = 0; i < kRows; ++i) peak[i] = broadcast<V>(-std::numeric_limits<T>::infinity());
     for (int64_t j = 0; j < padded; j += kPanel<T>) {
-        V sum[kRows][kPanelVectors] = {};
-        multiply_panel<T, kRows, kPanelVectors>(queries, dim, 1, block.columns + j * dim, dim, sum);
+        V sum[kRows][kPanelVectors];
+        clear(sum);
+        multiply_panel(queries, depth, 1, block.columns + j * depth, depth, sum);
         for (int v = 0; v < kPanelVectors; ++v) {
             const V bias = load(block.bias + j + v * kLanes);
             for (int i = 0; i < kRows; ++i) {
@@ -80,17 +84,20 @@ TOME_INLINE void score_tile_of(const T* queries, int64_t dim, T factor, const Ke
 // kRows queries against one block.
 //   queries (kRows, dim)
 //   scores  (kRows, padded count)  working memory
+//   weights (kRows, padded count)  working memory, may be scores
 //   row                            number of the first query
-template <class In, class T, int kRows>
+template <class In, class P, class T, int kRows>
 void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t row,
-                 const KeyBlock<T>& block, const T* queries, T* scores, const RowState<T>& state) {
+                 const KeyBlock<P, T>& block, const P* queries, T* scores, P* weights,
+                 const RowState<T>& state) {
     using V = typename Vector<T>::Type;
     constexpr int kLanes = Vector<T>::kLanes;
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     const int64_t padded = round_up(block.count, kPanel<T>);
     const int64_t padded_dim = round_up(p.dim, kPanel<T>);
+    const int64_t weights_step = padded / Packed<In>::kValues;
     T top[kRows];
-    score_tile_of<T, kRows>(queries, p.dim, T(p.scale * kLog2E), block, scores, top);
+    score_tile_of(queries, T(p.scale * kLog2E), block, scores, top);
 
     T scale[kRows];  // of what earlier blocks left; at last, of the result
     T carry[kRows];
@@ -102,7 +109,7 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
         V sums{};
         for (int64_t j = 0; j < padded; j += kLanes) {
             const V weight = exp2_of_nonpositive(load(scores + i * padded + j) - shifts);
-            store(scores + i * padded + j, weight);
+            store_packed(weights + i * weights_step, j, weight);
             sums += weight;
         }
         carry[i] = block.first ? T(0) : std::exp2(before - shift);
@@ -120,7 +127,8 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
 
     In* out = static_cast<In*>(p.out) + ((image * p.queries + row) * p.heads + head) * p.dim;
     for (int64_t d = 0; d < padded_dim; d += kPanel<T>) {
-        V sum[kRows][kPanelVectors] = {};
+        V sum[kRows][kPanelVectors];
+        clear(sum);
         T* carried = state.values + d;
         if (!block.first) {
             for (int i = 0; i < kRows; ++i) {
@@ -130,8 +138,8 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
                 }
             }
         }
-        multiply_panel<T, kRows, kPanelVectors>(scores, padded, 1, block.values + d * block.count,
-                                                block.count, sum);
+        multiply_panel(weights, weights_step, 1, block.values + d * block.count_depth,
+                       block.count_depth, sum);
         for (int i = 0; i < kRows; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
                 if (block.last) {
@@ -148,17 +156,26 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
 template <class In>
 void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
     using T = typename Accumulate<In>::Type;
-    const int64_t per_block = tuning::keys_per_block(p.keys, p.dim, sizeof(T), kPanel<T>);
+    using P = typename Packed<In>::Type;
+    const auto depth_of = [](int64_t values) {
+        return (values + Packed<In>::kValues - 1) / Packed<In>::kValues;
+    };
+    const int64_t per_block =
+        tuning::keys_per_block(p.keys, p.dim, sizeof(P) / Packed<In>::kValues, kPanel<T>);
     const int64_t per_part = round_up((p.queries + parts - 1) / parts, kTileRows);
-    const int64_t padded_dim = round_up(p.dim, kPanel<T>);
+    const int64_t padded_dim = round_up(p.dim, kPanel<T>), depth = depth_of(p.dim);
     const int64_t padded_keys = round_up(p.keys, kPanel<T>);
     const bool one_block = p.keys <= per_block;
     const int64_t block_keys = one_block ? padded_keys : per_block;
-    const Scratch<T> columns(block_keys * p.dim), values(block_keys * padded_dim),
-        bias(padded_keys), scores(kTileRows * block_keys), queries(kTileRows * p.dim),
-        spare(Vector<T>::kLanes * p.dim);
+    constexpr bool kInPlace = std::is_same_v<P, T>;  // weights take the place of their scores
+    const Scratch<P> columns(block_keys * depth), values(depth_of(block_keys) * padded_dim),
+        queries(kTileRows * depth), spare(Vector<P>::kLanes * depth),
+        apart(kInPlace ? 0 : kTileRows * depth_of(block_keys));
+    const Scratch<T> bias(padded_keys), scores(kTileRows * block_keys);
     const int64_t carried = one_block ? 0 : per_part;
     const Scratch<T> state_values(carried * padded_dim), state_peak(carried), state_sum(carried);
+    P* weights = apart.get();
+    if constexpr (kInPlace) weights = scores.get();
 
     int64_t packed = -1, biased = -1;  // which (image, head) and image the buffers hold
     for (int64_t item = begin; item < end; ++item) {
@@ -182,8 +199,9 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                 pack_rows(at(p.v, p.v_strides, key), p.v_strides.token, count, p.dim, values.get());
                 packed = image_head;
             }
-            const KeyBlock<T> block{columns.get(), values.get(), bias.get() + key,
-                                    count,         key == 0,     key + count >= p.keys};
+            const KeyBlock<P, T> block{
+                columns.get(), values.get(),    bias.get() + key, count,
+                depth,         depth_of(count), key == 0,         key + count >= p.keys};
             for (int64_t row = first_row; row < end_row; row += kTileRows) {
                 const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
                 widen_rows(at(p.q, p.q_strides, row), p.q_strides.token, rows, p.dim,
@@ -192,8 +210,8 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                 const RowState<T> state{state_values.get() + in_part * padded_dim,
                                         state_peak.get() + in_part, state_sum.get() + in_part};
                 with_rows<kTileRows>(rows, [&](auto count) TOME_INLINE_LAMBDA {
-                    attend_tile<In, T, count()>(p, image, head, row, block, queries.get(),
-                                                scores.get(), state);
+                    attend_tile<In, P, T, count()>(p, image, head, row, block, queries.get(),
+                                                   scores.get(), weights, state);
                 });
             }
         }

@@ -70,9 +70,10 @@ void score_gradients(const BackwardWork<T>& work, int64_t dim, int64_t row, T fa
     }
     const V log2e = broadcast<V>(T(kLog2E)), factors = broadcast<V>(factor);
     for (int64_t j = 0; j < work.padded_keys; j += kPanel<T>) {
-        V score[kRows][kPanelVectors] = {};
-        multiply_panel<T, kRows, kPanelVectors>(work.q.get() + row * dim, dim, 1,
-                                                work.k_columns.get() + j * dim, dim, score);
+        V score[kRows][kPanelVectors];
+        clear(score);
+        multiply_panel(work.q.get() + row * dim, dim, 1, work.k_columns.get() + j * dim, dim,
+                       score);
         for (int v = 0; v < kPanelVectors; ++v) {
             const V bias = load(work.bias.get() + j + v * kLanes);
             for (int i = 0; i < kRows; ++i) {
@@ -82,9 +83,10 @@ void score_gradients(const BackwardWork<T>& work, int64_t dim, int64_t row, T fa
                       exp2_of_nonpositive(exponent));
             }
         }
-        V grad[kRows][kPanelVectors] = {};
-        multiply_panel<T, kRows, kPanelVectors>(work.grad.get() + row * dim, dim, 1,
-                                                work.v_columns.get() + j * dim, dim, grad);
+        V grad[kRows][kPanelVectors];
+        clear(grad);
+        multiply_panel(work.grad.get() + row * dim, dim, 1, work.v_columns.get() + j * dim, dim,
+                       grad);
         for (int i = 0; i < kRows; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
                 const int64_t at = (row + i) * work.padded_keys + j + v * kLanes;
@@ -101,10 +103,10 @@ void query_gradients(const BackwardWork<T>& work, int64_t keys, int64_t dim, int
                      In* out, int64_t out_step) {
     using V = typename Vector<T>::Type;
     for (int64_t d = 0; d < work.padded_dim; d += kPanel<T>) {
-        V sum[kRows][kPanelVectors] = {};
-        multiply_panel<T, kRows, kPanelVectors>(work.grad_score.get() + row * work.padded_keys,
-                                                work.padded_keys, 1, work.k_rows.get() + d * keys,
-                                                keys, sum);
+        V sum[kRows][kPanelVectors];
+        clear(sum);
+        multiply_panel(work.grad_score.get() + row * work.padded_keys, work.padded_keys, 1,
+                       work.k_rows.get() + d * keys, keys, sum);
         for (int i = 0; i < kRows; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
                 store_channels(out + i * out_step, d + v * Vector<T>::kLanes, dim,
@@ -129,8 +131,7 @@ void add_key_gradients(const BackwardWork<T>& work, const T* scores, const T* ro
                 sum[i][v] = load(sums + i * work.padded_dim + d + v * kLanes);
             }
         }
-        multiply_panel<T, kRows, kPanelVectors>(scores, 1, work.padded_keys, rows + d * count,
-                                                count, sum);
+        multiply_panel(scores, 1, work.padded_keys, rows + d * count, count, sum);
         for (int i = 0; i < kRows; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
                 store(sums + i * work.padded_dim + d + v * kLanes, sum[i][v]);

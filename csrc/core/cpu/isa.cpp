@@ -1,9 +1,9 @@
 #include "tome_core/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "kernels.h"
 
@@ -18,7 +18,9 @@ bool machine_has(Isa isa) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    return isa == Isa::kPortable || (isa == Isa::kAvx2 && avx2) || (isa == Isa::kAvx512 && avx512);
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return isa == Isa::kPortable || (isa == Isa::kAvx2 && avx2) ||
+           (isa == Isa::kAvx512 && avx512) || (isa == Isa::kAvx512Bf16 && bf16);
 #else
     return isa == Isa::kPortable;
 #endif
@@ -28,7 +30,7 @@ Isa initial_isa() {
     const Isa best = best_isa();
     const char* asked = std::getenv("TOME_ISA");
     if (asked == nullptr) return best;
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    for (Isa isa : kIsas) {
         if (std::strcmp(asked, isa_name(isa)) == 0 && isa <= best) return isa;
     }
     return best;
@@ -42,9 +44,7 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 Isa best_isa() {
-    static const Isa best = machine_has(Isa::kAvx512) ? Isa::kAvx512
-                            : machine_has(Isa::kAvx2) ? Isa::kAvx2
-                                                      : Isa::kPortable;
+    static const Isa best = *std::find_if(kIsas.rbegin(), kIsas.rend(), machine_has);
     return best;
 }
 
@@ -58,6 +58,8 @@ bool set_isa(Isa isa) {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAvx512Bf16:
+            return "avx512_bf16";
         case Isa::kAvx512:
             return "avx512";
         case Isa::kAvx2:
@@ -71,6 +73,8 @@ const char* isa_name(Isa isa) {
 const Kernels& active_kernels() {
 #ifdef TOME_HAS_X86_KERNELS
     switch (active_isa()) {
+        case Isa::kAvx512Bf16:
+            return kAvx512Bf16Kernels;
         case Isa::kAvx512:
             return kAvx512Kernels;
         case Isa::kAvx2:

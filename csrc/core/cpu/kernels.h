@@ -45,6 +45,7 @@ extern const Kernels kPortableKernels;
 #define TOME_HAS_X86_KERNELS 1
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 // Those of active_isa().

@@ -157,8 +157,9 @@ TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* b
     using V = typename Vector<T>::Type;
     using Int = typename Vector<T>::Int;
     constexpr int kLanes = Vector<T>::kLanes;
-    V sum[kRows][kVectors] = {};
-    multiply_panel<T, kRows, kVectors>(a, dim, 1, panel, dim, sum);
+    V sum[kRows][kVectors];
+    clear(sum);
+    multiply_panel(a, dim, 1, panel, dim, sum);
     Int column = lane_numbers<Int>() + broadcast<Int>(first_column);
     for (int v = 0; v < kVectors; ++v) {
         const V add = load(bias + v * kLanes);

@@ -154,22 +154,53 @@ void pack_rows(const In* rows, int64_t row_step, int64_t count, int64_t dim, T* 
     }
 }
 
+// kLanes values from value j of a row on, as the left factor of a product.
+template <class T, class V>
+TOME_INLINE void store_packed(T* row, int64_t j, V values) {
+    store(row + j, values);
+}
+
 // --- multiplying ---
+
+// What rows and panels hold, P, is the type of the sums, or packs several values of In that one
+// instruction multiplies and adds up; bfloat_pairs.inl has such a type.
+template <class In>
+struct Packed {
+    using Type = typename Accumulate<In>::Type;
+    static constexpr int64_t kValues = 1;
+};
+
+// What a sum is with the products of two vectors of P.
+template <class P>
+struct MultiplyAdd {
+    using V = typename Vector<P>::Type;
+    static TOME_INLINE V of(V sum, V a, V b) { return sum + a * b; }
+};
+
+// As `= {}`, but in registers: GCC clears an array of this size in memory, by a string instruction.
+template <int kRows, int kVectors, class V>
+TOME_INLINE void clear(V (&sum)[kRows][kVectors]) {
+    for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
+    }
+}
 
 // sum (kRows, kVectors) += rows x panel.
 //   rows   element (i, d) at i * row_step + d * step
 //   panel  (depth, kPanel)
-template <class T, int kRows, int kVectors>
-TOME_INLINE void multiply_panel(const T* rows, int64_t row_step, int64_t step, const T* panel,
-                                int64_t depth, typename Vector<T>::Type (&sum)[kRows][kVectors]) {
-    using V = typename Vector<T>::Type;
+template <class P, int kRows, int kVectors, class V>
+TOME_INLINE void multiply_panel(const P* rows, int64_t row_step, int64_t step, const P* panel,
+                                int64_t depth, V (&sum)[kRows][kVectors]) {
+    using Factor = typename Vector<P>::Type;
     for (int64_t d = 0; d < depth; ++d) {
-        V b[kVectors];
+        Factor b[kVectors];
         for (int v = 0; v < kVectors; ++v)
-            b[v] = load(panel + d * kPanel<T> + v * Vector<T>::kLanes);
+            b[v] = load(panel + d * kPanel<P> + v * Vector<P>::kLanes);
         for (int i = 0; i < kRows; ++i) {
-            const V value = broadcast<V>(rows[i * row_step + d * step]);
-            for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+            const Factor value = broadcast_of(rows[i * row_step + d * step]);
+            for (int v = 0; v < kVectors; ++v) {
+                sum[i][v] = MultiplyAdd<P>::of(sum[i][v], value, b[v]);
+            }
         }
     }
 }

@@ -175,6 +175,9 @@ TOME_INLINE V broadcast(decltype(V{}[0] + V{}[0]) value) {
     return value - V{};  // x - 0 is x for every x, -0 included
 }
 
+TOME_INLINE VFloat broadcast_of(float value) { return broadcast<VFloat>(value); }
+TOME_INLINE VDouble broadcast_of(double value) { return broadcast<VDouble>(value); }
+
 // 0, 1, 2, ... : a constant by the time it runs.
 template <class V>
 TOME_INLINE V lane_numbers() {

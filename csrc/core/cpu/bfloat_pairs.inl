@@ -1,0 +1,111 @@
+// Products of bfloat16 as AVX512-BF16 takes them: two neighbours along the depth of a product lie
+// in one 32-bit lane, and one instruction multiplies both with those of the other factor and adds
+// the products, which are exact, to a float32 sum: twice the work of a multiply-add.
+//
+//   queries  q0 q1 | q2 q3 | ...      keys, as columns    k0 k1 of key 0 | k0 k1 of key 1 | ...
+//   weights  of keys 0 1 | 2 3 | ...  values, as rows     v of keys 0 1, channel 0 | channel 1 |
+//   ...
+//
+// Subnormal values count as 0 there.
+#ifndef TOME_BFLOAT_PAIRS_INL
+#define TOME_BFLOAT_PAIRS_INL
+
+#include "panels.inl"
+
+namespace tome::TOME_ISA_NAMESPACE {
+
+static_assert(TOME_VECTOR_BYTES == 64, "AVX512-BF16 is used with its widest vectors");
+
+struct BFloatPair {
+    uint32_t bits;  // the first value in the low half, as in memory
+};
+
+template <>
+struct Vector<BFloatPair> {
+    using Type = VUint;
+    using Int = Vector<float>::Int;
+    static constexpr int kLanes = Vector<float>::kLanes;
+};
+
+template <>
+struct Packed<BFloat> {
+    using Type = BFloatPair;
+    static constexpr int64_t kValues = 2;
+};
+
+TOME_INLINE VUint load(const BFloatPair* p) { return load_raw<VUint>(p); }
+TOME_INLINE void store(BFloatPair* p, VUint v) { __builtin_memcpy(p, &v, sizeof(v)); }
+TOME_INLINE VUint broadcast_of(BFloatPair pair) { return broadcast<VUint>(pair.bits); }
+
+template <>
+struct MultiplyAdd<BFloatPair> {
+    static TOME_INLINE VFloat of(VFloat sum, VUint a, VUint b) {
+        return bit_cast<VFloat>(
+            _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+    }
+};
+
+// kLanes values, rounded to the nearest, from value j of a row of pairs on.
+TOME_INLINE void store_packed(BFloatPair* row, int64_t j, VFloat values) {
+    const auto rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
+    __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * j, &rounded, sizeof(rounded));
+}
+
+// row (dim) -> out (pairs): a 0 behind an odd last value.
+TOME_INLINE void pair_up(const BFloat* row, int64_t dim, BFloatPair* out) {
+    if (dim % 2 != 0) out[dim / 2].bits = 0;
+    std::memcpy(static_cast<void*>(out), row, static_cast<size_t>(dim) * sizeof(BFloat));
+}
+
+// As those of panels.inl, with pairs along the channels.
+inline void widen_rows(const BFloat* rows, int64_t row_step, int64_t count, int64_t dim,
+                       BFloatPair* out) {
+    const int64_t pairs = (dim + 1) / 2;
+    for (int64_t i = 0; i < count; ++i) pair_up(rows + i * row_step, dim, out + i * pairs);
+}
+
+inline void pack_columns(const BFloat* rows, int64_t row_step, int64_t count, int64_t dim,
+                         BFloatPair* spare, BFloatPair* out) {
+    constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
+    constexpr int64_t kColumns = kPanel<BFloatPair>;
+    const int64_t pairs = (dim + 1) / 2;
+    for (int64_t first = 0; first < round_up(count, kColumns); first += kLanes) {
+        const int64_t here = std::clamp<int64_t>(count - first, 0, kLanes);
+        if (here > 0) widen_rows(rows + first * row_step, row_step, here, dim, spare);
+        std::fill(spare + here * pairs, spare + kLanes * pairs, BFloatPair{});
+        transpose_into_panel(spare, pairs, pairs,
+                             out + first / kColumns * kColumns * pairs + first % kColumns);
+    }
+}
+
+// One half of a row's channels [d, d + kLanes), zeros behind the last.
+TOME_INLINE VUint load_halves(const BFloat* row, int64_t d, int64_t dim) {
+    constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
+    if (d + kLanes <= dim) return widen(load_raw<VNarrow>(row + d));
+    BFloat lanes[kLanes] = {};
+    if (d < dim) {
+        std::memcpy(static_cast<void*>(lanes), row + d,
+                    static_cast<size_t>(dim - d) * sizeof(BFloat));
+    }
+    return widen(load_raw<VNarrow>(lanes));
+}
+
+// As that of panels.inl, with pairs along the rows.
+inline void pack_rows(const BFloat* rows, int64_t row_step, int64_t count, int64_t dim,
+                      BFloatPair* out) {
+    constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
+    constexpr int64_t kColumns = kPanel<BFloatPair>;
+    const int64_t pairs = (count + 1) / 2;
+    for (int64_t i = 0; i < pairs; ++i) {
+        const BFloat* row = rows + 2 * i * row_step;
+        for (int64_t d = 0; d < round_up(dim, kColumns); d += kLanes) {
+            VUint both = load_halves(row, d, dim);
+            if (2 * i + 1 < count) both |= load_halves(row + row_step, d, dim) << 16;
+            store(out + (d / kColumns * pairs + i) * kColumns + d % kColumns, both);
+        }
+    }
+}
+
+}  // namespace tome::TOME_ISA_NAMESPACE
+
+#endif  // TOME_BFLOAT_PAIRS_INL
