@@ -145,6 +145,8 @@ TABLES = [
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
+    ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
+    ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
 ]
 

@@ -16,7 +16,6 @@ replace the tensor between two blocks, for pooling, and to look at.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import Any, NamedTuple
 
@@ -40,7 +39,6 @@ from ._tokens import Tokens
 __all__ = ["AttentionKind", "Engine", "Settings"]
 
 RECORD = "_tome"  # attribute of a storage: (engine, tokens)
-NO_STORAGE = contextlib.suppress(NotImplementedError)  # a functorch or wrapper tensor has none
 OWN_ATTENTION = "the model's own, as nothing has merged"
 
 
@@ -204,8 +202,9 @@ class Engine:
 
     def _find(self, layer: int, x: Tensor) -> Tokens:
         tokens = self._recorded(x)
-        fits = tokens is not None and tokens.layer == layer and tokens.fit(x)
-        if not fits and (tokens is None or not tokens.reduced):
+        if tokens is not None and tokens.layer == layer and tokens.fit(x):
+            return tokens
+        if tokens is None or not tokens.reduced:
             # As no layer before this one reduces tokens, any block may be the first to be called.
             if layer <= self.first_layer:
                 return self._fresh(layer, x)
@@ -272,5 +271,7 @@ def _slot() -> str:
 def _record(x: Tensor, engine: Engine, tokens: Tokens) -> None:
     # An attribute of the storage lives as long as the storage, and detached views share it, so
     # both kinds of gradient checkpointing keep it with the tokens they save.
-    with NO_STORAGE:
+    try:  # noqa: SIM105  (contextlib.suppress takes as long as all the rest)
         setattr(x.untyped_storage(), RECORD, (engine, tokens))
+    except NotImplementedError:  # a functorch or wrapper tensor has no storage
+        pass

@@ -115,7 +115,7 @@ class Step:
         """What the block's plan is made of; ``attn_mask`` is over the present tokens."""
         settings = self.engine.settings
         if settings.method == "tome":
-            return k.detach()
+            return k.detach() if k.requires_grad else k
         if not settings.fused_weight_grad:
             q, k = q.detach(), k.detach()
         return cls_attention(q, k, self.size, scale, attn_mask)

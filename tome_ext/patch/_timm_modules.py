@@ -126,7 +126,10 @@ def fit(x: Tensor, *others: Tensor | None) -> bool:
     if ops.device_kind(x) not in ops.kernel_devices or autocasts(x):
         return False
     dtype = x.dtype
-    return all(other is None or other.dtype == dtype for other in others)
+    for other in others:  # noqa: SIM110  (a generator takes as long as all the rest)
+        if other is not None and other.dtype != dtype:
+            return False
+    return True
 
 
 class TimmModel(PatchedModel):
