@@ -43,6 +43,17 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
+#ifdef TOME_HAS_X86_KERNELS
+// Everything but attention computes in float32, whatever it reads, and is the same as under
+// AVX-512. Made here because this runs on every machine, and the set's own file is compiled for
+// few.
+const Kernels kAvx512Bf16Kernels = [] {
+    Kernels kernels = kAvx512Kernels;
+    kernels.attention_parts = avx512_bf16::attention_parts;
+    return kernels;
+}();
+#endif
+
 Isa best_isa() {
     static const Isa best = *std::find_if(kIsas.rbegin(), kIsas.rend(), machine_has);
     return best;

@@ -46,6 +46,9 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+namespace avx512_bf16 {
+void attention_parts(const AttentionParams& params, int64_t parts, int64_t begin, int64_t end);
+}
 #endif
 
 // Those of active_isa().

@@ -29,12 +29,4 @@
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-
-// Everything else computes in float32, whatever it reads, and is the same as under AVX-512.
-static tome::Kernels with_pairs(tome::Kernels kernels) {
-    kernels.attention_parts = tome::avx512_bf16::attention_parts;
-    return kernels;
-}
-
-const tome::Kernels tome::kAvx512Bf16Kernels = with_pairs(kAvx512Kernels);
 #endif
