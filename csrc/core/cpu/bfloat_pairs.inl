@@ -2,8 +2,8 @@
 // in one 32-bit lane, and one instruction multiplies both with those of the other factor and adds
 // the products, which are exact, to a float32 sum: twice the work of a multiply-add.
 //
-//   queries  q0 q1 | q2 q3 | ...      keys, as columns    k0 k1 of key 0 | k0 k1 of key 1 | ...
-//   weights  of keys 0 1 | 2 3 | ...  values, as rows     v of keys 0 1, channel 0 | channel 1 |
+//   queries  q0 q1 | q2 q3 | ...         keys, as columns    k0 k1 of key 0 | k0 k1 of key 1 | ...
+//   weights  of keys 0 1 | 2 3 | ...     values, as rows     channel 0 of keys 0 1 | channel 1 |
 //   ...
 //
 // Subnormal values count as 0 there.
@@ -54,7 +54,7 @@ TOME_INLINE void store_packed(BFloatPair* row, int64_t j, VFloat values) {
 // row (dim) -> out (pairs): a 0 behind an odd last value.
 TOME_INLINE void pair_up(const BFloat* row, int64_t dim, BFloatPair* out) {
     if (dim % 2 != 0) out[dim / 2].bits = 0;
-    std::memcpy(static_cast<void*>(out), row, static_cast<size_t>(dim) * sizeof(BFloat));
+    copy_row(out, row, dim * static_cast<int64_t>(sizeof(BFloat)));
 }
 
 // As those of panels.inl, with pairs along the channels.
