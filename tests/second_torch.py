@@ -38,9 +38,12 @@ def check(dtype: torch.dtype) -> None:
 
     q, v = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype) for _ in range(2))
     out, lse = torch.ops.tome.attention_forward(q, keys, v, size)
-    wanted = reference.attention_forward(q, keys, v, size)
-    for got, want in zip((out, lse), wanted, strict=True):
-        torch.testing.assert_close(got, want)
+    wanted_out, wanted_lse = reference.attention_forward(q, keys, v, size)
+    # In half precision kernels may round the softmax weights, which sum to 1, before they meet v.
+    roundings = torch.finfo(dtype).eps * v.abs().max().item()  # of the weights and of the result
+    tolerance = {"rtol": 0.0, "atol": roundings} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(out, wanted_out, **tolerance)
+    torch.testing.assert_close(lse, wanted_lse)
     torch.testing.assert_close(torch.ops.tome.attention(q, keys, v, size), out)
     backward = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype), q, keys, v, size)
     wanted = reference.attention_backward(*backward, out, lse)
