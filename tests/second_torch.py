@@ -39,10 +39,14 @@ def check(dtype: torch.dtype) -> None:
     q, v = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype) for _ in range(2))
     out, lse = torch.ops.tome.attention_forward(q, keys, v, size)
     wanted_out, wanted_lse = reference.attention_forward(q, keys, v, size)
-    # In half precision kernels may round the softmax weights, which sum to 1, before they meet v.
-    roundings = torch.finfo(dtype).eps * v.abs().max().item()  # of the weights and of the result
-    tolerance = {"rtol": 0.0, "atol": roundings} if dtype.itemsize == 2 else {}
-    torch.testing.assert_close(out, wanted_out, **tolerance)
+    if dtype == torch.bfloat16:
+        # With AVX512-BF16 the softmax weights are rounded before they meet v: half a unit in the
+        # last place of each term. The rest is assert_close's own tolerance.
+        terms = reference.attention_forward(q, keys, v.abs(), size)[0].float()
+        allowed = torch.finfo(dtype).eps / 2 * terms + 1e-5 + 1.6e-2 * wanted_out.float().abs()
+        assert ((out.float() - wanted_out.float()).abs() <= allowed).all()
+    else:
+        torch.testing.assert_close(out, wanted_out)
     torch.testing.assert_close(lse, wanted_lse)
     torch.testing.assert_close(torch.ops.tome.attention(q, keys, v, size), out)
     backward = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype), q, keys, v, size)
