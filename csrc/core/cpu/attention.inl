@@ -37,7 +37,6 @@ struct KeyBlock {
     const P* values;   // (channel panels, count, kPanel)
     const T* bias;     // (padded count)
     int64_t count;
-    int64_t dim_depth, count_depth;
     bool first, last;
 };
 
@@ -51,12 +50,11 @@ struct RowState {
 
 // scores (kRows, padded count) = factor * queries x columns + bias; each row's maximum in `top`.
 template <class P, class T, int kRows>
-TOME_INLINE void score_tile_of(const P* queries, T factor, const KeyBlock<P, T>& block, T* scores,
-                               T (&top)[kRows]) {
+TOME_INLINE void score_tile_of(const P* queries, int64_t depth, T factor,
+                               const KeyBlock<P, T>& block, T* scores, T (&top)[kRows]) {
     using V = typename Vector<T>::Type;
     constexpr int kLanes = Vector<T>::kLanes;
     const int64_t padded = round_up(block.count, kPanel<T>);
-    const int64_t depth = block.dim_depth;
     const V factors = broadcast<V>(factor);
     V peak[kRows];
     for (int i = 0; i < kRows; ++i) peak[i] = broadcast<V>(-std::numeric_limits<T>::infinity());
@@ -95,9 +93,9 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     const int64_t padded = round_up(block.count, kPanel<T>);
     const int64_t padded_dim = round_up(p.dim, kPanel<T>);
-    const int64_t weights_step = padded / Packed<In>::kValues;
+    const int64_t weights_step = depth_of<P>(padded), depth = depth_of<P>(block.count);
     T top[kRows];
-    score_tile_of(queries, T(p.scale * kLog2E), block, scores, top);
+    score_tile_of(queries, depth_of<P>(p.dim), T(p.scale * kLog2E), block, scores, top);
 
     T scale[kRows];  // of what earlier blocks left; at last, of the result
     T carry[kRows];
@@ -138,8 +136,7 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
                 }
             }
         }
-        multiply_panel(weights, weights_step, 1, block.values + d * block.count_depth,
-                       block.count_depth, sum);
+        multiply_panel(weights, weights_step, 1, block.values + d * depth, depth, sum);
         for (int i = 0; i < kRows; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
                 if (block.last) {
@@ -157,20 +154,17 @@ template <class In>
 void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
     using T = typename Accumulate<In>::Type;
     using P = typename Packed<In>::Type;
-    const auto depth_of = [](int64_t values) {
-        return (values + Packed<In>::kValues - 1) / Packed<In>::kValues;
-    };
     const int64_t per_block =
-        tuning::keys_per_block(p.keys, p.dim, sizeof(P) / Packed<In>::kValues, kPanel<T>);
+        tuning::keys_per_block(p.keys, p.dim, sizeof(P) / kValuesIn<P>, kPanel<T>);
     const int64_t per_part = round_up((p.queries + parts - 1) / parts, kTileRows);
-    const int64_t padded_dim = round_up(p.dim, kPanel<T>), depth = depth_of(p.dim);
+    const int64_t padded_dim = round_up(p.dim, kPanel<T>), depth = depth_of<P>(p.dim);
     const int64_t padded_keys = round_up(p.keys, kPanel<T>);
     const bool one_block = p.keys <= per_block;
     const int64_t block_keys = one_block ? padded_keys : per_block;
     constexpr bool kInPlace = std::is_same_v<P, T>;  // weights take the place of their scores
-    const Scratch<P> columns(block_keys * depth), values(depth_of(block_keys) * padded_dim),
+    const Scratch<P> columns(block_keys * depth), values(depth_of<P>(block_keys) * padded_dim),
         queries(kTileRows * depth), spare(Vector<P>::kLanes * depth),
-        apart(kInPlace ? 0 : kTileRows * depth_of(block_keys));
+        apart(kInPlace ? 0 : kTileRows * depth_of<P>(block_keys));
     const Scratch<T> bias(padded_keys), scores(kTileRows * block_keys);
     const int64_t carried = one_block ? 0 : per_part;
     const Scratch<T> state_values(carried * padded_dim), state_peak(carried), state_sum(carried);
@@ -199,9 +193,8 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                 pack_rows(at(p.v, p.v_strides, key), p.v_strides.token, count, p.dim, values.get());
                 packed = image_head;
             }
-            const KeyBlock<P, T> block{
-                columns.get(), values.get(),    bias.get() + key, count,
-                depth,         depth_of(count), key == 0,         key + count >= p.keys};
+            const KeyBlock<P, T> block{columns.get(), values.get(), bias.get() + key,
+                                       count,         key == 0,     key + count >= p.keys};
             for (int64_t row = first_row; row < end_row; row += kTileRows) {
                 const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
                 widen_rows(at(p.q, p.q_strides, row), p.q_strides.token, rows, p.dim,

@@ -29,8 +29,9 @@ struct Vector<BFloatPair> {
 template <>
 struct Packed<BFloat> {
     using Type = BFloatPair;
-    static constexpr int64_t kValues = 2;
 };
+template <>
+constexpr int64_t kValuesIn<BFloatPair> = 2;
 
 TOME_INLINE VUint load(const BFloatPair* p) { return load_raw<VUint>(p); }
 TOME_INLINE void store(BFloatPair* p, VUint v) { __builtin_memcpy(p, &v, sizeof(v)); }
@@ -50,43 +51,14 @@ TOME_INLINE void store_packed(BFloatPair* row, int64_t j, VFloat values) {
     __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * j, &rounded, sizeof(rounded));
 }
 
-// row (dim) -> out (pairs): a 0 behind an odd last value.
-TOME_INLINE void pair_up(const BFloat* row, int64_t dim, BFloatPair* out) {
-    if (dim % 2 != 0) out[dim / 2].bits = 0;
-    copy_row(out, row, dim * static_cast<int64_t>(sizeof(BFloat)));
-}
-
-// As those of panels.inl, with pairs along the channels.
+// As that of panels.inl, with pairs along the channels and a 0 behind an odd last one.
 inline void widen_rows(const BFloat* rows, int64_t row_step, int64_t count, int64_t dim,
                        BFloatPair* out) {
-    const int64_t pairs = (dim + 1) / 2;
-    for (int64_t i = 0; i < count; ++i) pair_up(rows + i * row_step, dim, out + i * pairs);
-}
-
-inline void pack_columns(const BFloat* rows, int64_t row_step, int64_t count, int64_t dim,
-                         BFloatPair* spare, BFloatPair* out) {
-    constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
-    constexpr int64_t kColumns = kPanel<BFloatPair>;
-    const int64_t pairs = (dim + 1) / 2;
-    for (int64_t first = 0; first < round_up(count, kColumns); first += kLanes) {
-        const int64_t here = std::clamp<int64_t>(count - first, 0, kLanes);
-        if (here > 0) widen_rows(rows + first * row_step, row_step, here, dim, spare);
-        std::fill(spare + here * pairs, spare + kLanes * pairs, BFloatPair{});
-        transpose_into_panel(spare, pairs, pairs,
-                             out + first / kColumns * kColumns * pairs + first % kColumns);
+    const int64_t pairs = depth_of<BFloatPair>(dim);
+    for (int64_t i = 0; i < count; ++i, out += pairs) {
+        if (dim % 2 != 0) out[pairs - 1].bits = 0;
+        copy_row(out, rows + i * row_step, dim * static_cast<int64_t>(sizeof(BFloat)));
     }
-}
-
-// One half of a row's channels [d, d + kLanes), zeros behind the last.
-TOME_INLINE VUint load_halves(const BFloat* row, int64_t d, int64_t dim) {
-    constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
-    if (d + kLanes <= dim) return widen(load_raw<VNarrow>(row + d));
-    BFloat lanes[kLanes] = {};
-    if (d < dim) {
-        std::memcpy(static_cast<void*>(lanes), row + d,
-                    static_cast<size_t>(dim - d) * sizeof(BFloat));
-    }
-    return widen(load_raw<VNarrow>(lanes));
 }
 
 // As that of panels.inl, with pairs along the rows.
@@ -94,12 +66,16 @@ inline void pack_rows(const BFloat* rows, int64_t row_step, int64_t count, int64
                       BFloatPair* out) {
     constexpr int64_t kLanes = Vector<BFloatPair>::kLanes;
     constexpr int64_t kColumns = kPanel<BFloatPair>;
-    const int64_t pairs = (count + 1) / 2;
+    const int64_t pairs = depth_of<BFloatPair>(count);
+    // The bits of float32 are those of bfloat16 in the upper half.
+    const auto upper = [&](const BFloat* row, int64_t d) TOME_INLINE_LAMBDA {
+        return bit_cast<VUint>(load_channels<float>(row, d, dim));
+    };
     for (int64_t i = 0; i < pairs; ++i) {
         const BFloat* row = rows + 2 * i * row_step;
         for (int64_t d = 0; d < round_up(dim, kColumns); d += kLanes) {
-            VUint both = load_halves(row, d, dim);
-            if (2 * i + 1 < count) both |= load_halves(row + row_step, d, dim) << 16;
+            VUint both = upper(row, d) >> 16;
+            if (2 * i + 1 < count) both |= upper(row + row_step, d);
             store(out + (d / kColumns * pairs + i) * kColumns + d % kColumns, both);
         }
     }

@@ -95,6 +95,21 @@ void transpose_into_panel(const T* rows, int64_t row_step, int64_t depth, T* out
 
 // --- packing ---
 
+// What rows and panels hold, P, is the type of the sums, or packs several values of In that one
+// instruction multiplies and adds up; bfloat_pairs.inl has such a type.
+template <class In>
+struct Packed {
+    using Type = typename Accumulate<In>::Type;
+};
+template <class P>
+constexpr int64_t kValuesIn = 1;
+
+// How many P hold that many values along the depth of a product.
+template <class P>
+constexpr int64_t depth_of(int64_t values) {
+    return (values + kValuesIn<P> - 1) / kValuesIn<P>;
+}
+
 // One (row, channels) vector at a time, the last one partial: dim need not be a multiple of lanes.
 template <class T, class In>
 TOME_INLINE typename Vector<T>::Type load_channels(const In* row, int64_t d, int64_t dim) {
@@ -122,13 +137,14 @@ void widen_rows(const In* rows, int64_t row_step, int64_t count, int64_t dim, T*
     }
 }
 
-// rows (count, dim) -> out (row panels, dim, kPanel): transposed, zeros behind the last row.
-//   spare (lanes, dim)
+// rows (count, dim) -> out (row panels, depth, kPanel): transposed, zeros behind the last row.
+//   spare (lanes, depth)
 template <class In, class T>
 void pack_columns(const In* rows, int64_t row_step, int64_t count, int64_t dim, T* spare, T* out) {
     constexpr int64_t kLanes = Vector<T>::kLanes;
+    const int64_t depth = depth_of<T>(dim);
     for (int64_t first = 0; first < round_up(count, kPanel<T>); first += kLanes) {
-        T* to = out + first / kPanel<T> * kPanel<T> * dim + first % kPanel<T>;
+        T* to = out + first / kPanel<T> * kPanel<T> * depth + first % kPanel<T>;
         const int64_t here = std::min(kLanes, count - first);
         if (std::is_same_v<In, T> && here == kLanes) {
             transpose_into_panel(reinterpret_cast<const T*>(rows + first * row_step), row_step, dim,
@@ -136,9 +152,9 @@ void pack_columns(const In* rows, int64_t row_step, int64_t count, int64_t dim, 
             continue;
         }
         if (here > 0) widen_rows(rows + first * row_step, row_step, here, dim, spare);
-        const int64_t rest = std::max<int64_t>(0, here) * dim;
-        std::fill(spare + rest, spare + kLanes * dim, T(0));
-        transpose_into_panel(spare, dim, dim, to);
+        const int64_t rest = std::max<int64_t>(0, here) * depth;
+        std::fill(spare + rest, spare + kLanes * depth, T{});
+        transpose_into_panel(spare, depth, depth, to);
     }
 }
 
@@ -161,14 +177,6 @@ TOME_INLINE void store_packed(T* row, int64_t j, V values) {
 }
 
 // --- multiplying ---
-
-// What rows and panels hold, P, is the type of the sums, or packs several values of In that one
-// instruction multiplies and adds up; bfloat_pairs.inl has such a type.
-template <class In>
-struct Packed {
-    using Type = typename Accumulate<In>::Type;
-    static constexpr int64_t kValues = 1;
-};
 
 // What a sum is with the products of two vectors of P.
 template <class P>
