@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "attention_inputs.h"
 #include "attention_oracle.h"
@@ -95,9 +96,35 @@ void expect_exact_enough(const Inputs& in, int64_t shift = 0) {
 
 const std::vector<DType> kCudaDTypes = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
-class CudaAttentionTest : public PerDType {};
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaAttentionTest, ::testing::ValuesIn(kCudaDTypes),
-                         [](const auto& info) { return dtype_name(info.param); });
+// On a chip of compute capability 8.0, and on Hopper, whose kernels are its own.
+tome_emulation::Options on_chip(int capability) {
+    tome_emulation::Options options = tome_emulation::options();
+    options.capability = capability;
+    return options;
+}
+
+// The same chip, in another order.
+tome_emulation::Options in_order(uint32_t seed, int multiprocessors) {
+    tome_emulation::Options options = tome_emulation::options();
+    options.seed = seed;
+    options.multiprocessors = multiprocessors;
+    return options;
+}
+
+class CudaAttentionTest : public ::testing::TestWithParam<std::tuple<DType, int>> {
+  protected:
+    static DType dtype() { return std::get<0>(GetParam()); }
+
+  private:
+    tome_emulation::UseOptions chip_{on_chip(std::get<1>(GetParam()))};
+};
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(kCudaDTypes),
+                                            ::testing::Values(80, 90)),
+                         [](const auto& info) {
+                             return std::string(dtype_name(std::get<0>(info.param))) + "_sm_" +
+                                    std::to_string(std::get<1>(info.param));
+                         });
 
 TEST_P(CudaAttentionTest, AgreesWithTheOracle) {
     const Shape shapes[] = {
@@ -105,14 +132,17 @@ TEST_P(CudaAttentionTest, AgreesWithTheOracle) {
         {1, 1, 65, 65, 72},   {2, 2, 17, 16, 96},   {1, 2, 33, 97, 128},  {1, 1, 197, 5, 40},
         {3, 1, 1, 130, 17},   {1, 1, 5, 1, 88},     {1, 1, 130, 64, 1},   {2, 2, 16, 33, 127},
         {1, 1, 1, 1, 64},     {1, 5, 64, 63, 48},   {1, 1, 129, 49, 112},
+        {1, 2, 16, 257, 64},  {1, 1, 150, 300, 64}, {2, 1, 20, 256, 64},  {1, 1, 1, 577, 64},
+        {1, 1, 70, 128, 64},  {1, 1, 3, 192, 64},
     };
     for (const Shape& s : shapes) {
         SCOPED_TRACE(::testing::Message() << s.batch << "x" << s.heads << "x" << s.queries << "x"
                                           << s.keys << "x" << s.dim);
         for (int multiprocessors : {1, 200}) {  // large tiles, small ones
-            if (GetParam() == DType::kFloat32 && multiprocessors != 1) continue;  // has one size
-            const tome_emulation::UseOptions use({static_cast<uint32_t>(s.keys), multiprocessors});
-            expect_exact_enough(random_inputs(GetParam(), s));
+            if (dtype() == DType::kFloat32 && multiprocessors != 1) continue;  // has one size
+            const tome_emulation::UseOptions use(
+                in_order(static_cast<uint32_t>(s.keys), multiprocessors));
+            expect_exact_enough(random_inputs(dtype(), s));
         }
     }
 }
@@ -121,16 +151,16 @@ TEST_P(CudaAttentionTest, ReadsAnyStridesInPlace) {
     for (Layout layout : {Layout::kPacked, Layout::kShifted, Layout::kOdd}) {
         for (int64_t dim : {64, 72, 40, 20, 17}) {
             SCOPED_TRACE(::testing::Message() << int(layout) << " dim " << dim);
-            expect_exact_enough(random_inputs(GetParam(), {2, 2, 37, 70, dim}, layout));
+            expect_exact_enough(random_inputs(dtype(), {2, 2, 37, 70, dim}, layout));
         }
     }
     // Each tensor for itself, a batch that is an expanded view, and an output off alignment.
     const Shape s{2, 2, 20, 40, 64};
-    Inputs in = random_inputs(GetParam(), s);
+    Inputs in = random_inputs(dtype(), s);
     for (StridedTensor* t : {&in.q, &in.k, &in.v}) {
         Inputs other = in;
         StridedTensor& mine = t == &in.q ? other.q : t == &in.k ? other.k : other.v;
-        mine = random_tensor(GetParam(), s, t == &in.q ? 20 : 40, Layout::kShifted, 5);
+        mine = random_tensor(dtype(), s, t == &in.q ? 20 : 40, Layout::kShifted, 5);
         expect_exact_enough(other);
     }
     expect_exact_enough(in, 3);
@@ -140,7 +170,7 @@ TEST_P(CudaAttentionTest, ReadsAnyStridesInPlace) {
 
 TEST_P(CudaAttentionTest, SizesWeighKeysAndHideThem) {
     const Shape s{3, 2, 35, 140, 64};
-    Inputs in = random_inputs(GetParam(), s);
+    Inputs in = random_inputs(dtype(), s);
     const auto with_sizes = [&](auto size_of) {
         in.size.clear();
         for (int64_t b = 0; b < s.batch; ++b) {
@@ -166,7 +196,7 @@ TEST_P(CudaAttentionTest, SizesWeighKeysAndHideThem) {
 
 TEST_P(CudaAttentionTest, RowsWithoutVisibleKeysAreZero) {
     for (int64_t keys : {0, 40}) {
-        Inputs in = random_inputs(GetParam(), {2, 2, 21, keys, 64});
+        Inputs in = random_inputs(dtype(), {2, 2, 21, keys, 64});
         std::fill(in.size.begin(), in.size.end(), 0.0f);
         const Outputs got = on_cuda(in);
         for (int64_t i = kGuard; i < got.out.count() - kGuard; ++i) ASSERT_EQ(got.out[i], 0.0);
@@ -176,7 +206,7 @@ TEST_P(CudaAttentionTest, RowsWithoutVisibleKeysAreZero) {
 
 TEST_P(CudaAttentionTest, AnyScale) {
     for (double scale : {-0.125, 0.0, 3.0}) {
-        Inputs in = random_inputs(GetParam(), {1, 2, 35, 70, 64});
+        Inputs in = random_inputs(dtype(), {1, 2, 35, 70, 64});
         in.scale = scale;
         expect_exact_enough(in);
     }
@@ -186,7 +216,7 @@ TEST_P(CudaAttentionTest, AnyScale) {
 TEST_P(CudaAttentionTest, MaximaMayComeLate) {
     for (double leap : {0.02, 0.5, 40.0}) {
         const Shape s{1, 2, 34, 200, 32};
-        Inputs in = random_inputs(GetParam(), s);
+        Inputs in = random_inputs(dtype(), s);
         in.scale = 1.0;
         for (int64_t h = 0; h < s.heads; ++h) {
             for (int64_t m = 0; m < s.queries; ++m) in.q.memory.set(in.q.index(0, h, m, 0), 1.0);
@@ -201,7 +231,7 @@ TEST_P(CudaAttentionTest, MaximaMayComeLate) {
 
 TEST_P(CudaAttentionTest, HugeLogitsDoNotOverflow) {
     const Shape s{1, 1, 20, 90, 64};
-    Inputs in = random_inputs(GetParam(), s);
+    Inputs in = random_inputs(dtype(), s);
     in.scale = 1e4;  // logits of 1e5: each row attends to one key, or to equals
     const Outputs got = on_cuda(in);
     Outputs unused = poisoned(in);
@@ -217,7 +247,7 @@ TEST_P(CudaAttentionTest, HugeLogitsDoNotOverflow) {
 // As on the CPU: NaN in a query stays in its row, NaN in a key or an infinite logit reaches all.
 TEST_P(CudaAttentionTest, NaNIsNotTakenForHiddenKeys) {
     const Shape s{1, 1, 8, 40, 16};
-    Inputs in = random_inputs(GetParam(), s);
+    Inputs in = random_inputs(dtype(), s);
     in.q.memory.set(in.q.index(0, 0, 3, 5), kNaN);
     const Outputs got = on_cuda(in);
     for (int64_t i = 0; i < s.queries * s.dim; ++i) {
@@ -226,7 +256,7 @@ TEST_P(CudaAttentionTest, NaNIsNotTakenForHiddenKeys) {
     for (int64_t m = 0; m < s.queries; ++m) {
         EXPECT_EQ(std::isnan(got.lse[kGuard + m]), m == 3) << m;
     }
-    in = random_inputs(GetParam(), s);
+    in = random_inputs(dtype(), s);
     in.k.memory.set(in.k.index(0, 0, 7, 0), kNaN);
     const Outputs all = on_cuda(in);
     for (int64_t i = 0; i < s.queries * s.dim; ++i) EXPECT_TRUE(std::isnan(all.out[kGuard + i]));
@@ -238,7 +268,7 @@ TEST_P(CudaAttentionTest, DegenerateShapes) {
             for (int64_t queries : {0, 3}) {
                 for (int64_t keys : {0, 4}) {
                     for (int64_t dim : {0, 8}) {
-                        Inputs in = random_inputs(GetParam(), {batch, heads, queries, keys, dim});
+                        Inputs in = random_inputs(dtype(), {batch, heads, queries, keys, dim});
                         expect_exact_enough(in);
                         if (dim == 0) {
                             in.q.strides = in.k.strides = in.v.strides = {0, 0, 0};
@@ -252,11 +282,11 @@ TEST_P(CudaAttentionTest, DegenerateShapes) {
 }
 
 TEST_P(CudaAttentionTest, TheSameBitsInAnyOrder) {
-    const Inputs in = random_inputs(GetParam(), {2, 2, 150, 90, 64}, Layout::kPacked);
-    const tome_emulation::UseOptions first({1, 1});
+    const Inputs in = random_inputs(dtype(), {2, 2, 150, 90, 64}, Layout::kPacked);
+    const tome_emulation::UseOptions first(in_order(1, 1));
     const Outputs want = on_cuda(in);
     for (uint32_t seed = 2; seed < 5; ++seed) {
-        const tome_emulation::UseOptions use({seed, seed == 3 ? 500 : 1});  // and in smaller tiles
+        const tome_emulation::UseOptions use(in_order(seed, seed == 3 ? 500 : 1));  // and in smaller tiles
         EXPECT_EQ(on_cuda(in), want);
     }
 }
@@ -275,7 +305,7 @@ TEST(CudaAttention, RefusesWhatItHasNoKernelFor) {
 // tenth more. So nothing is rounded a second time on the way.
 TEST_P(CudaAttentionTest, AsExactAsThePlainFormulation) {
     const Shape s{1, 2, 64, 197, 64};
-    const Inputs in = random_inputs(GetParam(), s);
+    const Inputs in = random_inputs(dtype(), s);
     const Outputs got = on_cuda(in);
     Outputs unused = poisoned(in);
     const AttentionParams p = params_of(in, unused);

@@ -79,6 +79,7 @@ using cudaStream_t = CUstream_st*;
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -135,6 +136,20 @@ void let_next_kernel_begin();
 void async_copy_16(void* shared, const void* global, int bytes);
 void async_commit();
 void async_wait(int groups_left);
+
+// --- warpgroups (device_hopper.h)
+
+uint64_t shared_offset(const void* data);  // from the begin of dynamic shared memory
+void share_with_products();
+void products_begin();
+void products_wait();
+
+// One warp's 16 rows of d (64 x columns) += a (64 x 16) * b (16 x columns). Operands in shared
+// memory are read as their descriptors say; `a` is in registers unless null. The result is in `d`
+// only after products_wait; until then there is NaN.
+void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shared,
+                       bool a_rows_summed, uint64_t b_shared, bool b_rows_summed, bool add,
+                       float (*to_float)(uint16_t), const Site& site = Site::current());
 
 template <class T, class Pick>
 TOME_NO_HOOKS T shuffle(unsigned mask, const char* what, const Site& site, T value, int argument,

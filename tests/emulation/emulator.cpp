@@ -53,6 +53,12 @@ struct AsyncCopy {
     int bytes;
 };
 
+// A product's result on its way to the registers it goes to.
+struct PendingProduct {
+    float* to;
+    std::vector<float> values;
+};
+
 struct Fiber {
     jmp_buf place;
     bool started = false;
@@ -68,6 +74,8 @@ struct Fiber {
     const void* in = nullptr;
     void* out = nullptr;
     std::deque<std::vector<AsyncCopy>> copies;  // groups; the last one is still open
+    bool copies_unshared = false;               // some have arrived, and no fence stands behind them
+    std::vector<PendingProduct> products;
 };
 
 struct Launch {
@@ -261,6 +269,8 @@ void run_block(std::mt19937& random, size_t shared_bytes) {
         fiber.state = State::kReady;
         fiber.waited = false;
         fiber.copies.assign(1, {});
+        fiber.copies_unshared = false;
+        fiber.products.clear();
     }
     std::vector<int> order(static_cast<size_t>(threads));
     std::iota(order.begin(), order.end(), 0);
@@ -417,9 +427,128 @@ void async_wait(int groups_left) {
                 note_access(copy.from, static_cast<size_t>(copy.bytes), Access::kRead);
                 std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
             }
+            fibers[static_cast<size_t>(current)].copies_unshared = true;
         }
         copies.pop_front();
     }
+}
+
+// --- warpgroups
+// -----------------------------------------------------------------------------------
+
+namespace {
+
+// The byte of shared memory where an operand's element lies. `line` is its row in the tile, `along`
+// its place in the row; the exchange of pieces follows from the address, as on the chip.
+const unsigned char* operand_element(uint64_t operand, int line, int along) {
+    if (operand >> 62 != 1) fail("an operand's pieces are not exchanged as for 128-byte rows");
+    const uint64_t begin = (operand & 0x3fff) << 4, eight_rows = (operand >> 32 & 0x3fff) << 4;
+    uint64_t address = begin + static_cast<uint64_t>(line / 8) * eight_rows +
+                       static_cast<uint64_t>(line % 8 * 128 + along * 2);
+    address ^= (address >> 7 & 7) << 4;
+    if (address + 2 > launch_now.shared_bytes) {
+        fail("an operand reaches beyond shared memory: byte %llu",
+             static_cast<unsigned long long>(address));
+    }
+    return shared_begin + address;
+}
+
+struct ProductIn {
+    int warp, columns;
+    uint32_t a[4];
+    bool a_in_registers, a_rows_summed, b_rows_summed;
+    uint64_t a_shared, b_shared;
+    float c[32];
+    float (*to_float)(uint16_t);
+};
+
+void one_warps_product(const Lanes& lanes) {
+    const ProductIn& first = *static_cast<const ProductIn*>(lanes.in[0]);
+    const int columns = first.columns;
+    const auto read = [&](const unsigned char* from) {
+        note_access(from, 2, Access::kRead);
+        uint16_t bits;
+        std::memcpy(&bits, from, 2);
+        return first.to_float(bits);
+    };
+    float a[16][16], b[16][64];
+    for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < columns; ++n) {
+            b[k][n] = read(first.b_rows_summed ? operand_element(first.b_shared, k, n)
+                                               : operand_element(first.b_shared, n, k));
+        }
+        for (int m = 0; m < 16 && !first.a_in_registers; ++m) {
+            const int row = first.warp * 16 + m;
+            a[m][k] = read(first.a_rows_summed ? operand_element(first.a_shared, k, row)
+                                               : operand_element(first.a_shared, row, k));
+        }
+    }
+    for (int lane = 0; lane < kWarp && first.a_in_registers; ++lane) {
+        const ProductIn& mine = *static_cast<const ProductIn*>(lanes.in[lane]);
+        for (int i = 0; i < 8; ++i) {
+            const auto bits = static_cast<uint16_t>(mine.a[i / 2] >> 16 * (i % 2));
+            a[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] = first.to_float(bits);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const ProductIn& mine = *static_cast<const ProductIn*>(lanes.in[lane]);
+        if (mine.b_shared != first.b_shared || mine.a_shared != first.a_shared) {
+            fail("lanes of a product name different operands");
+        }
+        for (int i = 0; i < columns / 2; ++i) {
+            const int m = lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            double sum = mine.c[i];
+            for (int k = 0; k < 16; ++k) sum += double(a[m][k]) * double(b[k][n]);
+            static_cast<float*>(lanes.out[lane])[i] = static_cast<float>(sum);
+        }
+    }
+}
+
+}  // namespace
+
+uint64_t shared_offset(const void* data) {
+    return static_cast<uint64_t>(static_cast<const unsigned char*>(data) - shared_begin);
+}
+
+void share_with_products() { fibers[static_cast<size_t>(current)].copies_unshared = false; }
+
+void products_begin() {}
+
+void products_wait() {
+    auto& products = fibers[static_cast<size_t>(current)].products;
+    for (const PendingProduct& product : products) {
+        std::copy(product.values.begin(), product.values.end(), product.to);
+    }
+    products.clear();
+}
+
+void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shared,
+                       bool a_rows_summed, uint64_t b_shared, bool b_rows_summed, bool add,
+                       float (*to_float)(uint16_t), const Site& site) {
+    for (int t = 0; t < threads; ++t) {
+        if (fibers[static_cast<size_t>(t)].copies_unshared) {
+            fail("a product may not see what thread %d has copied: no share_with_products", t);
+        }
+    }
+    if (blockDim.x % 128 != 0) fail("a product in a block of %u threads", blockDim.x);
+    auto& products = fibers[static_cast<size_t>(current)].products;
+    const auto count = static_cast<size_t>(columns / 2);
+    auto pending = std::find_if(products.begin(), products.end(),
+                                [&](const PendingProduct& product) { return product.to == d; });
+    if (pending == products.end()) {
+        products.push_back({d, std::vector<float>(d, d + count)});
+        pending = products.end() - 1;
+    }
+    ProductIn in{current / kWarp % 4, columns, {}, a != nullptr, a_rows_summed, b_rows_summed,
+                 a_shared, b_shared, {}, to_float};
+    if (a != nullptr) std::copy(a, a + 4, in.a);
+    if (add) std::copy(pending->values.begin(), pending->values.end(), in.c);
+    float out[32];
+    collective(0xffffffffu, "product", site, &in, out, one_warps_product);
+    pending = std::find_if(products.begin(), products.end(),
+                           [&](const PendingProduct& product) { return product.to == d; });
+    std::copy(out, out + count, pending->values.begin());
+    std::fill(d, d + count, __uint_as_float(0x7fc00000));
 }
 
 // --- what hosts call
@@ -449,7 +578,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, cons
     make_fibers();
     std::mt19937 random(the_options.seed);
     // With its exact size, so that AddressSanitizer sees what passes the end.
-    constexpr size_t kAlign = 128;
+    constexpr size_t kAlign = 1024;
     shared_memory.reset(new unsigned char[shared_bytes + kAlign]);
     const auto address = reinterpret_cast<uintptr_t>(shared_memory.get());
     shared_begin = shared_memory.get() + (kAlign - address % kAlign) % kAlign;
@@ -488,7 +617,8 @@ cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, cons
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const tome_emulation::Options& options = tome_emulation::options();
     *value = attribute == cudaDevAttrMultiProcessorCount      ? options.multiprocessors
-             : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+             : attribute == cudaDevAttrComputeCapabilityMajor ? options.capability / 10
+             : attribute == cudaDevAttrComputeCapabilityMinor ? options.capability % 10
                                                               : options.shared_limit;
     return cudaSuccess;
 }

@@ -25,6 +25,7 @@ struct Options {
     uint32_t seed = 0;              // of the order in which blocks, and threads between waits, run
     int multiprocessors = 4;        // what cudaDeviceGetAttribute says
     int shared_limit = 227 * 1024;  // bytes a block may ask for
+    int capability = 80;            // the chip's compute capability, times 10
 };
 Options& options();
 

@@ -382,6 +382,7 @@ cudaError_t launch_tile(const AttentionArgs& m, cudaStream_t stream) {
     device::Chip chip;
     const cudaError_t error = device::current_chip(chip);
     if (error != cudaSuccess) return error;
+    if (hopper_takes(m, chip)) return launch_attention_hopper(m, chip, stream);
     switch (attention_tiles::padded_dim(m.p.dim)) {
         case 32:
             return launch_dim<T, 32>(m, chip.multiprocessors, stream);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "launch.h"
 #include "tome_core/attention.h"
 
 namespace tome::attention_cuda_detail {
@@ -16,5 +17,10 @@ struct AttentionArgs {
 
 // float32, without tensor cores; dim up to kMaxCudaHeadDim.
 cudaError_t launch_attention_plain(const AttentionArgs& m, cudaStream_t stream);
+
+// float16 and bfloat16 on Hopper's warpgroups. Takes what hopper_takes says it does.
+bool hopper_takes(const AttentionArgs& m, const device::Chip& chip);
+cudaError_t launch_attention_hopper(const AttentionArgs& m, const device::Chip& chip,
+                                    cudaStream_t stream);
 
 }  // namespace tome::attention_cuda_detail

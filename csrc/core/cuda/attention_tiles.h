@@ -109,6 +109,55 @@ constexpr Tiles choose(int64_t batch_heads, int64_t queries, int padded, int mul
     return {static_cast<int>(warps), ceil_div(units, warps)};
 }
 
+// --- forward on Hopper's warpgroups: attention_hopper.cu -----------------------------------------
+
+// Channels of the heads it takes: rows of 128 bytes, which its tiles are made of.
+inline constexpr int kHopperDim = 64;
+
+// A warpgroup's product has 64 rows: queries. Keys pass 64 at a time, so that logits (32 registers),
+// weights (16), queries (16) and outputs (32) fit the 128 registers with which four warpgroups share
+// a multiprocessor; the last keys are cut to a multiple of 16.
+inline constexpr int kHopperRows = 64, kHopperKeys = 64;
+
+// Up to so many keys, all keys and values of a head lie in shared memory at once: they are read
+// once, and a block of one warpgroup takes the queries in turn. Blocks are as independent as can be
+// then: while one waits for its keys, three others compute. Above, two warpgroups share what passes
+// through three stages, or L2 would have to bring all keys to every 64 queries.
+inline constexpr int64_t kHopperResident = 256;
+inline constexpr int kHopperStages = 3;
+
+constexpr int64_t hopper_padded_keys(int64_t keys) { return ceil_div(keys, 16) * 16; }
+
+//   keys | values | log2 sizes; or stages of keys | values, then log2 sizes of all stages
+// Logits are always made of 64 keys, also where fewer are left: what is read behind them may be
+// anything, since their columns are not used, but must be there.
+constexpr int64_t hopper_shared_bytes(int64_t keys) {
+    const int64_t rows =
+        keys <= kHopperResident ? hopper_padded_keys(keys) : kHopperStages * kHopperKeys;
+    const int64_t bytes = rows * (2 * 128 + 4), read = kHopperKeys * 128;
+    return bytes < read ? read : bytes;
+}
+
+struct HopperCut {
+    int warpgroups;           // of a block
+    int64_t tiles_per_block;  // of 64 queries
+    int64_t blocks;           // per head
+
+    constexpr bool operator==(const HopperCut&) const = default;
+};
+
+constexpr HopperCut cut_hopper(int64_t batch_heads, int64_t queries, int64_t keys,
+                               int multiprocessors) {
+    const int64_t tiles = ceil_div(queries, kHopperRows);
+    if (keys > kHopperResident) return {2, 2, ceil_div(tiles, 2)};
+    // Few heads: more blocks each, until there are four for every multiprocessor.
+    int64_t blocks = batch_heads > 0 ? ceil_div(4 * int64_t{multiprocessors}, batch_heads) : 1;
+    if (blocks > tiles) blocks = tiles;
+    if (batch_heads >= 2 * int64_t{multiprocessors}) blocks = 1;
+    const int64_t per_block = ceil_div(tiles, blocks);
+    return {1, per_block, ceil_div(tiles, per_block)};
+}
+
 // --- backward: attention_backward.cu -----------------------------------------------------------
 
 // Warps per block, each with 16 rows (queries, or keys): four share what is copied per stage, and

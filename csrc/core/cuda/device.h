@@ -214,12 +214,12 @@ __device__ __forceinline__ typename Word<sizeof(T) * kCount>::Type as_word(
 // --- shared memory
 // --------------------------------------------------------------------------------
 
-// The block's dynamic shared memory, the only kind in use; aligned to 128 bytes.
+// The block's dynamic shared memory, the only kind in use; aligned to 1024 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef TOME_EMULATION
     return tome_emulation::dynamic_shared();
 #else
-    extern __shared__ __align__(128) unsigned char tome_dynamic_shared[];
+    extern __shared__ __align__(1024) unsigned char tome_dynamic_shared[];
     return tome_dynamic_shared;
 #endif
 }

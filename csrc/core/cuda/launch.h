@@ -66,6 +66,7 @@ inline cudaError_t can_overlap(const void* kernel, bool& answer) {
 struct Chip {
     int multiprocessors = 0;
     int shared_per_block = 0;  // bytes, the most a block may ask for
+    int capability = 0;        // compute capability times 10: 90 is Hopper
 };
 
 inline cudaError_t current_chip(Chip& out) {
@@ -79,6 +80,14 @@ inline cudaError_t current_chip(Chip& out) {
         error = cudaDeviceGetAttribute(&out.shared_per_block,
                                        cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
+    int major = 0, minor = 0;
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    }
+    out.capability = 10 * major + minor;
     return error;
 }
 

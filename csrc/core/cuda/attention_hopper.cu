@@ -1,0 +1,470 @@
+// Attention of 64-channel heads on Hopper's warpgroups, for float16 and bfloat16.
+//
+// At the lengths of Vision Transformers reading and writing takes longer than all products: what
+// counts is that each byte passes once, and that copies, products and exponentials of different
+// blocks go on at the same time. A warpgroup owns 64 queries, whose products with 64 keys at a time
+// (device_hopper.h) read keys and values where they were copied to:
+//
+//                 64 keys                  64
+//              +---------+            +----------+
+//   64 rows    |  q k^T  | -> p,  x   |  values  | 64 keys     p in the registers where q k^T was,
+//              +---------+            +----------+             outputs in 32 more
+//
+// The next logits are on their way while the outputs of these are added. The softmax is
+// attention.cu's: online, sizes as log2 added to logits, rows scaled anew only when they rise far.
+#include <limits>
+
+#include "attention_kernels.h"
+#include "hopper_tile.cuh"
+
+namespace tome::attention_cuda_detail {
+namespace {
+
+using attention_tiles::kHopperDim;
+using attention_tiles::kHopperKeys;
+using attention_tiles::kHopperRows;
+using attention_tiles::kHopperStages;
+using device::kWarpgroup;
+using device::TileRows;
+
+constexpr float kRise = 8.0f;  // as in attention.cu
+constexpr float kLowest = -3.402823466e38f;
+constexpr int kSteps = kHopperDim / 16;  // of a product over all channels
+
+// What a lane keeps of its rows g and g + 8 of the warp's 16 (g = lane / 4).
+struct RowState {
+    float out[32];  // sum of weight * v: out[4 n + 2 half + j] is column 8 n + 2 t + j
+    float top[2];   // what weights are relative to: near the largest logit so far
+    float sum[2];   // of the weights of this lane's columns
+};
+
+struct HopperArgs {
+    AttentionArgs m;
+    int tiles_per_block;  // of 64 queries
+};
+
+// The warp's 16 queries, straight into registers; zeros behind the last.
+//   q (count, 64) strided: the warp's first row
+template <class T>
+__device__ __forceinline__ void load_queries(const T* q, int64_t stride, int64_t count,
+                                             uint32_t (&out)[kSteps][4]) {
+    const unsigned lane = threadIdx.x % device::kWarp;
+    const T* from = q + lane / 4 * stride + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const bool valid = static_cast<int>(lane / 4) + 8 * half < count;
+#pragma unroll
+        for (int n = 0; n < 2 * kSteps; ++n) {
+            out[n / 2][n % 2 * 2 + half] =
+                valid ? device::load_word<T, 2>(from + 8 * half * stride + n * 8) : 0;
+        }
+    }
+}
+
+// s = q k^T for 64 keys.
+//   k (64, 64) operand
+template <class T>
+__device__ __forceinline__ void start_logits(float (&s)[32], const uint32_t (&q)[kSteps][4],
+                                             uint64_t k) {
+#pragma unroll
+    for (int d = 0; d < kSteps; ++d) {
+        device::product<T, kHopperKeys, TileRows::kAreColumns>(
+            s, q[d], k + device::operand_channels(16 * d), d > 0);
+    }
+}
+
+// out += p v for kKeys keys.
+//   v (kKeys, 64) operand
+template <class T, int kKeys>
+__device__ __forceinline__ void start_outputs(float (&out)[32], const uint32_t (&p)[4][4],
+                                              uint64_t v) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+        device::product<T, kHopperDim, TileRows::kAreSummed>(out, p[n],
+                                                             v + device::operand_rows(16 * n), 1);
+    }
+}
+
+// From logits to weights, rounded to T as the next product's operand, for kKeys keys.
+//   bias (kKeys) shared: log2 of the sizes, at the lane's columns
+template <class T, int kKeys>
+__device__ __forceinline__ void weigh(float (&s)[32], RowState& rows, const float* bias,
+                                      float scale_log2, uint32_t (&p)[4][4]) {
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+        const auto sizes = device::load_vector<float, 2>(bias + n * 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& logit = s[4 * n + i];
+            logit = logit * scale_log2 + sizes.v[i % 2];
+            top[i / 2] = fmaxf(top[i / 2], logit);
+        }
+    }
+    bool rises = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        top[half] = max_over_row(top[half]);
+        rises |= top[half] > rows.top[half] + kRise;
+    }
+    if (__any_sync(device::kFullMask, rises)) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float now = fmaxf(rows.top[half], top[half]);
+            const float factor = device::exp2_approx(rows.top[half] - now);
+            rows.top[half] = now;
+            rows.sum[half] *= factor;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                rows.out[4 * n + 2 * half] *= factor;
+                rows.out[4 * n + 2 * half + 1] *= factor;
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float weight[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                weight[j] = device::exp2_approx(s[4 * n + 2 * half + j] - rows.top[half]);
+                rows.sum[half] += weight[j];
+            }
+            p[n / 2][n % 2 * 2 + half] = round_pair<T>(weight[0], weight[1]);
+        }
+    }
+}
+
+__device__ __forceinline__ void begin_rows(RowState& rows) {
+#pragma unroll
+    for (float& x : rows.out) x = 0.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        rows.top[half] = kLowest;
+        rows.sum[half] = 0.0f;
+    }
+}
+
+// The warp's outputs and lse, as in attention.cu.
+template <class T>
+__device__ __forceinline__ void end_rows(const AttentionParams& p, int64_t image, int64_t head,
+                                         int64_t query, RowState& rows) {
+    const unsigned lane = threadIdx.x % device::kWarp;
+    float factor[2];
+    bool seen[2];
+    float* lse =
+        static_cast<float*>(p.lse) + (image * p.heads + head) * p.queries + query + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = sum_over_row(rows.sum[half]);
+        seen[half] = !(sum == 0.0f);  // NaN stays NaN
+        factor[half] = seen[half] ? device::reciprocal(sum) : 0.0f;
+        if (lane % 4 == 0 && query + lane / 4 + 8 * half < p.queries) {
+            lse[8 * half] = seen[half] ? (rows.top[half] + log2f(sum)) * kLn2 : 0.0f;
+        }
+    }
+    T* out =
+        static_cast<T*>(p.out) + ((image * p.queries + query) * p.heads + head) * kHopperDim;
+    write_rows<T>(rows.out, factor, seen, out, p.heads * kHopperDim, p.queries - query);
+}
+
+template <class T>
+__device__ __forceinline__ const T* head_of(const void* data, const HeadStrides& s, int64_t image,
+                                            int64_t head) {
+    return static_cast<const T*>(data) + image * s.batch + head * s.head;
+}
+
+// --- all keys at once --------------------------------------------------------------------------
+
+// Returns when tile `tile` of tiles 0 to `last`, a group of copies each, is there for all.
+__device__ __forceinline__ void wait_for_tile(int last, int tile) {
+    switch (last - tile) {
+        case 0:
+            device::cp_async_wait<0>();
+            break;
+        case 1:
+            device::cp_async_wait<1>();
+            break;
+        case 2:
+            device::cp_async_wait<2>();
+            break;
+        default:
+            device::cp_async_wait<3>();
+    }
+    device::share_with_products();
+    __syncthreads();
+}
+
+// A block is one warpgroup. It brings all keys and values of its head, and takes its share of the
+// head's queries in turn.
+//   kTail: keys in the last tile, rounded up to a multiple of 16
+template <class T, int kTail>
+__global__ void __launch_bounds__(kWarpgroup, 4)
+    attention_resident_kernel(const __grid_constant__ HopperArgs args) {
+    if constexpr (device::kHasWarpgroups) {
+        const AttentionParams& p = args.m.p;
+        const unsigned head_of_all = blockIdx.x / args.m.query_tiles;
+        const unsigned block = blockIdx.x % args.m.query_tiles;
+        const int64_t image = head_of_all / static_cast<unsigned>(p.heads);
+        const int64_t head = head_of_all % static_cast<unsigned>(p.heads);
+        const int keys = static_cast<int>(p.keys);
+        const int padded = (keys + 15) / 16 * 16;
+        const int last = (padded - kTail) / kHopperKeys;  // the last tile
+
+        unsigned char* k_tile = device::dynamic_shared();
+        unsigned char* v_tile = k_tile + padded * device::kTileRowBytes;
+        auto* biases = reinterpret_cast<float*>(v_tile + padded * device::kTileRowBytes);
+
+        TileCopy<T, kWarpgroup> copy_k(head_of<T>(p.k, p.k_strides, image, head),
+                                       p.k_strides.token, keys);
+        TileCopy<T, kWarpgroup> copy_v(head_of<T>(p.v, p.v_strides, image, head),
+                                       p.v_strides.token, keys);
+        constexpr int kTileBytes = kHopperKeys * device::kTileRowBytes;
+        for (int tile = 0; tile < last; ++tile) {
+            copy_k.template copy<kHopperKeys>(k_tile + tile * kTileBytes);
+            copy_v.template copy<kHopperKeys>(v_tile + tile * kTileBytes);
+            device::cp_async_commit();
+        }
+        copy_k.template copy<kTail>(k_tile + last * kTileBytes);
+        copy_v.template copy<kTail>(v_tile + last * kTileBytes);
+        device::cp_async_commit();
+
+        const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
+        for (int key = static_cast<int>(threadIdx.x); key < padded; key += kWarpgroup) {
+            biases[key] = log2_size(size, key, keys);
+        }
+
+        const uint64_t k_operand = device::operand_of(k_tile);
+        const uint64_t v_operand = device::operand_of(v_tile);
+        const float* bias_0 = biases + threadIdx.x % 4u * 2;
+        const int warp = static_cast<int>(threadIdx.x / device::kWarp);
+        const T* q = head_of<T>(p.q, p.q_strides, image, head);
+        const int first_tile = static_cast<int>(block) * args.tiles_per_block;
+
+        // Whether all tiles are known to be there; before, they are waited for one by one.
+        bool all_there = false;
+#pragma unroll 1
+        for (int tile = first_tile; tile < first_tile + args.tiles_per_block; ++tile) {
+            const int64_t query = int64_t{tile} * kHopperRows;
+            if (query >= p.queries) break;
+            const int64_t own = query + warp * 16;
+            uint32_t q_operand[kSteps][4];
+            load_queries<T>(q + own * p.q_strides.token, p.q_strides.token, p.queries - own,
+                            q_operand);
+            RowState rows;
+            begin_rows(rows);
+            if (!all_there) wait_for_tile(last, 0);
+
+            float s[32];
+            uint32_t weights[4][4];
+            device::pin(rows.out);
+            device::products_begin();
+            start_logits<T>(s, q_operand, k_operand);
+            device::products_commit();
+#pragma unroll 1
+            for (int j = 0; j < last; ++j) {
+                device::products_wait<0>();
+                device::pin(s);
+                device::pin(rows.out);
+                weigh<T, kHopperKeys>(s, rows, bias_0 + j * kHopperKeys, args.m.scale_log2,
+                                      weights);
+                if (!all_there) wait_for_tile(last, j + 1);
+                device::pin(s);
+                device::pin(rows.out);
+                device::products_begin();
+                start_outputs<T, kHopperKeys>(rows.out, weights,
+                                              v_operand + device::operand_rows(j * kHopperKeys));
+                start_logits<T>(s, q_operand,
+                                k_operand + device::operand_rows((j + 1) * kHopperKeys));
+                device::products_commit();
+            }
+            all_there = true;
+            device::products_wait<0>();
+            device::pin(s);
+            device::pin(rows.out);
+            weigh<T, kTail>(s, rows, bias_0 + last * kHopperKeys, args.m.scale_log2, weights);
+            device::pin(rows.out);
+            device::products_begin();
+            start_outputs<T, kTail>(rows.out, weights,
+                                    v_operand + device::operand_rows(last * kHopperKeys));
+            device::products_commit();
+            device::products_wait<0>();
+            device::pin(rows.out);
+            end_rows<T>(p, image, head, own, rows);
+        }
+    }
+}
+
+// --- keys in stages ----------------------------------------------------------------------------
+
+// A block's warpgroups, two, own 64 queries each, and share the keys and values that pass. While
+// one stage is worked on, the logits of the next are started from its neighbour, and the one after
+// that is being copied into the place of the one before.
+template <class T, int kTail>
+__global__ void __launch_bounds__(2 * kWarpgroup, 2)
+    attention_staged_kernel(const __grid_constant__ HopperArgs args) {
+    if constexpr (device::kHasWarpgroups) {
+        const AttentionParams& p = args.m.p;
+        const unsigned head_of_all = blockIdx.x / args.m.query_tiles;
+        const unsigned block = blockIdx.x % args.m.query_tiles;
+        const int64_t image = head_of_all / static_cast<unsigned>(p.heads);
+        const int64_t head = head_of_all % static_cast<unsigned>(p.heads);
+        const int keys = static_cast<int>(p.keys);
+        const int last = (keys - 1) / kHopperKeys;
+        const int thread = static_cast<int>(threadIdx.x);
+
+        constexpr int kTileBytes = kHopperKeys * device::kTileRowBytes;
+        unsigned char* stages = device::dynamic_shared();
+        auto* biases = reinterpret_cast<float*>(stages + kHopperStages * 2 * kTileBytes);
+
+        TileCopy<T, 2 * kWarpgroup> copy_k(head_of<T>(p.k, p.k_strides, image, head),
+                                           p.k_strides.token, keys);
+        TileCopy<T, 2 * kWarpgroup> copy_v(head_of<T>(p.v, p.v_strides, image, head),
+                                           p.v_strides.token, keys);
+        const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
+        // Starts the copies of the next tile, and returns the size of this thread's key.
+        const auto start_tile = [&](int tile, int stage) {
+            unsigned char* to = stages + stage * 2 * kTileBytes;
+            copy_k.template copy<kHopperKeys>(to);
+            copy_v.template copy<kHopperKeys>(to + kTileBytes);
+            device::cp_async_commit();
+            const int key = tile * kHopperKeys + thread;
+            return size != nullptr && thread < kHopperKeys && key < keys ? size[key] : 1.0f;
+        };
+        const auto write_bias = [&](int tile, int stage, float key_size) {
+            if (thread >= kHopperKeys) return;
+            biases[stage * kHopperKeys + thread] =
+                tile * kHopperKeys + thread < keys ? log2f(key_size) : -INFINITY;
+        };
+
+        write_bias(0, 0, start_tile(0, 0));
+        float next_size = last > 0 ? start_tile(1, 1) : 1.0f;
+
+        const int warp = thread / device::kWarp;
+        const int64_t own = (int64_t{block} * 8 + warp) * 16;
+        uint32_t q_operand[kSteps][4];
+        load_queries<T>(head_of<T>(p.q, p.q_strides, image, head) + own * p.q_strides.token,
+                        p.q_strides.token, p.queries - own, q_operand);
+        RowState rows;
+        begin_rows(rows);
+
+        float s[32];
+        uint32_t weights[4][4];
+        const uint64_t operands = device::operand_of(stages);
+        const auto k_of = [&](int stage) {
+            return operands + device::operand_rows(stage * 2 * kHopperKeys);
+        };
+        const auto v_of = [&](int stage) {
+            return operands + device::operand_rows((stage * 2 + 1) * kHopperKeys);
+        };
+        const float* bias_0 = biases + thread % 4 * 2;
+
+        if (last > 0) {
+            device::cp_async_wait<1>();
+        } else {
+            device::cp_async_wait<0>();
+        }
+        device::share_with_products();
+        __syncthreads();
+        device::pin(rows.out);
+        device::products_begin();
+        start_logits<T>(s, q_operand, k_of(0));
+        device::products_commit();
+        int now = 0;
+#pragma unroll 1
+        for (int j = 0; j < last; ++j) {
+            const int next = now == kHopperStages - 1 ? 0 : now + 1;
+            const int after = next == kHopperStages - 1 ? 0 : next + 1;
+            write_bias(j + 1, next, next_size);
+            device::products_wait<0>();
+            device::pin(s);
+            device::pin(rows.out);
+            // Behind this, the next tile is there for all, and nobody is at the one before any
+            // more, whose place the one after takes.
+            device::cp_async_wait<0>();
+            device::share_with_products();
+            __syncthreads();
+            if (j + 2 <= last) next_size = start_tile(j + 2, after);
+            weigh<T, kHopperKeys>(s, rows, bias_0 + now * kHopperKeys, args.m.scale_log2, weights);
+            device::pin(s);
+            device::pin(rows.out);
+            device::products_begin();
+            start_outputs<T, kHopperKeys>(rows.out, weights, v_of(now));
+            start_logits<T>(s, q_operand, k_of(next));
+            device::products_commit();
+            now = next;
+        }
+        device::products_wait<0>();
+        device::pin(s);
+        device::pin(rows.out);
+        weigh<T, kTail>(s, rows, bias_0 + now * kHopperKeys, args.m.scale_log2, weights);
+        device::pin(rows.out);
+        device::products_begin();
+        start_outputs<T, kTail>(rows.out, weights, v_of(now));
+        device::products_commit();
+        device::products_wait<0>();
+        device::pin(rows.out);
+        if (own < p.queries) end_rows<T>(p, image, head, own, rows);
+    }
+}
+
+// --- launches ----------------------------------------------------------------------------------
+
+template <class T, int kTail>
+cudaError_t launch_tail(const HopperArgs& args, dim3 grid, int warpgroups, size_t shared_bytes,
+                        cudaStream_t stream) {
+    const dim3 threads(static_cast<unsigned>(warpgroups * kWarpgroup));
+    return warpgroups == 1 ? device::launch(attention_resident_kernel<T, kTail>, grid, threads,
+                                            shared_bytes, stream, args)
+                           : device::launch(attention_staged_kernel<T, kTail>, grid, threads,
+                                            shared_bytes, stream, args);
+}
+
+template <class T>
+cudaError_t launch_of(const HopperArgs& args, dim3 grid, int warpgroups, size_t shared_bytes,
+                      cudaStream_t stream) {
+    switch ((args.m.p.keys - 1) % kHopperKeys / 16) {
+        case 0:
+            return launch_tail<T, 16>(args, grid, warpgroups, shared_bytes, stream);
+        case 1:
+            return launch_tail<T, 32>(args, grid, warpgroups, shared_bytes, stream);
+        case 2:
+            return launch_tail<T, 48>(args, grid, warpgroups, shared_bytes, stream);
+        default:
+            return launch_tail<T, 64>(args, grid, warpgroups, shared_bytes, stream);
+    }
+}
+
+}  // namespace
+
+bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
+#if defined(TOME_EMULATION) || defined(TOME_HOPPER)
+    return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 &&
+           m.p.keys <= std::numeric_limits<int32_t>::max() - 4 * kHopperKeys && m.vector_q &&
+           m.vector_k && m.vector_v && m.vector_out;
+#else
+    (void)m, (void)chip;
+    return false;
+#endif
+}
+
+cudaError_t launch_attention_hopper(const AttentionArgs& m, const device::Chip& chip,
+                                    cudaStream_t stream) {
+    HopperArgs args{m, 0};
+    const int64_t heads = m.p.batch * m.p.heads;
+    const attention_tiles::HopperCut cut =
+        attention_tiles::cut_hopper(heads, m.p.queries, m.p.keys, chip.multiprocessors);
+    if (cut.blocks > std::numeric_limits<int32_t>::max() / heads) {
+        return cudaErrorInvalidConfiguration;
+    }
+    args.m.query_tiles = static_cast<unsigned>(cut.blocks);
+    args.tiles_per_block = static_cast<int>(cut.tiles_per_block);
+    const dim3 grid(static_cast<unsigned>(heads * cut.blocks));
+    const auto bytes = static_cast<size_t>(attention_tiles::hopper_shared_bytes(m.p.keys));
+    return m.p.dtype == DType::kFloat16
+               ? launch_of<device::Half>(args, grid, cut.warpgroups, bytes, stream)
+               : launch_of<device::BFloat>(args, grid, cut.warpgroups, bytes, stream);
+}
+
+}  // namespace tome::attention_cuda_detail

@@ -1,0 +1,103 @@
+// Tiles of (tokens, 64) of 16-bit values in shared memory, as Hopper's products read them
+// (device_hopper.h): how they get there, and how results leave.
+#pragma once
+
+#include "attention_tile.cuh"
+#include "device_hopper.h"
+
+namespace tome::attention_cuda_detail {
+
+// One thread's part in copying rows of 64 channels: an eighth of every kStep-th row, where kThreads
+// threads copy together.
+template <class T, int kThreads>
+class TileCopy {
+  public:
+    static constexpr int kStep = kThreads / 8;
+    static_assert(kStep % 8 == 0, "a thread's piece lies at the same place of all its rows");
+
+    //   rows (count, 64) strided, every row at a multiple of 16 bytes
+    __device__ __forceinline__ TileCopy(const T* rows, int64_t stride, int count)
+        : rows_(rows), left_(count - first()) {
+        from_ = rows + first() * stride + piece() * 8;
+        step_ = kStep * stride;
+    }
+
+    // Starts the copies of the next kRows rows; zeros behind the last.
+    //   tile (kRows, 64) shared, out
+    template <int kRows>
+    __device__ __forceinline__ void copy(unsigned char* tile) {
+        static_assert(kRows % kStep == 0);
+        unsigned char* to = tile + device::tile_offset(first(), piece());
+#pragma unroll
+        for (int i = 0; i < kRows / kStep; ++i) {
+            const bool valid = left_ > 0;
+            // What isn't valid is not read, but must be an address.
+            device::cp_async_16(to + i * kStep * device::kTileRowBytes, valid ? from_ : rows_,
+                                valid);
+            from_ += step_;
+            left_ -= kStep;
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ int first() { return static_cast<int>(threadIdx.x / 8u); }
+    static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x % 8u); }
+
+    const T* rows_;
+    const T* from_;
+    int64_t step_;
+    int left_;
+};
+
+// Four lanes hold of a row, side by side, two values of every eight: word n of a lane is the pair at
+// 8 n + 2 t. Afterwards lane t holds all of columns 8 t to 8 t + 7 in words 0 to 3.
+__device__ __forceinline__ void gather_row(uint32_t (&x)[4]) {
+    const unsigned t = threadIdx.x % 4u;
+    // First lanes 1 apart exchange, then lanes 2 apart: a transposition of 4 x 4 words.
+    const auto exchange = [&](uint32_t& low, uint32_t& high, unsigned by) {
+        const bool upper = (t & by) != 0;
+        const uint32_t got =
+            __shfl_xor_sync(device::kFullMask, upper ? low : high, static_cast<int>(by));
+        if (upper) {
+            low = got;
+        } else {
+            high = got;
+        }
+    };
+    exchange(x[0], x[1], 1);
+    exchange(x[2], x[3], 1);
+    exchange(x[0], x[2], 2);
+    exchange(x[1], x[3], 2);
+}
+
+// factor times a warp's 16 rows of a product's 64 columns, rounded, to memory; 0 where `seen` is
+// not. half 0 is row g, half 1 row g + 8, g = lane / 4.
+//   to (count, 64), rows `stride` apart, each at a multiple of 16 bytes: the warp's first row
+template <class T>
+__device__ __forceinline__ void write_rows(const float (&d)[32], const float (&factor)[2],
+                                           const bool (&seen)[2], T* to, int64_t stride,
+                                           int64_t count) {
+    const unsigned lane = threadIdx.x % device::kWarp;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const auto row = static_cast<int>(half * 8 + lane / 4);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {  // columns 32 part to 32 part + 31
+            uint32_t words[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float* pair = d + 4 * (4 * part + n) + 2 * half;
+                words[n] = seen[half]
+                               ? round_pair<T>(pair[0] * factor[half], pair[1] * factor[half])
+                               : 0;
+            }
+            gather_row(words);
+            if (row < count) {
+                device::store_word<T, 8>(to + row * stride + part * 32 + lane % 4 * 8,
+                                         make_uint4(words[0], words[1], words[2], words[3]));
+            }
+        }
+    }
+}
+
+}  // namespace tome::attention_cuda_detail
