@@ -301,6 +301,73 @@ TEST_P(CudaAttentionBackwardTest, TheSameBitsInAnyOrderAndMemoryOnAnyMachine) {
     }
 }
 
+// Hopper's own kernels take heads of 64 channels at addresses that fit 16 bytes.
+class HopperAttentionBackwardTest : public PerDType {
+  protected:
+    HopperAttentionBackwardTest() {
+        EXPECT_EQ(tome_emulation::options().capability, 90);
+        before_ = tome_emulation::warpgroup_products();
+    }
+    ~HopperAttentionBackwardTest() override {
+        EXPECT_GT(tome_emulation::warpgroup_products(), before_) << "other kernels were tested";
+    }
+    static tome_emulation::Options in_order(uint32_t seed, int multiprocessors = 4) {
+        return {seed, multiprocessors, kHopperShared, 90};
+    }
+
+  private:
+    tome_emulation::UseOptions chip_{in_order(0)};
+    int64_t before_ = 0;
+};
+INSTANTIATE_TEST_SUITE_P(DTypes, HopperAttentionBackwardTest,
+                         ::testing::Values(DType::kFloat16, DType::kBFloat16),
+                         [](const auto& info) { return dtype_name(info.param); });
+
+TEST_P(HopperAttentionBackwardTest, AgreesWithOracleInEveryLength) {
+    const Sizes sizes[] = {Sizes::kNone, Sizes::kSome, Sizes::kWithZeros};
+    size_t turn = 0;
+    for (const auto& [queries, keys] : std::vector<std::pair<int64_t, int64_t>>{
+             {1, 131}, {131, 1}, {16, 80}, {64, 64}, {65, 63}, {50, 5}, {197, 197}, {33, 257},
+             {270, 20}, {129, 192}}) {
+        expect_right(random_problem(GetParam(), {1, 2, queries, keys, 64}, sizes[turn++ % 3]));
+    }
+}
+
+TEST_P(HopperAttentionBackwardTest, ReadsAnyStridesInPlace) {
+    for (const auto& [layout, grad] :
+         {std::pair{Layout::kHeads, Layout::kHeads}, {Layout::kTokens, Layout::kPacked},
+          {Layout::kPacked, Layout::kTokens}, {Layout::kPacked, Layout::kOdd}}) {
+        SCOPED_TRACE(::testing::Message() << int(layout) << ", grad " << int(grad));
+        expect_right(random_problem(GetParam(), {2, 3, 21, 77, 64}, Sizes::kSome, 0, layout, grad));
+    }
+}
+
+TEST_P(HopperAttentionBackwardTest, HiddenKeysHaveZeroGradients) {
+    const Shape s{2, 2, 37, 90, 64};
+    Problem x = random_problem(GetParam(), s, Sizes::kWithZeros);
+    for (int64_t n = 16; n < 31; ++n) x.size[size_t(s.keys + n)] = 0;
+    run_forward(x);
+    const Gradients got = on_cuda(x);
+    expect_close(x, got);
+    const int64_t row = s.heads * s.dim;
+    for (int64_t i = 0; i < s.batch * s.keys * row; ++i) {
+        if (x.size[size_t(i / row)] != 0) continue;
+        EXPECT_EQ(got.of(got.k, size_t(i)), 0) << i;
+        EXPECT_EQ(got.of(got.v, size_t(i)), 0) << i;
+    }
+    expect_all_zero(on_cuda(random_problem(GetParam(), {2, 2, 37, 50, 64}, Sizes::kZeros)));
+}
+
+TEST_P(HopperAttentionBackwardTest, TheSameBitsInAnyOrderAndMemory) {
+    const Problem x = random_problem(GetParam(), {2, 1, 140, 200, 64}, Sizes::kWithZeros);
+    const Gradients want = on_cuda(x);
+    expect_close(x, want);
+    for (uint32_t seed = 1; seed < 5; ++seed) {
+        const tome_emulation::UseOptions use(in_order(seed, seed == 3 ? 132 : 1));
+        EXPECT_EQ(on_cuda(x, static_cast<unsigned char>(seed * 51)), want) << "seed " << seed;
+    }
+}
+
 TEST(CudaAttentionBackwardTiles, FitTheMachineAndCoverTheRows) {
     for (int64_t heads : {1, 12, 3072}) {
         for (int64_t rows : {0, 1, 16, 17, 50, 80, 197, 577, 100000}) {

@@ -88,6 +88,7 @@ struct Launch {
 Options the_options;
 std::string failure;
 int64_t launch_count = 0;
+int64_t product_count = 0;  // of warps, of warpgroups' products
 uint32_t serials = 0;
 Launch launch_now;
 Neighbours neighbours_now;
@@ -463,6 +464,7 @@ struct ProductIn {
 };
 
 void one_warps_product(const Lanes& lanes) {
+    ++product_count;
     const ProductIn& first = *static_cast<const ProductIn*>(lanes.in[0]);
     const int columns = first.columns;
     const auto read = [&](const unsigned char* from) {
@@ -557,6 +559,7 @@ void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shar
 Options& options() { return the_options; }
 const std::string& last_failure() { return failure; }
 int64_t launches() { return launch_count; }
+int64_t warpgroup_products() { return product_count; }
 const Neighbours& neighbours() { return neighbours_now; }
 
 cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, const void* kernel,

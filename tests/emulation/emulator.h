@@ -53,6 +53,7 @@ const std::string& last_failure();
 
 // How many launches there were, failed ones included.
 int64_t launches();
+int64_t warpgroup_products();  // so far, in all launches: one for each warp
 
 // What the last launch said about its neighbours on the stream.
 struct Neighbours {

@@ -10,6 +10,7 @@
 // are made twice, 7 products instead of 5.
 #include <limits>
 
+#include "attention_backward_kernels.h"
 #include "attention_backward_products.cuh"
 #include "launch.h"
 #include "tome_core/cuda.h"
@@ -371,6 +372,7 @@ cudaError_t attention_backward_cuda(const AttentionBackwardParams& p, void* work
     const cudaError_t error = device::current_chip(chip);
     if (error != cudaSuccess) return error;
     auto* delta = static_cast<float*>(workspace);
+    if (hopper_takes(p, chip)) return launch_attention_backward_hopper(p, delta, chip, stream);
     switch (p.dtype) {
         case DType::kFloat32:
             return launch_of<float>(p, delta, chip, stream);

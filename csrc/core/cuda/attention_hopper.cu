@@ -216,18 +216,23 @@ __global__ void __launch_bounds__(kWarpgroup, 4)
         unsigned char* v_tile = k_tile + padded * device::kTileRowBytes;
         auto* biases = reinterpret_cast<float*>(v_tile + padded * device::kTileRowBytes);
 
-        TileCopy<T, kWarpgroup> copy_k(head_of<T>(p.k, p.k_strides, image, head),
-                                       p.k_strides.token, keys);
-        TileCopy<T, kWarpgroup> copy_v(head_of<T>(p.v, p.v_strides, image, head),
-                                       p.v_strides.token, keys);
         constexpr int kTileBytes = kHopperKeys * device::kTileRowBytes;
+        const T* k = head_of<T>(p.k, p.k_strides, image, head);
+        const T* v = head_of<T>(p.v, p.v_strides, image, head);
+        const int64_t k_stride = p.k_strides.token, v_stride = p.v_strides.token;
         for (int tile = 0; tile < last; ++tile) {
-            copy_k.template copy<kHopperKeys>(k_tile + tile * kTileBytes);
-            copy_v.template copy<kHopperKeys>(v_tile + tile * kTileBytes);
+            const int first = tile * kHopperKeys;
+            copy_tile<T, kWarpgroup, kHopperKeys>(k_tile + tile * kTileBytes, k + first * k_stride,
+                                                  k_stride, keys - first, p.k);
+            copy_tile<T, kWarpgroup, kHopperKeys>(v_tile + tile * kTileBytes, v + first * v_stride,
+                                                  v_stride, keys - first, p.v);
             device::cp_async_commit();
         }
-        copy_k.template copy<kTail>(k_tile + last * kTileBytes);
-        copy_v.template copy<kTail>(v_tile + last * kTileBytes);
+        const int first_of_last = last * kHopperKeys;
+        copy_tile<T, kWarpgroup, kTail>(k_tile + last * kTileBytes, k + first_of_last * k_stride,
+                                        k_stride, keys - first_of_last, p.k);
+        copy_tile<T, kWarpgroup, kTail>(v_tile + last * kTileBytes, v + first_of_last * v_stride,
+                                        v_stride, keys - first_of_last, p.v);
         device::cp_async_commit();
 
         const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
@@ -318,16 +323,20 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2)
         unsigned char* stages = device::dynamic_shared();
         auto* biases = reinterpret_cast<float*>(stages + kHopperStages * 2 * kTileBytes);
 
-        TileCopy<T, 2 * kWarpgroup> copy_k(head_of<T>(p.k, p.k_strides, image, head),
-                                           p.k_strides.token, keys);
-        TileCopy<T, 2 * kWarpgroup> copy_v(head_of<T>(p.v, p.v_strides, image, head),
-                                           p.v_strides.token, keys);
         const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
-        // Starts the copies of the next tile, and returns the size of this thread's key.
+        // Starts the copies of a tile, and returns the size of this thread's key.
         const auto start_tile = [&](int tile, int stage) {
             unsigned char* to = stages + stage * 2 * kTileBytes;
-            copy_k.template copy<kHopperKeys>(to);
-            copy_v.template copy<kHopperKeys>(to + kTileBytes);
+            const int64_t of_image = device::forget_origin(static_cast<unsigned>(image));
+            const int64_t of_heads = device::forget_origin(static_cast<unsigned>(head));
+            const int first = tile * kHopperKeys;
+            const auto copy = [&](unsigned char* to, const void* data, const HeadStrides& s) {
+                copy_tile<T, 2 * kWarpgroup, kHopperKeys>(
+                    to, head_of<T>(data, s, of_image, of_heads) + first * s.token, s.token,
+                    keys - first, data);
+            };
+            copy(to, p.k, p.k_strides);
+            copy(to + kTileBytes, p.v, p.v_strides);
             device::cp_async_commit();
             const int key = tile * kHopperKeys + thread;
             return size != nullptr && thread < kHopperKeys && key < keys ? size[key] : 1.0f;

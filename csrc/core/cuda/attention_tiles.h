@@ -219,6 +219,20 @@ constexpr BackwardCut cut_backward(int64_t heads, int64_t rows, int padded, int6
     return {warps, blocks, backward_shared_bytes(warps, padded, element_bytes)};
 }
 
+// --- backward on Hopper's warpgroups: attention_backward_hopper.cu --------------------------------
+
+// Warpgroups of a block, 64 rows each, that share the columns which pass. A row of queries takes
+// 128 registers, so four warpgroups share a multiprocessor, in two blocks. A row of keys, with two
+// sums, takes 168: three.
+TOME_HOST_DEVICE constexpr int hopper_backward_groups(bool of_keys) { return of_keys ? 1 : 2; }
+TOME_HOST_DEVICE constexpr int hopper_backward_blocks(bool of_keys) { return of_keys ? 3 : 2; }
+
+//   rows of two tensors, for each warpgroup | stages of columns of two tensors | what columns bring
+//   (two floats each), of all stages
+TOME_HOST_DEVICE constexpr int64_t hopper_backward_shared_bytes(int groups) {
+    return 2 * 64 * 128 * groups + kHopperStages * kHopperKeys * (2 * 128 + 8);
+}
+
 // --- forward without tensor cores, float32 -----------------------------------------------------
 
 // A thread holds 4 rows, and every 16th key or pair of channels: 16 x 16 threads.

@@ -7,47 +7,29 @@
 
 namespace tome::attention_cuda_detail {
 
-// One thread's part in copying rows of 64 channels: an eighth of every kStep-th row, where kThreads
-// threads copy together.
-template <class T, int kThreads>
-class TileCopy {
-  public:
-    static constexpr int kStep = kThreads / 8;
+// Starts a block's copies of kRows rows of 64 channels, kThreads threads together: each an eighth of
+// every kThreads / 8-th row. Rows past the last become zeros.
+//   tile (kRows, 64) shared, out
+//   rows (count, 64) strided, every row at a multiple of 16 bytes
+//   anything: what isn't valid is not read, but must be an address of 16 bytes: this one
+template <class T, int kThreads, int kRows>
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const T* rows, int64_t stride,
+                                          int count, const void* anything) {
+    constexpr int kStep = kThreads / 8;
     static_assert(kStep % 8 == 0, "a thread's piece lies at the same place of all its rows");
-
-    //   rows (count, 64) strided, every row at a multiple of 16 bytes
-    __device__ __forceinline__ TileCopy(const T* rows, int64_t stride, int count)
-        : rows_(rows), left_(count - first()) {
-        from_ = rows + first() * stride + piece() * 8;
-        step_ = kStep * stride;
-    }
-
-    // Starts the copies of the next kRows rows; zeros behind the last.
-    //   tile (kRows, 64) shared, out
-    template <int kRows>
-    __device__ __forceinline__ void copy(unsigned char* tile) {
-        static_assert(kRows % kStep == 0);
-        unsigned char* to = tile + device::tile_offset(first(), piece());
+    static_assert(kRows % kStep == 0);
+    const auto first = static_cast<int>(threadIdx.x % kThreads / 8u);
+    const auto piece = static_cast<int>(threadIdx.x % 8u);
+    const T* from = rows + first * stride + piece * 8;
+    unsigned char* to = tile + device::tile_offset(first, piece);
+    count -= first;
 #pragma unroll
-        for (int i = 0; i < kRows / kStep; ++i) {
-            const bool valid = left_ > 0;
-            // What isn't valid is not read, but must be an address.
-            device::cp_async_16(to + i * kStep * device::kTileRowBytes, valid ? from_ : rows_,
-                                valid);
-            from_ += step_;
-            left_ -= kStep;
-        }
+    for (int i = 0; i < kRows / kStep; ++i) {
+        const bool valid = i * kStep < count;
+        device::cp_async_16(to + i * kStep * device::kTileRowBytes, valid ? from : anything, valid);
+        from += kStep * stride;
     }
-
-  private:
-    static __device__ __forceinline__ int first() { return static_cast<int>(threadIdx.x / 8u); }
-    static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x % 8u); }
-
-    const T* rows_;
-    const T* from_;
-    int64_t step_;
-    int left_;
-};
+}
 
 // Four lanes hold of a row, side by side, two values of every eight: word n of a lane is the pair at
 // 8 n + 2 t. Afterwards lane t holds all of columns 8 t to 8 t + 7 in words 0 to 3.
