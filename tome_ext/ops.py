@@ -96,12 +96,19 @@ merge_add_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
 merge_backward: Callable[..., Tensor] = _operator("merge_backward", differentiable=True)
 # (x, assign) -> tokens (B, N, C)
 unmerge: Callable[..., Tensor] = _operator("unmerge", differentiable=True)
-# (q, k, v, size=None, scale=None) -> out (B, H, M, D): the first output of the next one
-attention: Callable[..., Tensor] = _operator("attention", differentiable=True)
 # (q, k, v, size=None, scale=None) -> out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)
 attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator(
     "attention_forward", differentiable=True
 )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The first output of ``attention_forward``, out (B, H, M, D)."""
+    return attention_forward(q, k, v, size, scale)[0]
+
+
 # (grad, q, k, v, size, out, lse, scale=None) -> gradients of q, k and v
 attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     "attention_backward", differentiable=True
@@ -381,6 +388,7 @@ def _register() -> None:
         torch.library.register_fake(f"tome::{name}", fake)
         for key in keys:
             torch.library.impl(f"tome::{name}", key, twin(name))
+    torch.library.impl("tome::attention", "CompositeImplicitAutograd", attention)
     _onnx.register()
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)

@@ -1,7 +1,5 @@
 // The operators' schemas, in one place. Their contract is documented in Python (tome_ext/plan.py).
 
-#include <array>
-#include <optional>
 #include <string>
 
 #include "stable.h"
@@ -13,26 +11,11 @@
 
 namespace {
 
-using torch::stable::Tensor;
-
 // JSON, so that adding a field never changes the schema.
 std::string build_info() {
     return std::string("{\"version\": \"" TOME_VERSION "\", \"torch\": \"" TORCH_VERSION_BUILT
                        "\", \"compiler\": \"" __VERSION__ "\", \"isa\": \"") +
            tome::isa_name(tome::active_isa()) + "\"}";
-}
-
-// attention_forward without what only its gradient needs.
-Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> size,
-                 std::optional<double> scale) {
-    std::array<StableIValue, 5> stack{
-        torch::stable::detail::from(q), torch::stable::detail::from(k),
-        torch::stable::detail::from(v), torch::stable::detail::from(size),
-        torch::stable::detail::from(scale)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("tome::attention_forward", "", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[1]);  // takes hold of lse, which then goes
-    return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -56,6 +39,8 @@ STABLE_TORCH_LIBRARY(tome, m) {
         "merge_backward(Tensor grad, Tensor? size, Tensor members, Tensor offsets, str "
         "reduce=\"mean\") -> Tensor");
     m.def("unmerge(Tensor x, Tensor assign) -> Tensor");
+    // attention_forward without lse. Written in Python (tome_ext/ops.py): a call of the dispatcher
+    // from here would lose the text of an error, and torch would print it instead.
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? size=None, float? scale=None) -> Tensor");
     m.def(
@@ -67,10 +52,6 @@ STABLE_TORCH_LIBRARY(tome, m) {
     m.def("cls_attention(Tensor q, Tensor k, Tensor? size=None, float? scale=None) -> Tensor");
     m.def("_build_info() -> str");
     m.def("_cuda_build_info() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(tome, CompositeImplicitAutograd, m) {
-    m.impl("attention", TORCH_BOX(&attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome, CompositeExplicitAutograd, m) {

@@ -505,13 +505,14 @@ def test_nan_is_not_taken_for_hidden_keys(dtype: torch.dtype) -> None:
 
 
 @on_gpu
-def test_attention_names_what_its_kernels_do_not_take() -> None:
+def test_attention_names_what_its_kernels_do_not_take(capfd: pytest.CaptureFixture[str]) -> None:
     wide = torch.zeros(1, 1, 4, 136, device="cuda")
     with pytest.raises(RuntimeError, match="at most 128 channels"):
         torch.ops.tome.attention(wide, wide, wide)
     double = torch.zeros(1, 1, 4, 8, device="cuda", dtype=torch.float64)
     with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16 on CUDA"):
         torch.ops.tome.attention(double, double, double)
+    assert capfd.readouterr().err == "", "torch prints errors that pass through its C interface"
     # The public function serves both, through stock attention.
     size = torch.ones(1, 4, device="cuda")
     for x in (wide, double):
