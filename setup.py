@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "tome_ext" / "_version.py"))["__version__"]
 # The oldest torch whose stable ABI is used, as the headers spell it: 2.10 is 0x020a.
 TORCH_TARGET = "0x020a000000000000"
-DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # the last one as PTX too, for newer GPUs
+# The last one as PTX too, for newer GPUs. 7.5 is left to who asks for it: without mma of bfloat16,
+# attention takes nvcc three minutes, more than all the others together.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+PTX_TOO = ("10.0",)  # for 11.0, which runs code of neither 10.0 nor 12.0
 
 
 class CudaUnusableError(Exception):
@@ -122,7 +125,9 @@ def default_archs(home: Path) -> str:
         raise CudaUnusableError(
             f"{nvcc} knows none of the default archs {', '.join(DEFAULT_ARCHS)}"
         )
-    return ";".join(archs) + "+PTX"
+    return ";".join(
+        f"{arch}+PTX" if arch in PTX_TOO or arch == archs[-1] else arch for arch in archs
+    )
 
 
 def cuda_toolkit() -> tuple[Path, Path] | None:
