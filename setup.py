@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "tome_ext" / "_version.py"))["__version__"]
 # The oldest torch whose stable ABI is used, as the headers spell it: 2.10 is 0x020a.
 TORCH_TARGET = "0x020a000000000000"
-DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # the last one as PTX too, for newer GPUs
+# The last one as PTX too, for newer GPUs. 7.5 is left to who asks for it: without mma of bfloat16,
+# attention takes nvcc three minutes, more than all the others together.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+PTX_TOO = ("10.0",)  # for 11.0, which runs code of neither 10.0 nor 12.0
 
 
 class CudaUnusableError(Exception):
@@ -122,7 +125,30 @@ def default_archs(home: Path) -> str:
         raise CudaUnusableError(
             f"{nvcc} knows none of the default archs {', '.join(DEFAULT_ARCHS)}"
         )
-    return ";".join(archs) + "+PTX"
+    return ";".join(
+        f"{arch}+PTX" if arch in PTX_TOO or arch == archs[-1] else arch for arch in archs
+    )
+
+
+def arch_flags(archs: str) -> list[str]:
+    """What nvcc is told of TORCH_CUDA_ARCH_LIST; nothing where it names what torch alone knows.
+
+    9.0 is built as 9.0a: the chips are the same, and only the latter has the instructions that the
+    kernels for Hopper are made of (device_hopper.h).
+    """
+    found = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch) for arch in re.split("[; ]+", archs)]
+    flags = []
+    for arch in found:
+        if arch is None:
+            return []
+        number = arch[1] + arch[2] + arch[3]
+        native = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{native},code=sm_{native}")
+        if native == "90a":
+            flags.append("-DTOME_HOPPER")
+        if arch[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return list(dict.fromkeys(flags))
 
 
 def cuda_toolkit() -> tuple[Path, Path] | None:
@@ -167,6 +193,7 @@ def extension(
     libraries: Sequence[str] = (),
     library_dirs: Sequence[str] = (),
     include_dirs: Sequence[str] = (),
+    nvcc_flags: Sequence[str] = (),
 ) -> Extension:
     """An operator library: optimised, symbols hidden, linked to what holds the stable ABI only."""
     host = ["-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
@@ -186,7 +213,7 @@ def extension(
         ],
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-std=c++20", *host],
-            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *through_nvcc],
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *through_nvcc, *nvcc_flags],
         },
         extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
         py_limited_api=True,
@@ -219,6 +246,7 @@ def extensions() -> list[Extension]:
                 libraries=["torch_cuda", "cudart_static", "dl", "rt", "pthread"],
                 library_dirs=[str(libraries)],
                 include_dirs=[str(home / "include")],
+                nvcc_flags=arch_flags(os.environ["TORCH_CUDA_ARCH_LIST"]),
             )
         )
     return built

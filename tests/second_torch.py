@@ -71,9 +71,22 @@ def check(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.cls_attention.default, (query, keys, size))
 
 
+def check_errors() -> None:
+    """An error of an operator that calls another keeps its text, under every torch."""
+    q = torch.zeros(1, 1, 4, 8)
+    try:
+        torch.ops.tome.attention(q, q[:, :, :, :7], q)
+    except RuntimeError as error:
+        if "k: expected (B, H, N, D) = (1, 1, N, 8) float32" not in str(error):
+            raise
+    else:
+        raise AssertionError("expected an error of shapes that do not go together, got none")
+
+
 def main() -> None:
     """Check all dtypes and print what was checked."""
     _library.require()
+    check_errors()
     built = _library.build_info()["torch"]
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         check(dtype)

@@ -34,7 +34,8 @@ __all__ = [
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Devices that run the plain PyTorch form. CUDA joins them when its library is not loaded.
 FALLBACK_KEYS = ("MPS", "XPU", "PrivateUse1")
-# Device types that have kernels of their own, once they are registered.
+# Device types that have kernels of their own, once they are registered. CUDA leaves them when it
+# turns out that its GPUs cannot run the kernels.
 kernel_devices: tuple[str, ...] = ()
 
 
@@ -96,12 +97,19 @@ merge_add_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
 merge_backward: Callable[..., Tensor] = _operator("merge_backward", differentiable=True)
 # (x, assign) -> tokens (B, N, C)
 unmerge: Callable[..., Tensor] = _operator("unmerge", differentiable=True)
-# (q, k, v, size=None, scale=None) -> out (B, H, M, D): the first output of the next one
-attention: Callable[..., Tensor] = _operator("attention", differentiable=True)
 # (q, k, v, size=None, scale=None) -> out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)
 attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator(
     "attention_forward", differentiable=True
 )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The first output of ``attention_forward``, out (B, H, M, D)."""
+    return attention_forward(q, k, v, size, scale)[0]
+
+
 # (grad, q, k, v, size, out, lse, scale=None) -> gradients of q, k and v
 attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     "attention_backward", differentiable=True
@@ -357,6 +365,32 @@ def twin(name: str) -> Callable[..., Any]:
     return call
 
 
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """The twin for a GPU that cannot run the kernels, or for which there are none."""
+    plain = twin(name)
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if _library.tell_of_plain(x.device):
+            _leave_kernels(x.device)
+        return plain(x, *args)
+
+    return call
+
+
+def _leave_kernels(device: torch.device) -> None:
+    """Take CUDA out of ``kernel_devices``, unless other GPUs may run the kernels.
+
+    Callers that ask then choose torch's own operators, attention above all, before ours.
+    """
+    global kernel_devices
+    if "cuda" not in kernel_devices:
+        return
+    mine = torch.cuda.get_device_capability(device)
+    others = range(torch.cuda.device_count())
+    if all(torch.cuda.get_device_capability(i) == mine for i in others):
+        kernel_devices = tuple(kind for kind in kernel_devices if kind != "cuda")
+
+
 def _register() -> None:
     global kernel_devices
     fakes: dict[str, Callable[..., Any]] = {
@@ -371,16 +405,17 @@ def _register() -> None:
         "attention_backward": _fake_attention_backward,
         "cls_attention": _fake_cls_attention,
     }
-    keys = list(FALLBACK_KEYS)
-    if torch._C._dispatch_has_kernel_for_dispatch_key("tome::match", "CUDA"):
-        kernel_devices = ("cpu", "cuda")
-    else:
-        kernel_devices = ("cpu",)
-        keys.append("CUDA")
+    runs_cuda = _library.cuda_loaded and not _library.switched_off
+    kernel_devices = ("cpu", "cuda") if runs_cuda else ("cpu",)
     for name, fake in fakes.items():
         torch.library.register_fake(f"tome::{name}", fake)
-        for key in keys:
+        for key in FALLBACK_KEYS:
             torch.library.impl(f"tome::{name}", key, twin(name))
+        if not _library.cuda_loaded:
+            torch.library.impl(f"tome::{name}", "CUDA", _on_gpu(name))
+        # What the CUDA library calls on a GPU that cannot run its kernels.
+        torch.library.impl(f"tome::_plain_{name}", "CompositeExplicitAutograd", _on_gpu(name))
+    torch.library.impl("tome::attention", "CompositeImplicitAutograd", attention)
     _onnx.register()
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)

@@ -134,6 +134,8 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
             devices.append(f"cuda:{i} ({torch.cuda.get_device_name(i)}, sm_{major}{minor})")
     elif torch.accelerator.is_available():
         devices.append(str(torch.accelerator.current_accelerator()))
+    cuda = _library.cuda_status()
+    kernels = [x for x in ops.kernel_devices if x != "cuda" or cuda.startswith("loaded")]
     return {
         "tome_ext": __version__,
         "python": platform.python_version(),
@@ -142,11 +144,11 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
         "torch cuda": torch.version.cuda or "none",
         "timm": _version_of("timm"),
         "library": "loaded" if _library.load_error is None else _library.load_error,
-        "cuda library": _library.cuda_status(),
+        "cuda library": cuda,
         "built against torch": str(built.get("torch", "unknown")),
         "compiler": str(built.get("compiler", "unknown")),
         "instruction set": str(built.get("isa", "unknown")),
-        "attention kernels": ", ".join(ops.kernel_devices) or "none",
+        "attention kernels": ", ".join(kernels) or "none",
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
         **({} if model is None else model._tome_report()),

@@ -1,7 +1,5 @@
 // The operators' schemas, in one place. Their contract is documented in Python (tome_ext/plan.py).
 
-#include <array>
-#include <optional>
 #include <string>
 
 #include "stable.h"
@@ -13,8 +11,6 @@
 
 namespace {
 
-using torch::stable::Tensor;
-
 // JSON, so that adding a field never changes the schema.
 std::string build_info() {
     return std::string("{\"version\": \"" TOME_VERSION "\", \"torch\": \"" TORCH_VERSION_BUILT
@@ -22,55 +18,44 @@ std::string build_info() {
            tome::isa_name(tome::active_isa()) + "\"}";
 }
 
-// attention_forward without what only its gradient needs.
-Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> size,
-                 std::optional<double> scale) {
-    std::array<StableIValue, 5> stack{
-        torch::stable::detail::from(q), torch::stable::detail::from(k),
-        torch::stable::detail::from(v), torch::stable::detail::from(size),
-        torch::stable::detail::from(scale)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("tome::attention_forward", "", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[1]);  // takes hold of lse, which then goes
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
+// The operators that have kernels.
+constexpr const char* kSchemas[] = {
+    "match(Tensor metric, int r, int num_prefix_tokens=0) -> (Tensor assign, Tensor members, "
+    "Tensor offsets)",
+    "select(Tensor scores, int keep, int num_prefix_tokens=0, bool fuse=False) -> (Tensor assign, "
+    "Tensor members, Tensor offsets)",
+    "plan(Tensor assign, int num_rows) -> (Tensor members, Tensor offsets)",
+    "merge(Tensor x, Tensor? size, Tensor members, Tensor offsets, str reduce=\"mean\") -> "
+    "(Tensor, Tensor)",
+    "merge_add_norm(Tensor x, Tensor branch, Tensor? size, Tensor members, Tensor offsets, "
+    "Tensor? scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6) -> (Tensor, "
+    "Tensor, Tensor)",
+    "merge_backward(Tensor grad, Tensor? size, Tensor members, Tensor offsets, str "
+    "reduce=\"mean\") -> Tensor",
+    "unmerge(Tensor x, Tensor assign) -> Tensor",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? size=None, float? scale=None) -> "
+    "(Tensor out, Tensor lse)",
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? size, Tensor out, "
+    "Tensor lse, float? scale=None) -> (Tensor, Tensor, Tensor)",
+    "cls_attention(Tensor q, Tensor k, Tensor? size=None, float? scale=None) -> Tensor",
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(tome, m) {
-    m.def(
-        "match(Tensor metric, int r, int num_prefix_tokens=0) -> (Tensor assign, Tensor members, "
-        "Tensor offsets)");
-    m.def(
-        "select(Tensor scores, int keep, int num_prefix_tokens=0, bool fuse=False) -> (Tensor "
-        "assign, Tensor members, Tensor offsets)");
-    m.def("plan(Tensor assign, int num_rows) -> (Tensor members, Tensor offsets)");
-    m.def(
-        "merge(Tensor x, Tensor? size, Tensor members, Tensor offsets, str reduce=\"mean\") -> "
-        "(Tensor, Tensor)");
-    m.def(
-        "merge_add_norm(Tensor x, Tensor branch, Tensor? size, Tensor members, Tensor offsets, "
-        "Tensor? scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6) -> (Tensor, "
-        "Tensor, Tensor)");
-    m.def(
-        "merge_backward(Tensor grad, Tensor? size, Tensor members, Tensor offsets, str "
-        "reduce=\"mean\") -> Tensor");
-    m.def("unmerge(Tensor x, Tensor assign) -> Tensor");
+    for (const char* schema : kSchemas) {
+        m.def(schema);
+        // The same in plain PyTorch, from tome_ext/reference.py, to which the CUDA library turns on
+        // a GPU that cannot run its kernels.
+        m.def((std::string("_plain_") + schema).c_str());
+    }
+    // attention_forward without lse. Written in Python (tome_ext/ops.py): a call of the dispatcher
+    // from here would lose the text of an error, and torch would print it instead.
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? size=None, float? scale=None) -> Tensor");
-    m.def(
-        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? size=None, float? scale=None) -> "
-        "(Tensor out, Tensor lse)");
-    m.def(
-        "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? size, Tensor out, "
-        "Tensor lse, float? scale=None) -> (Tensor, Tensor, Tensor)");
-    m.def("cls_attention(Tensor q, Tensor k, Tensor? size=None, float? scale=None) -> Tensor");
     m.def("_build_info() -> str");
     m.def("_cuda_build_info() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(tome, CompositeImplicitAutograd, m) {
-    m.impl("attention", TORCH_BOX(&attention));
+    m.def("_cuda_obstacle(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome, CompositeExplicitAutograd, m) {

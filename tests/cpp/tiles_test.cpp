@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <iterator>
+
 #include "../../csrc/core/cuda/attention_tiles.h"
 
 namespace tome_test {
@@ -67,6 +69,49 @@ TEST(AttentionTiles, FitTheMachines) {
         EXPECT_GE(padded, dim);
         EXPECT_EQ(padded % 32, 0);
         EXPECT_LE(attention::plain_shared_bytes(padded), kTuring);
+    }
+}
+
+TEST(AttentionTiles, ResideAsTheDocumentationSays) {
+    // Blocks for which a multiprocessor of 100 KiB (8.6, 8.9, 12.x), 164 (8.0), 228 (9.0, 10.x) has
+    // shared memory. A block takes 1 KiB more than it asks for.
+    const auto resident = [](int64_t kib, int64_t bytes) { return kib * 1024 / (bytes + 1024); };
+    const auto forward = [&](int64_t kib, int padded) {
+        return resident(kib, attention::shared_bytes(padded));
+    };
+    const auto backward = [&](int64_t kib, int padded) {
+        return resident(kib,
+                        attention::backward_shared_bytes(attention::kBackwardWarps, padded, 2));
+    };
+    constexpr int64_t kForward[] = {4, 2, 2, 1, 2}, kBackward[] = {4, 2, 2, 1, 1};
+    for (size_t i = 0; i < std::size(attention::kDims); ++i) {
+        const int padded = attention::kDims[i];
+        SCOPED_TRACE(padded);
+        EXPECT_EQ(forward(100, padded), kForward[i]);
+        EXPECT_EQ(backward(100, padded), kBackward[i]);
+        for (int64_t kib : {164, 228}) {
+            EXPECT_GE(forward(kib, padded), attention::resident_blocks(padded));
+            EXPECT_GE(backward(kib, padded), attention::backward_blocks(padded));
+        }
+    }
+}
+
+// The emulator does not know __launch_bounds__; a GPU refuses a block of more threads.
+TEST(AttentionTiles, BlocksKeepToTheThreadsTheirKernelsAreCompiledFor) {
+    for (int64_t heads : {1, 12, 3072}) {
+        for (int64_t rows : {1, 16, 50, 80, 150, 197, 577, 2000, 100000}) {
+            for (int padded : attention::kDims) {
+                for (int64_t bytes : {2, 4}) {
+                    for (int64_t shared : {64, 99, 163, 227}) {
+                        const attention::BackwardCut cut =
+                            attention::cut_backward(heads, rows, padded, bytes, 132, shared * 1024);
+                        EXPECT_GE(cut.warps, 1);
+                        EXPECT_LE(cut.warps, attention::kBackwardWarps);
+                    }
+                }
+            }
+        }
+        EXPECT_LE(attention::cls_threads(heads, 132), attention::kClsMostThreads);
     }
 }
 

@@ -413,6 +413,8 @@ void async_copy_16(void* shared, const void* global, int bytes) {
         fail("cp_async_16 from %p to %p: not aligned to 16 bytes", global, shared);
     }
     check_waited(global);
+    // It may land from now on, so what others do with the bytes must be ordered before this, too.
+    note_access(shared, 16, Access::kWrite);
     fibers[static_cast<size_t>(current)].copies.back().push_back({shared, global, bytes});
 }
 

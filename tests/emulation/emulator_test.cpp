@@ -181,6 +181,10 @@ TEST(WrongKernels, WriteWithoutBarrier) {
     expect_failure(writes_without_barrier, 1, 64, "data race");
 }
 
+TEST(WrongKernels, AsynchronousCopyOverWhatIsRead) {
+    expect_failure(copies_over_what_is_read, 1, 64, "data race");
+}
+
 TEST(WrongKernels, ReadOfAnotherBlock) {
     expect_failure(reads_other_blocks, 2, 32, "of another block");
 }

@@ -130,6 +130,21 @@ __global__ void forgets_to_wait_for_copies(const __grid_constant__ Ints p) {
     for (int i = 0; i < 4; ++i) out[i] = 2 * shared[i];
 }
 
+__global__ void copies_over_what_is_read(const __grid_constant__ Ints p) {
+    int* shared = shared_ints();
+    int* mine = p.out + 4 * threadIdx.x;
+    cp_async_16(shared + 4 * threadIdx.x, mine);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    const int seen = shared[4 * (threadIdx.x ^ 32)];
+    cp_async_16(shared + 4 * threadIdx.x, mine);
+    cp_async_commit();
+    __syncthreads();
+    cp_async_wait<0>();
+    mine[0] = seen;
+}
+
 __global__ void passes_the_end_of_shared_memory(const __grid_constant__ Ints p) {
     p.out[threadIdx.x] = shared_ints()[threadIdx.x + 1];
 }

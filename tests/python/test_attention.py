@@ -346,3 +346,18 @@ def test_errors_say_what_was_expected_and_what_came(call, expected: str, got: st
         call()
     assert expected in str(error.value)
     assert got in str(error.value)
+
+
+def test_errors_pass_through_the_operator_unchanged(capfd: pytest.CaptureFixture[str]) -> None:
+    # torch.ops.tome.attention calls another operator; between C++ functions torch would print the
+    # error and keep its text to itself.
+    with pytest.raises(RuntimeError) as inner:
+        torch.ops.tome.attention_forward(Q, K, V[:, :, :4])
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.tome.attention(Q, K, V[:, :, :4])
+    first = str(error.value).splitlines()[0]
+    assert first == str(inner.value).splitlines()[0]
+    assert first.endswith(
+        "v: expected the shape and dtype of k, (2, 3, 5, 8) float32, got (2, 3, 4, 8) float32"
+    )
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import oracle
 import pytest
 import torch
@@ -18,11 +23,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 on_gpu = pytest.mark.cuda
 
 
-def test_kernels_are_registered_where_the_library_loaded() -> None:
-    loaded = _library.cuda_status().startswith("loaded")
+def test_every_operator_has_a_kernel_or_its_twin_on_cuda() -> None:
     for name in OPERATORS:
-        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", "CUDA")
-        assert found == loaded, name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome::{name}", "CUDA"), name
+        dump = torch._C._dispatch_dump(f"tome::{name}").splitlines()
+        (line,) = (line for line in dump if line.startswith("CUDA:"))
+        assert ("csrc/torch/cuda/ops_cuda.cpp" in line) == _library.cuda_loaded, line
 
 
 def separated_keys(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
@@ -325,6 +331,175 @@ def test_merge_behind_a_copy_in_a_graph() -> None:
 
 
 @on_gpu
+def test_merge_behind_an_event_of_another_stream() -> None:
+    # match lets the next kernel begin early, but the next one waits for another stream first.
+    keys = separated_keys(2, 3, 197, 64)
+    plan = tome_ext.match(keys, 40, 1)
+    keys = keys.cuda()
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randint(-50, 50, (20, 2, 197, 64), generator=generator).float()
+    on_device = sources.cuda()
+    x, main, side = torch.zeros_like(on_device[0]), torch.cuda.current_stream(), torch.cuda.Stream()
+    got = []
+    for source in on_device:
+        side.wait_stream(main)  # x is still read by the merge before
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1_000_000)  # so that the copy is late
+            x.copy_(source)
+            written = side.record_event()
+        found = tome_ext.match(keys, 40, 1)
+        main.wait_event(written)
+        got.append(found.merge(x, reduce="sum")[0])
+    for merged, source in zip(got, sources, strict=True):  # whole numbers: every sum is exact
+        assert torch.equal(merged.cpu(), plan.merge(source, reduce="sum")[0])
+
+
+# In a process of its own, in which no kernel has been started yet.
+COLD = """
+import sys
+import threading
+
+import torch
+
+import tome_ext
+from tome_ext import MergePlan, _library, reference
+
+ops = torch.ops.tome
+generator = torch.Generator(device="cuda").manual_seed(0)
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for x, y in zip(got, want):
+        assert torch.equal(x, y)
+
+
+def capture(run):
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        for x in captured:
+            x.zero_()
+        graph.replay()
+        same(captured, run())
+
+
+def match():
+    keys = random(2, 12, 197, 64)
+    capture(lambda: tuple(tome_ext.match(keys, 13, 1)))
+
+
+def merge_add_norm():
+    plan = MergePlan(*(part.cuda() for part in tome_ext.match(torch.randn(2, 197, 64), 13, 1)))
+    x, branch, scale = random(2, 197, 768), random(2, 197, 768), random(768)
+    capture(lambda: tuple(plan.merge_add_norm(x, branch, None, scale)))
+
+
+def attention():
+    q, k, v, grad = (random(2, 12, 197, 64) for _ in range(4))
+    size = torch.ones(2, 197, device="cuda")
+
+    def run():
+        out, lse = ops.attention_forward(q, k, v, size)
+        return out, lse, *ops.attention_backward(grad, q, k, v, size, out, lse)
+
+    capture(run)
+
+
+def threads():
+    # Two shapes that take different amounts of shared memory.
+    keys = [random(2, 12, 197, 64), random(1, 2, 577, 256)]
+    heads = [random(4, 12, 197, 64), random(2, 16, 3000, 64)]
+    torch.cuda.synchronize()
+    barrier, results = threading.Barrier(2), {}
+
+    def run(which):
+        return *ops.match(keys[which], 40, 1), ops.cls_attention(heads[which], heads[which])
+
+    def work(which):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            barrier.wait()
+            results[which] = [run(which) for _ in range(200)]
+            torch.cuda.current_stream().synchronize()
+
+    both = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert sorted(results) == [0, 1], "a thread failed"
+    for which, found in results.items():
+        want = run(which)
+        for got in found:
+            same(got, want)
+
+
+def plain():
+    # With TOME_CUDA_KERNELS=0: every operator is its twin, behind the kernels' own checks.
+    assert _library.cuda_status() == "not used: TOME_CUDA_KERNELS=0 is set", _library.cuda_status()
+    keys, x, branch = random(2, 3, 50, 64), random(2, 50, 24), random(2, 50, 24)
+    vectors, size = random(3, 24).unbind(), torch.ones(2, 50, device="cuda")
+    plan = ops.match(keys, 12, 1)
+    members, offsets = plan[1:]
+    rows = ops.merge(x, size, members, offsets, "mean")[0]
+    q, k, v, grad = (random(2, 3, 50, 16) for _ in range(4))
+    forward = ops.attention_forward(q, k, v, size, None)
+    calls = {
+        "match": (keys, 12, 1),
+        "select": (torch.rand(2, 50, device="cuda"), 20, 1, True),
+        "plan": (plan[0], 38),
+        "merge": (x, size, members, offsets, "mean"),
+        "merge_add_norm": (x, branch, size, members, offsets, *vectors, 1e-5),
+        "merge_backward": (rows, size, members, offsets, "sum"),
+        "unmerge": (rows, plan[0]),
+        "attention_forward": (q, k, v, size, None),
+        "attention_backward": (grad, q, k, v, size, *forward, None),
+        "cls_attention": (q, k, size, 0.3),
+    }
+    for name, arguments in calls.items():
+        got, want = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)
+        same(*((y,) if isinstance(y, torch.Tensor) else tuple(y) for y in (got, want)))
+    live = q.clone().requires_grad_()
+    ops.attention(live, k, v, size).sum().backward()
+    assert live.grad.isfinite().all()
+    try:
+        ops.match(x[0], 12, 1)
+    except RuntimeError as error:
+        assert "metric: expected" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+locals()[sys.argv[1]]()
+print("DONE")
+"""
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ["match", "merge_add_norm", "attention", "threads", "plain"])
+def test_in_a_cold_process(case: str, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONWARNINGS": "error:tome_ext runs plain:RuntimeWarning"}
+    if case == "plain":
+        env["TOME_CUDA_KERNELS"] = "0"
+    run = subprocess.run(
+        [sys.executable, "-c", COLD, case],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "DONE\n"
+
+
+@on_gpu
 def test_float64_sums_sizes_in_float64() -> None:
     plan, size = some_plan(), torch.rand(3, 61) + 0.5
     x = torch.randn(3, 61, 8, dtype=torch.float64)
@@ -505,13 +680,14 @@ def test_nan_is_not_taken_for_hidden_keys(dtype: torch.dtype) -> None:
 
 
 @on_gpu
-def test_attention_names_what_its_kernels_do_not_take() -> None:
+def test_attention_names_what_its_kernels_do_not_take(capfd: pytest.CaptureFixture[str]) -> None:
     wide = torch.zeros(1, 1, 4, 136, device="cuda")
     with pytest.raises(RuntimeError, match="at most 128 channels"):
         torch.ops.tome.attention(wide, wide, wide)
     double = torch.zeros(1, 1, 4, 8, device="cuda", dtype=torch.float64)
     with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16 on CUDA"):
         torch.ops.tome.attention(double, double, double)
+    assert capfd.readouterr().err == "", "torch prints errors that pass through its C interface"
     # The public function serves both, through stock attention.
     size = torch.ones(1, 4, device="cuda")
     for x in (wide, double):
