@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Apply = Callable[[Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def scores(metric: Tensor) -> Tensor:
@@ -119,20 +119,20 @@ def flex_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 class MergingBlocks(nn.Sequential):
-    """The blocks of a timm Vision Transformer, each merging r tokens between attention and MLP.
+    """The blocks of a timm Vision Transformer, each merging r tokens between attention and MLP."""
 
-    Attention is SDPA with log(size) as a float mask: on the CPU the fastest of the stock forms.
-    """
-
-    def __init__(self, blocks: list[Any], r: int, num_prefix_tokens: int) -> None:
+    def __init__(
+        self, blocks: list[Any], r: int, num_prefix_tokens: int, attention: Attention
+    ) -> None:
         super().__init__(*blocks)
         self.r = r
+        self.attention = attention
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         size = None  # (B, N, 1), all 1 before the first merge
         for block in self:
-            attended, keys = attend(block.attn, block.norm1(x), size)
+            attended, keys = attend(block.attn, block.norm1(x), size, self.attention)
             x = x + block.drop_path1(block.ls1(attended))
             r = min(self.r, (x.shape[1] - self.num_prefix_tokens) // 2)
             if r > 0:
@@ -142,7 +142,9 @@ class MergingBlocks(nn.Sequential):
         return x
 
 
-def attend(attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(
+    attn: Any, x: Tensor, size: Tensor | None, attention: Attention
+) -> tuple[Tensor, Tensor]:
     """timm's attention with proportional attention; also returns its keys (B, H, N, D)."""
     batch, num_tokens, _ = x.shape
     qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
@@ -151,16 +153,20 @@ def attend(attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     if size is None:
         x = F.scaled_dot_product_attention(q, k, v)
     else:
-        x = masked_attention(q, k, v, size.squeeze(-1))
+        x = attention(q, k, v, size.squeeze(-1))
     x = attn.norm(x.transpose(1, 2).reshape(batch, num_tokens, -1))
     return attn.proj_drop(attn.proj(x)), k
 
 
-def patch(model: Any, r: int) -> Any:
-    """A timm VisionTransformer of plain blocks that merges r tokens in every block."""
+def patch(model: Any, r: int, attention: Attention = masked_attention) -> Any:
+    """A timm VisionTransformer of plain blocks that merges r tokens in every block.
+
+    ``attention`` takes q, k, v and sizes. SDPA with log(size) as a float mask is the fastest of the
+    stock forms on the CPU; ToMe was published with ``explicit_attention``.
+    """
     if any(getattr(block.attn, "gate", None) is not None for block in model.blocks):
         raise ValueError("model: expected attention without a gate")
     if model.num_prefix_tokens > 1:  # `merge` would not keep a second one in its place
         raise ValueError(f"model: expected at most a class token, got {model.num_prefix_tokens}")
-    model.blocks = MergingBlocks(list(model.blocks), r, model.num_prefix_tokens)
+    model.blocks = MergingBlocks(list(model.blocks), r, model.num_prefix_tokens, attention)
     return model

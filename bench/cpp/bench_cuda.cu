@@ -1,11 +1,11 @@
-// match, merge and merge_add_norm on CUDA without torch: what bench/gpu_ops.py must agree with.
+// match, merge and merge_add_norm on CUDA without torch: what bench/gpu_figures.py must agree with.
 //
 //   nvcc -std=c++20 -O3 -Icsrc/core/include -Icsrc/core/cuda bench/cpp/bench_cuda.cu
-//       csrc/core/cuda/*.cu -o bench_cuda && ./bench_cuda
+//       csrc/core/cuda/*.cu -o bench_cuda && ./bench_cuda [--dry-run] [ROW]...
 //
-// Prints one JSON object: microseconds per call, medians over rounds of a replayed graph that holds
-// one call per input; the inputs rotate through more memory than the L2 cache holds. With --dry-run
-// it prints null for every figure and needs no GPU.
+// Prints a line of JSON for each row: microseconds per call, medians over rounds of a replayed
+// graph that holds at least a millisecond of calls; the inputs rotate through more memory than the
+// L2 cache holds, but for a batch of 1. With --dry-run every figure is null and no GPU is needed.
 
 #include <cuda_runtime.h>
 
@@ -51,8 +51,12 @@ __global__ void fill_ones(float* data, int64_t count) {
     for (; i < count; i += int64_t{gridDim.x} * blockDim.x) data[i] = 1.0f;
 }
 
+// A graph's own launch takes some 10 us, which must not count.
+constexpr float kGraphUs = 1500;
+
+// Times `calls` calls, which take the inputs in turn.
 template <class Call>
-float median_us(const Call& call, int inputs, int rounds) {
+float median_of_graph(const Call& call, int inputs, int calls, int rounds) {
     cudaStream_t stream = nullptr;
     check(cudaStreamCreate(&stream), "cudaStreamCreate");
     for (int i = 0; i < inputs; ++i) check(call(i, stream), "first call");
@@ -60,7 +64,7 @@ float median_us(const Call& call, int inputs, int rounds) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < inputs; ++i) check(call(i, stream), "captured call");
+    for (int i = 0; i < calls; ++i) check(call(i % inputs, stream), "captured call");
     check(cudaStreamEndCapture(stream, &graph), "capture");
     check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
     cudaEvent_t start = nullptr, end = nullptr;
@@ -74,27 +78,37 @@ float median_us(const Call& call, int inputs, int rounds) {
         check(cudaEventSynchronize(end), "cudaEventSynchronize");
         float milliseconds = 0;
         check(cudaEventElapsedTime(&milliseconds, start, end), "cudaEventElapsedTime");
-        if (round >= 0) times.push_back(1e3f * milliseconds / static_cast<float>(inputs));
+        if (round >= 0) times.push_back(1e3f * milliseconds / static_cast<float>(calls));
     }
+    check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
+    check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    check(cudaStreamDestroy(stream), "cudaStreamDestroy");
     std::nth_element(times.begin(), times.begin() + rounds / 2, times.end());
     return times[static_cast<size_t>(rounds / 2)];
 }
 
+template <class Call>
+float median_us(const Call& call, int inputs, int rounds) {
+    const float first = median_of_graph(call, inputs, std::max(inputs, 8), 3);
+    const int calls = static_cast<int>(kGraphUs / std::max(first, 0.5f)) + 1;
+    return median_of_graph(call, inputs, std::max(inputs, calls), rounds);
+}
+
 // A layer of a ViT, in bfloat16; keys lie in packed qkv.
 void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, int64_t heads,
-           int64_t r, bool dry, const char* end) {
-    std::printf(" \"%s B=%lld\": ", name, static_cast<long long>(batch));
+           int64_t r, bool dry) {
     if (dry) {
         std::printf(
-            "{\"match device\": null, \"merge device\": null, \"both device\": null, "
-            "\"merge_add_norm device\": null}%s\n",
-            end);
+            "{\"row\": \"%s\", \"us\": {\"match\": null, \"merge\": null, \"both\": null, "
+            "\"merge_add_norm\": null}}\n",
+            name);
         return;
     }
     const int64_t dim = channels / heads, rows = tokens - r;
     const int64_t key_count = batch * tokens * 3 * channels, x_count = batch * tokens * channels;
-    const int inputs =
-        static_cast<int>(std::clamp<int64_t>((256 << 20) / (2 * (key_count + x_count)) + 1, 2, 64));
+    const int64_t cold = (256 << 20) / (2 * (key_count + x_count)) + 1;
+    // A model has just written what it merges: a single image is found in the cache.
+    const int inputs = batch == 1 ? 4 : static_cast<int>(std::clamp<int64_t>(cold, 2, 64));
     std::vector<tome::MatchParams> matches;
     std::vector<tome::MergeParams> merges;
     std::vector<tome::MergeAddNormParams> folded;
@@ -161,9 +175,10 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
     };
     const float folded_us = median_us(merge_add_norm, inputs, 50);
     std::printf(
-        "{\"match device\": %.3f, \"merge device\": %.3f, \"both device\": %.3f, "
-        "\"merge_add_norm device\": %.3f}%s\n",
-        match_us, merge_us, both_us, folded_us, end);
+        "{\"row\": \"%s\", \"us\": {\"match\": %.3f, \"merge\": %.3f, \"both\": %.3f, "
+        "\"merge_add_norm\": %.3f}}\n",
+        name, match_us, merge_us, both_us, folded_us);
+    std::fflush(stdout);
     for (const tome::MatchParams& p : matches) {
         cudaFree(const_cast<uint16_t*>(static_cast<const uint16_t*>(p.metric)) - channels);
         cudaFree(p.assign);
@@ -184,11 +199,33 @@ void layer(const char* name, int64_t batch, int64_t tokens, int64_t channels, in
 }  // namespace
 
 int main(int count, char** arguments) {
-    const bool dry = count == 2 && std::strcmp(arguments[1], "--dry-run") == 0;
-    std::printf("{\n");
-    layer("layer ViT-B", 256, 197, 768, 12, 13, dry, ",");
-    layer("layer ViT-L@384", 64, 577, 1024, 16, 23, dry, ",");
-    layer("layer ViT-B", 1, 197, 768, 12, 13, dry, ",");
-    layer("layer ViT-L@384", 1, 577, 1024, 16, 23, dry, "");
-    std::printf("}\n");
+    bool dry = false;
+    std::vector<const char*> names;
+    for (int i = 1; i < count; ++i) {
+        if (std::strcmp(arguments[i], "--dry-run") == 0) {
+            dry = true;
+        } else {
+            names.push_back(arguments[i]);
+        }
+    }
+    struct Row {
+        const char* name;
+        int64_t batch, tokens, channels, heads, r;
+    };
+    constexpr Row kRows[] = {{"layer:vit_b", 256, 197, 768, 12, 13},
+                             {"layer:vit_l384", 64, 577, 1024, 16, 23},
+                             {"layer:single", 1, 197, 768, 12, 13},
+                             {"layer:single_l384", 1, 577, 1024, 16, 23}};
+    size_t found = 0;
+    for (const Row& row : kRows) {
+        const bool named = std::any_of(names.begin(), names.end(), [&](const char* name) {
+            return std::strcmp(name, row.name) == 0;
+        });
+        if (!names.empty() && !named) continue;
+        ++found;
+        layer(row.name, row.batch, row.tokens, row.channels, row.heads, row.r, dry);
+    }
+    if (found >= names.size()) return 0;
+    std::fprintf(stderr, "bench_cuda: no row has one of these names\n");
+    return 2;
 }
