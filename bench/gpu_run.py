@@ -188,11 +188,16 @@ def build(run: Run) -> None:
 
 
 def install(run: Run) -> bool:
+    """The package, and the programs, which may have lost their permissions on the way here."""
+    for name in ("check_binary", "bench_binary"):
+        given = getattr(run.args, name)
+        if given is not None and not os.access(given, os.X_OK):
+            copy = run.temporary / f"{name}_executable"
+            shutil.copyfile(given, copy)
+            copy.chmod(0o755)
+            setattr(run.args, name, copy)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     command += ["--no-compile", "--target", run.temporary / "package", run.args.wheel]
-    for binary in (run.args.check_binary, run.args.bench_binary):
-        if binary is not None:  # permissions may get lost on the way here
-            binary.chmod(binary.stat().st_mode | 0o111) if not os.access(binary, os.X_OK) else None
     return run.command(command, 120) == 0
 
 
