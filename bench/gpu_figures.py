@@ -107,7 +107,7 @@ class Watch:
             except Exception as error:  # a rival may lack a kernel for this shape, or memory
                 refused[name] = first_line(error)
                 continue
-            loops[name] = (lambda run=run, turn=turn: [run(*x) for x in turn], calls)
+            loops[name] = (lambda run=run, turn=turn: run_all(run, turn), calls)
             how[name] = "eager"
             if graphs:
                 try:
@@ -134,7 +134,7 @@ class Watch:
         """How many calls make up a loop, by a first estimate."""
         for _ in range(2):
             run(*inputs[-1])
-        one = elapsed_us(lambda: [run(*x) for x in inputs[:4]]) / len(inputs[:4])
+        one = elapsed_us(lambda: run_all(run, inputs[:4])) / len(inputs[:4])
         if one > GRAPH_US:
             return 1  # a whole model
         return max(len(inputs), min(MOST_CALLS, round(GRAPH_US / one) + 1))
@@ -151,6 +151,12 @@ class Watch:
                 return replay, calls
             # Launches from Python had made a call look long.
             calls = min(MOST_CALLS, round(1.2 * calls * GRAPH_US / max(took, 1.0)) + 1)
+
+
+def run_all(run: Contender, turn: list[Inputs]) -> None:
+    """Each call's result is dropped at once, as a model drops it."""
+    for x in turn:
+        run(*x)
 
 
 def elapsed_us(call: Callable[[], object]) -> float:
@@ -172,8 +178,7 @@ def capture(run: Contender, turn: list[Inputs]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for x in turn:
-            run(*x)
+        run_all(run, turn)
     return graph.replay
 
 
@@ -437,9 +442,10 @@ def models_of(watch: Watch, shape: dict) -> tuple[dict[str, Any], torch.Tensor]:
     from tome_ext.bench._contenders import share_weights, sliced
 
     small = {"depth": 2, "embed_dim": 48, "num_heads": 3} if watch.dry else {}
-    with torch.device(watch.device):  # random weights are drawn where they will be
+    # Random weights are drawn where they will be, and are ordinary tensors, as loaded ones are.
+    with torch.inference_mode(False), torch.device(watch.device):
         model = timm.create_model(shape["name"], **small)
-    model = model.eval().to(watch.device, DTYPE)
+        model = model.eval().requires_grad_(False).to(watch.device, DTYPE)
     side = model.patch_embed.img_size[0]
     batch = 1 if watch.dry else shape["batch"]
     images = torch.randn(batch, 3, side, side, device=watch.device, dtype=DTYPE)
@@ -478,6 +484,8 @@ def compiled_model_row(watch: Watch, shape: dict) -> None:
 
     Not max-autotune: its choices of matrix products take minutes a model, on every contender.
     """
+    from tome_ext.bench._contenders import share_weights
+
     models, images = models_of(watch, shape)
     chosen = ("unmerged", "ceiling", "tome")
     compiled = {
@@ -485,18 +493,12 @@ def compiled_model_row(watch: Watch, shape: dict) -> None:
         for name in chosen
     }
     runs = forwards(compiled)
-    if not watch.dry:  # a compiled model is compiled for the backend that it finds
-        again = torch.compile(share(models["unmerged"]), dynamic=False)
+    if not watch.dry:  # what is compiled keeps the backend that it was compiled with
+        again = torch.compile(share_weights(models["unmerged"]), dynamic=False)
         runs["unmerged, flash"] = held(SDPBackend.FLASH_ATTENTION, lambda x: again(x))
     for mode in ("graph", "eager"):
         part = watch.times(runs, [(images,)], rounds=7, graphs=mode == "graph")
         watch.emit({mode: part})
-
-
-def share(model: Any) -> Any:
-    from tome_ext.bench._contenders import share_weights
-
-    return share_weights(model)
 
 
 def large_row(watch: Watch, shape: dict) -> None:
@@ -624,7 +626,9 @@ def run_row(name: str, row: Row, dry: bool, append: Appender) -> None:
 
     try:
         torch.manual_seed(0)
-        with torch.inference_mode():
+        # torch.compile would guard against tensors made in inference mode and those that are not.
+        mode = torch.no_grad if name.startswith("compiled") else torch.inference_mode
+        with mode():
             run(Watch(dry, emit), tiny(shape) if dry and "name" not in shape else shape)
     except Exception as error:
         traceback.print_exc()

@@ -20,6 +20,7 @@ from typing import Any
 
 PLAIN = ("flash", "cudnn", "efficient", "default")  # stock attention without sizes
 MASKED = ("efficient, mask", "cudnn, mask", "default, mask")
+NO_TIME = "not run for want of time"  # as gpu_figures.py says it
 CPP_TOLERANCE = 0.1  # of bench_cuda's figures against those from Python
 
 
@@ -232,9 +233,7 @@ def right(r: Results) -> list[str]:
         lines.append(f"- {name}: {sum(good.values())} of {len(rows)} cases ({each})")
         ties = [row for row in rows if row.get("ties")]
         if ties:
-            lines.append(
-                f"  - {len(ties)} of them chose otherwise than the CPU between equal scores"
-            )
+            lines.append(f"  - {len(ties)} of them decided near ties otherwise than the CPU")
     outcomes = outcomes_of(r)
     if outcomes:
         counts = Counter(line["outcome"] for line in outcomes.values())
@@ -260,7 +259,8 @@ def outcomes_of(r: Results) -> dict[str, dict[str, Any]]:
     return out
 
 
-def wrong(r: Results) -> list[str]:
+def faults(r: Results) -> list[str]:
+    """A line for each thing that is wrong, and indented ones for where and how to see it again."""
     lines: list[str] = []
     again = [row for row in r.checks if row.get("stage") == "again"]
     for row in r.checks:
@@ -277,12 +277,12 @@ def wrong(r: Results) -> list[str]:
             if other.get("case") == row["case"]:
                 how = next((f"{k}={v}" for k, v in other.items() if k.isupper()), "again")
                 lines.append(f"  - with {how}: {'right' if other['ok'] else 'wrong too'}")
-        repeats = f" --repeats {row['repeats']}" if row.get("stage") == "repeats" else ""
+        repeats = f" --repeats {row['repeats']}" if row.get("repeats", 3) != 3 else ""
         lines.append(f"  - `gpu_check{repeats} --case {row['case']}`")
     for test, line in outcomes_of(r).items():
         if line["outcome"] == "failed":
-            last = (line.get("why") or "").strip().splitlines()
-            reason = next((x for x in reversed(last) if x.startswith("E ")), (last or [""])[-1])
+            said = (line.get("why") or "").strip().splitlines()
+            reason = next((x for x in reversed(said) if x.startswith("E ")), (said or [""])[-1])
             lines.append(f"- `{test}`: {reason[:200]}")
             lines.append(f"  - `TOME_REQUIRE_CUDA=1 pytest '{test}'`")
         elif line["outcome"] == "stopped":
@@ -290,15 +290,28 @@ def wrong(r: Results) -> list[str]:
     for row in r.checks:
         if row.get("stage") == "sanitizer" and row["ok"] is False:
             lines.append(f"- {row['tool']}: {row.get('summary')}; see sanitizer.txt")
-    skipped = {f"{row.get('tool', 'compute-sanitizer')}: {row.get('why')}" for row in r.checks
-               if row.get("stage") == "sanitizer" and row["ok"] is None}  # fmt: skip
-    for name, row in {**r.figures, **r.cpp}.items():
-        if row.get("error"):
-            skipped.add(f"{name}: {row['error']}")
-    out = ["", "## What is wrong", "", *(lines or ["Nothing that ran."])]
-    if skipped:
-        out += ["", "Not run:", "", *(f"- {text}" for text in sorted(skipped))]
+    for name, row in (*r.figures.items(), *r.cpp.items()):
+        if row.get("error") and row["error"] != NO_TIME:
+            lines.append(f"- {name}: {row['error']}")
+    return lines
+
+
+def not_run(r: Results) -> list[str]:
+    """What says nothing, good or bad."""
+    out = []
+    for row in r.checks:
+        if row.get("stage") == "sanitizer" and row["ok"] is None:
+            out.append(f"- {row.get('tool', 'compute-sanitizer')}: {row.get('why')}")
+    for name, row in (*r.figures.items(), *r.cpp.items()):
+        if row.get("error") == NO_TIME:
+            out.append(f"- {name}: {NO_TIME}")
     return out
+
+
+def wrong(r: Results) -> list[str]:
+    out = ["", "## What is wrong", "", *(faults(r) or ["Nothing that ran."])]
+    left_out = not_run(r)
+    return out + (["", "Not run:", "", *left_out] if left_out else [])
 
 
 def goals_section(r: Results) -> list[str]:

@@ -140,7 +140,134 @@ def models_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Where each table stands, and the figures it is made from.
+# --- GPUs: what bench/gpu_report.py --json wrote -------------------------------------------------
+
+GPU_LAYERS = {"vit_b": "B=256 N=197 C=768", "vit_l384": "B=64 N=577 C=1024", "single": "B=1 N=197"}
+GPU_ATTENTION = {
+    "b256_n197": "B=256 H=12 N=197",
+    "b256_n150": "B=256 H=12 N=150",
+    "b256_n80": "B=256 H=12 N=80",
+    "b64_n577": "B=64 H=16 N=577",
+    "single": "B=1 H=12 N=197",
+}
+GPU_MODELS = {
+    "vit_b": ("vit_base_patch16_224", 13, 256),
+    "vit_l": ("vit_large_patch16_224", 7, 256),
+    "vit_l384": ("vit_large_patch16_384", 23, 64),
+    "vit_b_single": ("vit_base_patch16_224", 13, 1),
+}
+
+
+def gpu_line(result: dict[str, Any], figures: str) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['device']}, driver {machine['driver_version']}, torch {machine['torch']}, "
+        f"bfloat16, {machine['date']}; {figures}."
+    )
+
+
+def gpu_us(result: dict[str, Any], row: str, *path: str) -> float | None:
+    """A figure, or None for one that is missing."""
+    value: Any = result["figures"].get(row, {})
+    for key in (*path[:-1], "us", path[-1]):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def figure(value: float | None, form: str = "{:.3g}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def times(a: float | None, b: float | None, form: str = "{:.2f}x") -> str:
+    return "-" if a is None or not b else form.format(a / b)
+
+
+def least(*values: float | None) -> float | None:
+    return min((x for x in values if x is not None), default=None)
+
+
+def gpu_ops_table(result: dict[str, Any]) -> str:
+    """What a layer does, in microseconds; the floor is a copy of as many bytes."""
+    bandwidth = result["copy_tb_per_s"]
+    lines = [
+        gpu_line(result, f"microseconds; floor: the bytes at {bandwidth:.2f} TB/s, a copy's"),
+        "",
+        "| operator | shape | tome | floor | tome / that | stock | stock / tome |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, stock in (
+        ("match", "stock match"),
+        ("merge", "stock merge"),
+        ("both", "stock both"),
+        ("merge_add_norm", "stock add, merge, norm"),
+        ("unmerge", "stock unmerge"),
+    ):
+        for key, shape in GPU_LAYERS.items():
+            row = f"layer:{key}"
+            ours, other = gpu_us(result, row, name), gpu_us(result, row, stock)
+            size = result["figures"].get(row, {}).get("bytes", {}).get(name)
+            floor = None if size is None else size / bandwidth / 1e6
+            cells = ["match and merge" if name == "both" else name, shape, figure(ours)]
+            cells += [figure(floor), times(ours, floor, "{:.2f}")]
+            lines.append(f"| {' | '.join([*cells, figure(other), times(other, ours)])} |")
+    return "\n".join(lines)
+
+
+def gpu_attention_table(result: dict[str, Any]) -> str:
+    """Forward and backward beside the kernels of SDPA, in microseconds."""
+    rivals = ("flash", "cudnn", "efficient")
+    lines = [
+        gpu_line(result, "microseconds; sizes are part of tome and of the masks only"),
+        "",
+        "| attention | shape | tome | flash | cuDNN | efficient | fastest with a mask | "
+        "tome / fastest without sizes |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, name in (("attention", "forward"), ("backward", "backward")):
+        for key, shape in GPU_ATTENTION.items():
+            row = f"{kind}:{key}"
+            ours = gpu_us(result, row, "tome")
+            if ours is None:
+                continue
+            plain = [gpu_us(result, row, rival) for rival in rivals]
+            mask = [gpu_us(result, row, f"{n}, mask") for n in ("efficient", "cudnn", "default")]
+            fastest = least(*plain, gpu_us(result, row, "default"))
+            cells = [name, shape, figure(ours), *map(figure, plain), figure(least(*mask))]
+            lines.append(f"| {' | '.join(cells)} | {times(ours, fastest, '{:.2f}')} |")
+    return "\n".join(lines)
+
+
+def gpu_models_table(result: dict[str, Any]) -> str:
+    """Whole models: images/s and the share of the ceiling."""
+    lines = [
+        gpu_line(result, "images/s, medians; flash: SDPA held to its flash kernel"),
+        "",
+        "| model | r | B | mode | unpatched | unpatched, flash | ceiling | tome_ext | speed-up | "
+        "over flash | of the ceiling | over stock ToMe as published |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, (model, r, batch) in GPU_MODELS.items():
+        for mode, kind, part in (
+            ("eager", "model", "eager"),
+            ("graph", "model", "graph"),
+            ("compile", "compiled_model", "eager"),
+            ("compile, graph", "compiled_model", "graph"),
+        ):
+            names = ("unmerged", "unmerged, flash", "ceiling", "tome", "published")
+            us = {name: gpu_us(result, f"{kind}:{key}", part, name) for name in names}
+            ours = us["tome"]
+            if ours is None:
+                continue
+            rates = [None if us[n] is None else 1e6 * batch / us[n] for n in names[:4]]
+            cells = [model, str(r), str(batch), mode, *(figure(rate, "{:.4g}") for rate in rates)]
+            cells += [times(us["unmerged"], ours), times(us["unmerged, flash"], ours)]
+            cells += [times(us["ceiling"], ours, "{:.3f}"), times(us["published"], ours)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# Where each table stands, and the figures it is made from. A block whose figures are not there,
+# which only those of GPUs may be, stays as it is.
 TABLES = [
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
@@ -148,6 +275,9 @@ TABLES = [
     ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
     ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
+    ("docs/benchmarking.md", "models_gpu", "gpu_h100.json", gpu_models_table),
+    ("docs/benchmarking.md", "ops_gpu", "gpu_h100.json", gpu_ops_table),
+    ("docs/benchmarking.md", "attention_gpu", "gpu_h100.json", gpu_attention_table),
 ]
 
 
@@ -156,7 +286,10 @@ def main() -> int:
     for document, name, figures, make in TABLES:
         path = ROOT / document
         old = path.read_text()
-        table = make(json.loads((ROOT / "bench/results" / figures).read_text()))
+        source = ROOT / "bench/results" / figures
+        if figures.startswith("gpu_") and not source.exists():
+            continue
+        table = make(json.loads(source.read_text()))
         new, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
             lambda found, table=table: f"{found[1]}{table}\n{found[2]}",

@@ -1,0 +1,483 @@
+// match, select, plan, merge, unmerge and their relatives: how each is set up and judged.
+#pragma once
+
+#include "tome_core/cuda.h"
+#include "trial.h"
+
+namespace gpu_check {
+
+struct Plan {
+    int64_t batch, tokens, rows;
+    Ints assign, members, offsets;
+};
+
+inline Plan plan_of(Ints assign, int64_t batch, int64_t tokens, int64_t rows) {
+    Plan p{batch,
+           tokens,
+           rows,
+           std::move(assign),
+           Ints(size_t(batch * tokens)),
+           Ints(size_t(batch * (rows + 1)))};
+    if (!tome::plan({p.assign.data(), batch, tokens, rows, p.members.data(), p.offsets.data()},
+                    threads())) {
+        p.rows = -1;  // refused
+    }
+    return p;
+}
+
+// Some rows stay empty, and one token in eight is dropped.
+inline Plan random_plan(const Case& c, Random& random) {
+    Ints assign;
+    const int64_t rows = c.tokens - c.r;
+    for (int64_t i = 0; i < c.batch * c.tokens; ++i) {
+        const bool drop = random.below(8) == 0;
+        assign.push_back(drop ? -1 : static_cast<int32_t>(random.below(rows)));
+    }
+    return plan_of(assign, c.batch, c.tokens, rows);
+}
+
+inline Floats random_sizes(const Case& c, Random& random) {
+    Floats out;
+    for (int64_t b = 0; b < c.batch; ++b) {
+        for (int64_t n = 0; n < c.tokens; ++n) {
+            const auto size = static_cast<float>(1 + random.below(5));
+            const bool hidden = random.below(4) == 0 || (c.batch > 1 && b == 1);
+            out.push_back(c.sizes == Sizes::kZeros && hidden ? 0.0f : size);
+        }
+    }
+    if (c.sizes == Sizes::kNone) out.clear();
+    return out;
+}
+
+// Scores of an image in float64: cosines of the mean keys of its A tokens and its B tokens.
+inline std::vector<std::vector<double>> exact_scores(const Case& c, const Heads& keys,
+                                                     int64_t image, const std::vector<int64_t>& a,
+                                                     const std::vector<int64_t>& b) {
+    const auto unit = [&](int64_t n) {
+        std::vector<double> mean(size_t(c.dim), 0.0);
+        double square = 0;
+        for (int64_t d = 0; d < c.dim; ++d) {
+            for (int64_t h = 0; h < c.heads; ++h) {
+                mean[size_t(d)] += keys.memory[keys.offset + image * keys.strides.batch +
+                                               h * keys.strides.head + n * keys.strides.token + d];
+            }
+            square += mean[size_t(d)] * mean[size_t(d)];
+        }
+        for (double& x : mean) x /= std::sqrt(square);
+        return mean;
+    };
+    std::vector<std::vector<double>> units, scores;
+    for (int64_t j : b) units.push_back(unit(j));
+    for (int64_t i : a) {
+        const std::vector<double> u = unit(i);
+        scores.emplace_back();
+        for (const std::vector<double>& w : units) {
+            double sum = 0;
+            for (size_t d = 0; d < u.size(); ++d) sum += u[d] * w[d];
+            scores.back().push_back(sum);
+        }
+    }
+    return scores;
+}
+
+// Whether an image's choices, where they differ from the CPU's, were between scores that are equal
+// up to rounding.
+inline bool is_a_tie(const Case& c, const Heads& keys, int64_t image, const int32_t* got,
+                     int64_t r) {
+    std::vector<int64_t> a, b;
+    for (int64_t n = c.prefix; n < c.tokens; ++n) (n % 2 == 0 ? a : b).push_back(n);
+    const auto num_a = static_cast<int64_t>(a.size()), num_b = static_cast<int64_t>(b.size());
+    const int64_t first_b_row = c.prefix + num_a - r;
+    const double tolerance =
+        c.dtype == DType::kFloat64 ? 1e-12 : 2 * (7e-7 + double(c.dim) * 0x1p-24);
+    const auto scores = exact_scores(c, keys, image, a, b);
+    int64_t row = c.prefix, merged = 0;
+    double least_merged = HUGE_VAL, most_kept = -HUGE_VAL;
+    for (int64_t n = 0; n < c.prefix; ++n) {
+        if (got[n] != n) return false;
+    }
+    for (int64_t j = 0; j < num_b; ++j) {
+        if (got[b[size_t(j)]] != first_b_row + j) return false;
+    }
+    for (int64_t i = 0; i < num_a; ++i) {
+        const std::vector<double>& mine = scores[size_t(i)];
+        const double best = *std::max_element(mine.begin(), mine.end());
+        const int64_t to = got[a[size_t(i)]];
+        if (to < first_b_row) {
+            if (to != row++) return false;
+            most_kept = std::max(most_kept, best);
+            continue;
+        }
+        if (to >= first_b_row + num_b || mine[size_t(to - first_b_row)] < best - tolerance) {
+            return false;
+        }
+        ++merged;
+        least_merged = std::min(least_merged, best);
+    }
+    return merged == r && least_merged >= most_kept - tolerance;
+}
+
+inline tome::MatchParams match_params(const Case& c, const void* keys, const Heads& t,
+                                      int32_t* assign, int32_t* members, int32_t* offsets) {
+    return {keys,           c.dtype,         c.batch, c.heads,  c.tokens, c.dim,   t.strides.batch,
+            t.strides.head, t.strides.token, c.r,     c.prefix, assign,   members, offsets};
+}
+
+// The plan that a device wrote: consistent, and the CPU's up to ties.
+inline void judge_match(Verdict& v, const Case& c, const Heads& keys, const Trial& t) {
+    const int64_t r = tome::cut_r(c.tokens, c.r, c.prefix), rows = c.tokens - r;
+    const Output& assign = t["assign"];
+    const Plan own =
+        plan_of({assign.ints(), assign.ints() + assign.count}, c.batch, c.tokens, rows);
+    Plan want{c.batch,
+              c.tokens,
+              rows,
+              Ints(size_t(c.batch * c.tokens)),
+              Ints(size_t(c.batch * c.tokens)),
+              Ints(size_t(c.batch * (rows + 1)))};
+    Heads copy = keys;
+    tome::match(match_params(c, copy.memory.at(copy.offset), keys, want.assign.data(),
+                             want.members.data(), want.offsets.data()),
+                threads());
+    if (own.rows < 0) {
+        compare_ints(v, assign, want.assign);
+        return v.fail("not a plan", "assign");
+    }
+    for (int64_t b = 0; b < c.batch; ++b) {
+        const int32_t *mine = assign.ints() + b * c.tokens, *its = &want.assign[b * c.tokens];
+        if (std::equal(mine, mine + c.tokens, its)) continue;
+        if (!is_a_tie(c, keys, b, mine, r)) {
+            compare_ints(v, assign, want.assign);
+            return v.fail("not the best matches", "assign");
+        }
+        for (int64_t n = 0; n < c.tokens; ++n) v.ties += mine[n] != its[n];
+    }
+    compare_ints(v, t["members"], own.members);
+    compare_ints(v, t["offsets"], own.offsets);
+}
+
+// x (batch, tokens, channels), rows a little apart for some layouts.
+struct Rows {
+    Array memory;
+    int64_t stride_batch, stride_row;
+};
+
+inline Rows random_rows(const Case& c, int64_t count, Random& random) {
+    const int64_t apart = c.layout == Layout::kOdd ? c.dim + 3 : c.dim;
+    return {random_array(c.dtype, c.batch * count * apart, random), count * apart, apart};
+}
+
+// One rounding of the result, and those of sums in float32 (float64).
+inline double merge_limit(DType dtype, double want) {
+    const double sums = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+    return roundoff(dtype) * std::fabs(want) * 1.01 + 64 * sums;
+}
+
+// `sums`: how many elements of x went into each, at most.
+inline void judge_merge(Verdict& v, const Case& c, const Rows& x, const Floats& size,
+                        const Plan& plan, const Trial& t) {
+    const Array exact = x.memory.exact();
+    Array out(exact.dtype(), c.batch * plan.rows * c.dim);
+    Floats out_size(static_cast<size_t>(c.batch * plan.rows));
+    tome::merge({exact.data(), exact.dtype(), c.batch, c.tokens, plan.rows, c.dim, x.stride_batch,
+                 x.stride_row, size.empty() ? nullptr : size.data(), plan.members.data(),
+                 plan.offsets.data(), c.reduce, out.data(), out_size.data()},
+                threads());
+    const double terms = c.reduce == tome::Reduce::kSum ? 16.0 : 1.0;
+    compare(
+        v, t["out"], [&](int64_t i) { return out[i]; },
+        [&](int64_t i) { return terms * merge_limit(c.dtype, out[i]); });
+    compare(
+        v, t["out_size"], [&](int64_t i) { return double(out_size[size_t(i)]); },
+        [](int64_t) { return 1e-30; });
+}
+
+// `out` against the CPU; `normed` against the norm, in float64, of what the device stored in `out`.
+inline void judge_merge_add_norm(Verdict& v, const Case& c, const Rows& x, const Rows& branch,
+                                 const std::vector<Array>& vectors, const Floats& size,
+                                 const Plan& plan, const Trial& t) {
+    const Array a = x.memory.exact(), b = branch.memory.exact();
+    std::vector<Array> exact;
+    for (const Array& vector : vectors) exact.push_back(vector.exact());
+    Array out(a.dtype(), c.batch * plan.rows * c.dim), normed = out;
+    Floats out_size(static_cast<size_t>(c.batch * plan.rows));
+    tome::MergeAddNormParams p{};
+    p.x = a.data(), p.branch = b.data(), p.dtype = a.dtype();
+    p.batch = c.batch, p.tokens = c.tokens, p.rows = plan.rows, p.channels = c.dim;
+    p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
+    p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
+    p.scale = exact[0].data(), p.weight = exact[1].data(), p.bias = exact[2].data();
+    p.eps = 1e-6, p.size = size.empty() ? nullptr : size.data();
+    p.members = plan.members.data(), p.offsets = plan.offsets.data();
+    p.out = out.data(), p.normed = normed.data(), p.out_size = out_size.data();
+    tome::merge_add_norm(p, threads());
+    const Output &got = t["sum"], &got_normed = t["normed"];
+    compare(
+        v, got, [&](int64_t i) { return out[i]; },
+        [&](int64_t i) { return 4 * merge_limit(c.dtype, out[i]); });
+    compare(
+        v, t["sum_size"], [&](int64_t i) { return double(out_size[size_t(i)]); },
+        [](int64_t) { return 1e-30; });
+    std::vector<double> want(static_cast<size_t>(got.count)), limit = want;
+    const double unit = c.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+    for (int64_t row = 0; row < c.batch * plan.rows; ++row) {
+        double mean = 0, square = 0;
+        for (int64_t d = 0; d < c.dim; ++d) mean += got[row * c.dim + d] / double(c.dim);
+        for (int64_t d = 0; d < c.dim; ++d) {
+            const double from = got[row * c.dim + d] - mean;
+            square += from * from / double(c.dim);
+        }
+        for (int64_t d = 0; d < c.dim; ++d) {
+            const auto i = static_cast<size_t>(row * c.dim + d);
+            const double scaled = (got[int64_t(i)] - mean) / std::sqrt(square + 1e-6) * exact[1][d];
+            want[i] = scaled + exact[2][d];
+            limit[i] = roundoff(c.dtype) * std::fabs(want[i]) * 1.01 +
+                       unit * (64 + 64 * std::fabs(scaled) + double(c.dim));
+        }
+    }
+    compare(
+        v, got_normed, [&](int64_t i) { return want[size_t(i)]; },
+        [&](int64_t i) { return limit[size_t(i)]; });
+}
+
+inline tome::MergeAddNormParams merge_add_norm_params(const Case& c, Trial& t, const Rows& x,
+                                                      const Rows& branch,
+                                                      const std::vector<Array>& vectors,
+                                                      const float* size, const int32_t* members,
+                                                      const int32_t* offsets, int64_t rows) {
+    tome::MergeAddNormParams p{};
+    p.x = t.put(x.memory), p.branch = t.put(branch.memory), p.dtype = c.dtype;
+    p.batch = c.batch, p.tokens = c.tokens, p.rows = rows, p.channels = c.dim;
+    p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
+    p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
+    p.scale = t.put(vectors[0]), p.weight = t.put(vectors[1]), p.bias = t.put(vectors[2]);
+    p.eps = 1e-6, p.size = size, p.members = members, p.offsets = offsets;
+    p.out = t.out("sum", Type::kFloat, c.dtype, c.batch * rows * c.dim);
+    p.normed = t.out("normed", Type::kFloat, c.dtype, c.batch * rows * c.dim);
+    p.out_size = t.out_floats("sum_size", c.batch * rows);
+    return p;
+}
+
+inline void set_up_match(const Case& c, Trial& t, Random& random) {
+    auto keys = std::make_shared<Heads>(
+        random_heads(c.dtype, c.batch, c.heads, c.tokens, c.dim, c.layout, random));
+    const int64_t rows = c.tokens - tome::cut_r(c.tokens, c.r, c.prefix);
+    const void* data = t.put(*keys);
+    int32_t* assign = t.out_ints("assign", c.batch * c.tokens);
+    int32_t* members = t.out_ints("members", c.batch * c.tokens);
+    int32_t* offsets = t.out_ints("offsets", c.batch * (rows + 1));
+    const tome::MatchParams p = match_params(c, data, *keys, assign, members, offsets);
+    t.workspace =
+        std::make_unique<Memory>(std::max<size_t>(tome::match_cuda_workspace_bytes(p), 1));
+    t.run = [p, &t] { return tome::match_cuda(p, t.workspace->data(), nullptr); };
+    t.judge = [&c, &t, keys](Verdict& v) { judge_match(v, c, *keys, t); };
+}
+
+inline void set_up_select(const Case& c, Trial& t, Random& random) {
+    auto scores = std::make_shared<Array>(c.dtype, c.batch * c.tokens);
+    for (int64_t i = 0; i < scores->count(); ++i) {
+        // With `fuse` few different scores, so that there are ties, and a NaN.
+        scores->set(i, c.fuse ? double(random.below(7)) - 3.0 : random.normal());
+        if (c.fuse && i % 97 == 5) scores->set(i, std::nan(""));
+    }
+    const int64_t keep = c.tokens - c.prefix - c.r;
+    const int64_t rows = tome::select_rows(c.tokens, keep, c.prefix, c.fuse);
+    tome::SelectParams p{};
+    p.scores = t.put(*scores), p.dtype = c.dtype, p.batch = c.batch, p.tokens = c.tokens;
+    p.stride_batch = c.tokens, p.keep = keep, p.num_prefix_tokens = c.prefix, p.fuse = c.fuse;
+    p.assign = t.out_ints("assign", c.batch * c.tokens);
+    p.members = t.out_ints("members", c.batch * c.tokens);
+    p.offsets = t.out_ints("offsets", c.batch * (rows + 1));
+    t.run = [p] { return tome::select_cuda(p, nullptr); };
+    t.judge = [&c, &t, p, rows, scores](Verdict& v) {
+        Ints assign(size_t(c.batch * c.tokens)), members = assign,
+                                                 offsets(size_t(c.batch * (rows + 1)));
+        tome::SelectParams cpu = p;
+        cpu.scores = scores->data(), cpu.assign = assign.data();
+        cpu.members = members.data(), cpu.offsets = offsets.data();
+        tome::select(cpu, threads());
+        compare_ints(v, t["assign"], assign);
+        compare_ints(v, t["members"], members);
+        compare_ints(v, t["offsets"], offsets);
+    };
+}
+
+inline void set_up_plan(const Case& c, Trial& t, Random& random) {
+    auto plan = std::make_shared<Plan>(random_plan(c, random));
+    const tome::PlanParams p{t.put(plan->assign),
+                             c.batch,
+                             c.tokens,
+                             plan->rows,
+                             t.out_ints("members", c.batch * c.tokens),
+                             t.out_ints("offsets", c.batch * (plan->rows + 1))};
+    t.run = [p] { return tome::plan_cuda(p, nullptr); };
+    t.judge = [&t, plan](Verdict& v) {
+        compare_ints(v, t["members"], plan->members);
+        compare_ints(v, t["offsets"], plan->offsets);
+    };
+}
+
+inline void set_up_merge(const Case& c, Trial& t, Random& random) {
+    auto plan = std::make_shared<Plan>(random_plan(c, random));
+    auto x = std::make_shared<Rows>(random_rows(c, c.tokens, random));
+    auto size = std::make_shared<Floats>(random_sizes(c, random));
+    const tome::MergeParams p{t.put(x->memory),
+                              c.dtype,
+                              c.batch,
+                              c.tokens,
+                              plan->rows,
+                              c.dim,
+                              x->stride_batch,
+                              x->stride_row,
+                              size->empty() ? nullptr : t.put(*size),
+                              t.put(plan->members),
+                              t.put(plan->offsets),
+                              c.reduce,
+                              t.out("out", Type::kFloat, c.dtype, c.batch * plan->rows * c.dim),
+                              t.out_floats("out_size", c.batch * plan->rows)};
+    t.run = [p] { return tome::merge_cuda(p, nullptr); };
+    t.judge = [&c, &t, plan, x, size](Verdict& v) { judge_merge(v, c, *x, *size, *plan, t); };
+}
+
+inline void set_up_merge_backward(const Case& c, Trial& t, Random& random) {
+    auto plan = std::make_shared<Plan>(random_plan(c, random));
+    auto grad = std::make_shared<Rows>(random_rows(c, plan->rows, random));
+    auto size = std::make_shared<Floats>(random_sizes(c, random));
+    const tome::MergeBackwardParams p{
+        t.put(grad->memory),
+        c.dtype,
+        c.batch,
+        c.tokens,
+        plan->rows,
+        c.dim,
+        grad->stride_batch,
+        grad->stride_row,
+        size->empty() ? nullptr : t.put(*size),
+        t.put(plan->members),
+        t.put(plan->offsets),
+        c.reduce,
+        t.out("grad_x", Type::kFloat, c.dtype, c.batch * c.tokens * c.dim)};
+    t.run = [p] { return tome::merge_backward_cuda(p, nullptr); };
+    t.judge = [&c, &t, p, plan, grad, size](Verdict& v) {
+        const Array exact = grad->memory.exact();
+        Array want(exact.dtype(), c.batch * c.tokens * c.dim);
+        tome::MergeBackwardParams cpu = p;
+        cpu.grad = exact.data(), cpu.dtype = exact.dtype(), cpu.out = want.data();
+        cpu.size = size->empty() ? nullptr : size->data();
+        cpu.members = plan->members.data(), cpu.offsets = plan->offsets.data();
+        tome::merge_backward(cpu, threads());
+        compare(
+            v, t["grad_x"], [&](int64_t i) { return want[i]; },
+            [&](int64_t i) { return merge_limit(c.dtype, want[i]); });
+    };
+}
+
+inline void set_up_unmerge(const Case& c, Trial& t, Random& random) {
+    auto plan = std::make_shared<Plan>(random_plan(c, random));
+    auto x = std::make_shared<Rows>(random_rows(c, plan->rows, random));
+    const tome::UnmergeParams p{t.put(x->memory),
+                                c.dtype,
+                                c.batch,
+                                c.tokens,
+                                plan->rows,
+                                c.dim,
+                                x->stride_batch,
+                                x->stride_row,
+                                t.put(plan->assign),
+                                t.out("out", Type::kFloat, c.dtype, c.batch * c.tokens * c.dim)};
+    t.run = [p] { return tome::unmerge_cuda(p, nullptr); };
+    t.judge = [&c, &t, p, plan, x](Verdict& v) {
+        Array want(c.dtype, c.batch * c.tokens * c.dim);
+        tome::UnmergeParams cpu = p;
+        cpu.x = x->memory.data(), cpu.assign = plan->assign.data(), cpu.out = want.data();
+        tome::unmerge(cpu, threads());
+        compare(v, t["out"], [&](int64_t i) { return want[i]; }, [](int64_t) { return 1e-30; });
+    };
+}
+
+inline void set_up_merge_add_norm(const Case& c, Trial& t, Random& random) {
+    auto plan = std::make_shared<Plan>(random_plan(c, random));
+    auto x = std::make_shared<Rows>(random_rows(c, c.tokens, random));
+    auto branch = std::make_shared<Rows>(random_rows(c, c.tokens, random));
+    auto size = std::make_shared<Floats>(random_sizes(c, random));
+    auto vectors = std::make_shared<std::vector<Array>>();
+    for (int i = 0; i < 3; ++i) vectors->push_back(random_array(c.dtype, c.dim, random));
+    const float* sizes = size->empty() ? nullptr : t.put(*size);
+    const int32_t *members = t.put(plan->members), *offsets = t.put(plan->offsets);
+    const tome::MergeAddNormParams p =
+        merge_add_norm_params(c, t, *x, *branch, *vectors, sizes, members, offsets, plan->rows);
+    t.run = [p] { return tome::merge_add_norm_cuda(p, nullptr); };
+    t.judge = [&c, &t, plan, x, branch, size, vectors](Verdict& v) {
+        judge_merge_add_norm(v, c, *x, *branch, *vectors, *size, *plan, t);
+    };
+}
+
+// A block's kernels with nothing to wait for between them, where an overlap that lets one begin too
+// early would show. Channels of x: heads * dim.
+inline void set_up_chain(const Case& c, Trial& t, Random& random) {
+    set_up_match(c, t, random);
+    const auto match = t.run;
+    const auto judge = t.judge;
+    auto flat = std::make_shared<Case>(c);
+    flat->dim = c.heads * c.dim, flat->layout = Layout::kHeads;
+    const int64_t rows = c.tokens - tome::cut_r(c.tokens, c.r, c.prefix);
+    auto x = std::make_shared<Rows>(random_rows(*flat, c.tokens, random));
+    auto branch = std::make_shared<Rows>(random_rows(*flat, c.tokens, random));
+    auto size = std::make_shared<Floats>(random_sizes(c, random));
+    auto vectors = std::make_shared<std::vector<Array>>();
+    for (int i = 0; i < 3; ++i) vectors->push_back(random_array(c.dtype, flat->dim, random));
+    const float* sizes = t.put(*size);
+    auto* assign = reinterpret_cast<int32_t*>(t["assign"].memory->data());
+    auto* members = reinterpret_cast<int32_t*>(t["members"].memory->data());
+    auto* offsets = reinterpret_cast<int32_t*>(t["offsets"].memory->data());
+    void* merged = t.out("out", Type::kFloat, c.dtype, c.batch * rows * flat->dim);
+    const tome::MergeParams p{t.put(x->memory),
+                              c.dtype,
+                              c.batch,
+                              c.tokens,
+                              rows,
+                              flat->dim,
+                              x->stride_batch,
+                              x->stride_row,
+                              sizes,
+                              members,
+                              offsets,
+                              tome::Reduce::kMean,
+                              merged,
+                              t.out_floats("out_size", c.batch * rows)};
+    const tome::MergeAddNormParams q =
+        merge_add_norm_params(*flat, t, *x, *branch, *vectors, sizes, members, offsets, rows);
+    const tome::UnmergeParams u{
+        merged,
+        c.dtype,
+        c.batch,
+        c.tokens,
+        rows,
+        flat->dim,
+        rows * flat->dim,
+        flat->dim,
+        assign,
+        t.out("unmerged", Type::kFloat, c.dtype, c.batch * c.tokens * flat->dim)};
+    t.run = [=] {
+        cudaError_t error = match();
+        if (error == cudaSuccess) error = tome::merge_cuda(p, nullptr);
+        if (error == cudaSuccess) error = tome::merge_add_norm_cuda(q, nullptr);
+        return error == cudaSuccess ? tome::unmerge_cuda(u, nullptr) : error;
+    };
+    t.judge = [=, &t](Verdict& v) {
+        judge(v);
+        const Output &plan_out = t["assign"], &out = t["out"];
+        const Plan plan = plan_of({plan_out.ints(), plan_out.ints() + plan_out.count}, flat->batch,
+                                  flat->tokens, rows);
+        if (plan.rows < 0) return;
+        judge_merge(v, *flat, *x, *size, plan, t);
+        judge_merge_add_norm(v, *flat, *x, *branch, *vectors, *size, plan, t);
+        const auto source = [&](int64_t i) {
+            const int64_t n = i / flat->dim, b = n / flat->tokens;
+            return out[(b * rows + plan.assign[size_t(n)]) * flat->dim + i % flat->dim];
+        };
+        compare(v, t["unmerged"], source, [](int64_t) { return 1e-30; });
+    };
+}
+
+}  // namespace gpu_check
