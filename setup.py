@@ -144,8 +144,6 @@ def arch_flags(archs: str) -> list[str]:
         number = arch[1] + arch[2] + arch[3]
         native = "90a" if number == "90" else number
         flags.append(f"-gencode=arch=compute_{native},code=sm_{native}")
-        if native == "90a":
-            flags.append("-DTOME_HOPPER")
         if arch[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return list(dict.fromkeys(flags))

@@ -29,6 +29,7 @@ struct cudaFuncAttributes {
     size_t sharedSizeBytes;
     int ptxVersion;
     int binaryVersion;
+    int maxThreadsPerBlock;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 

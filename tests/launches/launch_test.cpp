@@ -105,7 +105,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     const std::lock_guard<std::mutex> lock(runtime.mutex);
-    *attributes = {runtime.static_bytes, runtime.ptx_version, 120};
+    *attributes = {runtime.static_bytes, runtime.ptx_version, 120, runtime.max_threads};
     return answer(runtime.get_attributes);
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {

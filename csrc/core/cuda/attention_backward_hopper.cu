@@ -146,8 +146,9 @@ __device__ __forceinline__ Place place_of(const HopperWork& w, unsigned block, u
 
 //   kTail: columns in the last 64, rounded up to a multiple of 16
 template <class T, bool kOfKeys, int kTail>
-__global__ void __launch_bounds__(attention_tiles::hopper_backward_groups(kOfKeys) * kWarpgroup,
-                                  attention_tiles::hopper_backward_blocks(kOfKeys))
+__global__ void __launch_bounds__(
+    device::warpgroup_bound(attention_tiles::hopper_backward_groups(kOfKeys)),
+    attention_tiles::hopper_backward_blocks(kOfKeys))
     attention_backward_hopper_kernel(const __grid_constant__ HopperWork w) {
     if constexpr (device::kHasWarpgroups) {
         constexpr int kGroups = attention_tiles::hopper_backward_groups(kOfKeys);
@@ -399,9 +400,12 @@ cudaError_t launch_both(HopperWork w, const Pair& queries, const Pair& keys,
 }  // namespace
 
 bool hopper_takes(const AttentionBackwardParams& p, const device::Chip& chip) {
-#if defined(TOME_EMULATION) || defined(TOME_HOPPER)
     if (chip.capability != 90 || p.dim != kHopperDim || p.queries == 0 || p.keys == 0 ||
         (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) {
+        return false;
+    }
+    if (!device::takes_blocks_of(attention_backward_hopper_kernel<device::BFloat, true, kColumns>,
+                                 kWarpgroup)) {
         return false;
     }
     const auto fit = [&](const void* data, const HeadStrides& s) {
@@ -414,10 +418,6 @@ bool hopper_takes(const AttentionBackwardParams& p, const device::Chip& chip) {
            fit(p.k, p.k_strides) && fit(p.v, p.v_strides) && fit(p.grad, p.grad_strides) &&
            fit(p.out, of_heads) && fit(p.grad_q, of_heads) && fit(p.grad_k, of_heads) &&
            fit(p.grad_v, of_heads);
-#else
-    (void)p, (void)chip;
-    return false;
-#endif
 }
 
 cudaError_t launch_attention_backward_hopper(const AttentionBackwardParams& p, float* delta,

@@ -200,7 +200,7 @@ __device__ __forceinline__ void wait_for_tile(int last, int tile) {
 // head's queries in turn.
 //   kTail: keys in the last tile, rounded up to a multiple of 16
 template <class T, int kTail>
-__global__ void __launch_bounds__(kWarpgroup, 4)
+__global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
     attention_resident_kernel(const __grid_constant__ HopperArgs args) {
     if constexpr (device::kHasWarpgroups) {
         const AttentionParams& p = args.m.p;
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kWarpgroup, 4)
 // one stage is worked on, the logits of the next are started from its neighbour, and the one after
 // that is being copied into the place of the one before.
 template <class T, int kTail>
-__global__ void __launch_bounds__(2 * kWarpgroup, 2)
+__global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
     attention_staged_kernel(const __grid_constant__ HopperArgs args) {
     if constexpr (device::kHasWarpgroups) {
         const AttentionParams& p = args.m.p;
@@ -448,14 +448,11 @@ cudaError_t launch_of(const HopperArgs& args, dim3 grid, int warpgroups, size_t 
 }  // namespace
 
 bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
-#if defined(TOME_EMULATION) || defined(TOME_HOPPER)
     return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 &&
            m.p.keys <= std::numeric_limits<int32_t>::max() - 4 * kHopperKeys && m.vector_q &&
-           m.vector_k && m.vector_v && m.vector_out;
-#else
-    (void)m, (void)chip;
-    return false;
-#endif
+           m.vector_k && m.vector_v && m.vector_out &&
+           device::takes_blocks_of(attention_resident_kernel<device::BFloat, kHopperKeys>,
+                                   kWarpgroup);
 }
 
 cudaError_t launch_attention_hopper(const AttentionArgs& m, const device::Chip& chip,

@@ -1,7 +1,7 @@
 // Hopper's own instructions, on top of device.h: products of a warpgroup (wgmma) with operands in
-// shared memory, their descriptors and fences. They exist for sm_90a alone: a file that uses them
-// keeps its kernels' bodies inside `if constexpr (kHasWarpgroups)`, and is compiled with
-// TOME_HOPPER where the build covers that architecture.
+// shared memory, their descriptors and fences. They exist for sm_90a alone. A kernel that uses them
+// has its body inside `if constexpr (kHasWarpgroups)` and its bound on threads from warpgroup_bound;
+// before it is chosen, takes_blocks_of (launch.h) says whether this build has it for the device.
 //
 // A warpgroup is four warps, 128 threads, the first a multiple of four: warp w owns rows 16 w to
 // 16 w + 15 of a product's 64. In registers, operands and results are laid out as mma_m16n8k16's.
@@ -18,6 +18,11 @@ inline constexpr bool kHasWarpgroups = false;
 #endif
 
 inline constexpr int kWarpgroup = 128;
+
+// For __launch_bounds__: the threads of so many warpgroups, or fewer where the kernel has no body.
+inline constexpr int warpgroup_bound(int groups) {
+    return kHasWarpgroups ? groups * kWarpgroup : kWarp;
+}
 
 // --- tiles of 64 channels in shared memory
 // --------------------------------------------------------------------------------

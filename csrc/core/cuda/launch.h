@@ -67,6 +67,7 @@ struct Known {
     int device;
     const Known* next;  // of the same bucket
     bool overlaps;      // the kernel, as this device runs it, waits for earlier kernels
+    int max_threads;    // of a block, as the kernel was compiled for this device
     Chip chip;
 };
 
@@ -103,7 +104,7 @@ class KnownKernels {
         const std::lock_guard<std::mutex> lock(mutex_);
         found = look(kernel, device);
         if (found != nullptr) return cudaSuccess;
-        Known known{kernel, device, nullptr, false, {}};
+        Known known{kernel, device, nullptr, false, 0, {}};
         cudaError_t error = ask_chip(device, known.chip);
         if (error == cudaSuccess && kernel != nullptr) error = prepare(known);
         if (error != cudaSuccess) return error;
@@ -120,6 +121,7 @@ class KnownKernels {
         cudaFuncAttributes attributes{};
         cudaError_t error = cudaFuncGetAttributes(&attributes, known.kernel);
         if (error != cudaSuccess) return error;
+        known.max_threads = attributes.maxThreadsPerBlock;
         error = cudaFuncSetAttribute(
             known.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
             known.chip.shared_per_block - static_cast<int>(attributes.sharedSizeBytes));
@@ -173,6 +175,20 @@ inline cudaError_t start(const void* kernel, dim3 grid, dim3 block, size_t share
 }
 
 #endif
+
+// Whether this build has `kernel` for the current device in the form that takes blocks of so many
+// threads. One whose instructions are a single chip's (device_hopper.h) has no body elsewhere, and
+// is compiled for fewer.
+template <class Params>
+bool takes_blocks_of(void (*kernel)(Params), int threads) {
+#ifdef TOME_EMULATION
+    return kernel != nullptr && threads > 0;
+#else
+    const Known* known = nullptr;
+    return find_known(reinterpret_cast<const void*>(kernel), known) == cudaSuccess &&
+           known->max_threads >= threads;
+#endif
+}
 
 // Starts `kernel`, which takes one params struct (as const __grid_constant__), on `stream`. An
 // empty grid is no error. Never synchronises, and may be captured into a graph.
