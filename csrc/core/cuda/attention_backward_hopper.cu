@@ -342,13 +342,12 @@ __global__ void __launch_bounds__(
         if (count <= 0) return;
         const int64_t to = (int64_t{end.image} * w.rows.count + end.first_row + of_warp) * stride +
                            int64_t{end.head} * kHopperDim;
-        const bool seen[2] = {true, true};
         const float by_scale[2] = {w.scale, w.scale};
-        attention_cuda_detail::write_rows<T>(sums_1, by_scale, seen,
+        attention_cuda_detail::write_rows<T>(sums_1, by_scale,
                                              static_cast<T*>(w.grad_first) + to, stride, count);
         if constexpr (kOfKeys) {
             const float ones[2] = {1.0f, 1.0f};
-            attention_cuda_detail::write_rows<T>(sums_2, ones, seen,
+            attention_cuda_detail::write_rows<T>(sums_2, ones,
                                                  static_cast<T*>(w.grad_second) + to, stride,
                                                  count);
         }

@@ -90,7 +90,8 @@ __device__ __forceinline__ void start_outputs(float (&out)[32], const uint32_t (
 template <class T, int kKeys>
 __device__ __forceinline__ void weigh(float (&s)[32], RowState& rows, const float* bias,
                                       float scale_log2, uint32_t (&p)[4][4]) {
-    float top[2] = {-INFINITY, -INFINITY};
+    // Two chains for each row: what one waits for, the other does meanwhile.
+    float tops[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
         const auto sizes = device::load_vector<float, 2>(bias + n * 8);
@@ -98,13 +99,14 @@ __device__ __forceinline__ void weigh(float (&s)[32], RowState& rows, const floa
         for (int i = 0; i < 4; ++i) {
             float& logit = s[4 * n + i];
             logit = logit * scale_log2 + sizes.v[i % 2];
-            top[i / 2] = fmaxf(top[i / 2], logit);
+            tops[i % 2][i / 2] = fmaxf(tops[i % 2][i / 2], logit);
         }
     }
+    float top[2];
     bool rises = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        top[half] = max_over_row(top[half]);
+        top[half] = max_over_row(fmaxf(tops[0][half], tops[1][half]));
         rises |= top[half] > rows.top[half] + kRise;
     }
     if (__any_sync(device::kFullMask, rises)) {
@@ -121,6 +123,7 @@ __device__ __forceinline__ void weigh(float (&s)[32], RowState& rows, const floa
             }
         }
     }
+    float sums[2] = {0.0f, 0.0f};  // of the odd columns
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -129,11 +132,14 @@ __device__ __forceinline__ void weigh(float (&s)[32], RowState& rows, const floa
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 weight[j] = device::exp2_approx(s[4 * n + 2 * half + j] - rows.top[half]);
-                rows.sum[half] += weight[j];
             }
+            rows.sum[half] += weight[0];
+            sums[half] += weight[1];
             p[n / 2][n % 2 * 2 + half] = round_pair<T>(weight[0], weight[1]);
         }
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.sum[half] += sums[half];
 }
 
 __device__ __forceinline__ void begin_rows(RowState& rows) {
@@ -152,21 +158,24 @@ __device__ __forceinline__ void end_rows(const AttentionParams& p, int64_t image
                                          int64_t query, RowState& rows) {
     const unsigned lane = threadIdx.x % device::kWarp;
     float factor[2];
-    bool seen[2];
     float* lse =
         static_cast<float*>(p.lse) + (image * p.heads + head) * p.queries + query + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float sum = sum_over_row(rows.sum[half]);
-        seen[half] = !(sum == 0.0f);  // NaN stays NaN
-        factor[half] = seen[half] ? device::reciprocal(sum) : 0.0f;
+        const bool seen = !(sum == 0.0f);  // NaN stays NaN
+        factor[half] = seen ? device::reciprocal(sum) : 0.0f;
         if (lane % 4 == 0 && query + lane / 4 + 8 * half < p.queries) {
-            lse[8 * half] = seen[half] ? (rows.top[half] + log2f(sum)) * kLn2 : 0.0f;
+            lse[8 * half] = seen ? (rows.top[half] + log2f(sum)) * kLn2 : 0.0f;
         }
     }
     T* out =
         static_cast<T*>(p.out) + ((image * p.queries + query) * p.heads + head) * kHopperDim;
-    write_rows<T>(rows.out, factor, seen, out, p.heads * kHopperDim, p.queries - query);
+    write_rows<T>(rows.out, factor, out, p.heads * kHopperDim, p.queries - query);
+}
+
+__device__ __forceinline__ int warp_of(unsigned thread) {
+    return static_cast<int>(thread / device::kWarp);
 }
 
 template <class T>
@@ -216,6 +225,14 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
         unsigned char* v_tile = k_tile + padded * device::kTileRowBytes;
         auto* biases = reinterpret_cast<float*>(v_tile + padded * device::kTileRowBytes);
 
+        // First what is longest on its way for what it weighs: the sizes of this thread's keys.
+        constexpr int kOwnKeys = attention_tiles::kHopperResident / kWarpgroup;
+        float own_size[kOwnKeys];
+#pragma unroll
+        for (int i = 0; i < kOwnKeys; ++i) {
+            const int key = static_cast<int>(threadIdx.x) + i * kWarpgroup;
+            own_size[i] = p.size != nullptr && key < keys ? p.size[image * keys + key] : 1.0f;
+        }
         constexpr int kTileBytes = kHopperKeys * device::kTileRowBytes;
         const T* k = head_of<T>(p.k, p.k_strides, image, head);
         const T* v = head_of<T>(p.v, p.v_strides, image, head);
@@ -235,34 +252,46 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
                                         v_stride, keys - first_of_last, p.v);
         device::cp_async_commit();
 
-        const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
-        for (int key = static_cast<int>(threadIdx.x); key < padded; key += kWarpgroup) {
-            biases[key] = log2_size(size, key, keys);
+#pragma unroll
+        for (int i = 0; i < kOwnKeys; ++i) {
+            const int key = static_cast<int>(threadIdx.x) + i * kWarpgroup;
+            if (key < padded) biases[key] = key < keys ? log2f(own_size[i]) : -INFINITY;
         }
 
         const uint64_t k_operand = device::operand_of(k_tile);
         const uint64_t v_operand = device::operand_of(v_tile);
         const float* bias_0 = biases + threadIdx.x % 4u * 2;
-        const int warp = static_cast<int>(threadIdx.x / device::kWarp);
-        const T* q = head_of<T>(p.q, p.q_strides, image, head);
-        const int first_tile = static_cast<int>(block) * args.tiles_per_block;
+        // Kept in two registers, where pointers would take more.
+        const auto image_kept = static_cast<unsigned>(image);
+        const auto head_kept = static_cast<unsigned>(head);
 
+        // The queries of the warp, loaded while those before are finished.
+        uint32_t q_operand[kSteps][4];
+        const auto load = [&](int query) {
+            const int64_t own = query + warp_of(threadIdx.x) * 16;
+            const T* q = head_of<T>(p.q, p.q_strides, device::forget_origin(image_kept),
+                                    device::forget_origin(head_kept));
+            load_queries<T>(q + own * p.q_strides.token, p.q_strides.token, p.queries - own,
+                            q_operand);
+        };
+        const int block_queries = args.tiles_per_block * kHopperRows;
+        const int first = static_cast<int>(block) * block_queries;
+        const int end = static_cast<int>(
+            p.queries - first < block_queries ? p.queries : first + block_queries);
+        load(first);
         // Whether all tiles are known to be there; before, they are waited for one by one.
         bool all_there = false;
 #pragma unroll 1
-        for (int tile = first_tile; tile < first_tile + args.tiles_per_block; ++tile) {
-            const int64_t query = int64_t{tile} * kHopperRows;
-            if (query >= p.queries) break;
-            const int64_t own = query + warp * 16;
-            uint32_t q_operand[kSteps][4];
-            load_queries<T>(q + own * p.q_strides.token, p.q_strides.token, p.queries - own,
-                            q_operand);
+        for (int query = first; query < end; query += kHopperRows) {
+            const int own = query + warp_of(threadIdx.x) * 16;
+            // Of the last 64 rows often few exist. Warps without any take part in products only.
+            const bool has_rows = own < p.queries;
             RowState rows;
             begin_rows(rows);
             if (!all_there) wait_for_tile(last, 0);
 
             float s[32];
-            uint32_t weights[4][4];
+            uint32_t weights[4][4] = {};
             device::pin(rows.out);
             device::products_begin();
             start_logits<T>(s, q_operand, k_operand);
@@ -272,8 +301,10 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
                 device::products_wait<0>();
                 device::pin(s);
                 device::pin(rows.out);
-                weigh<T, kHopperKeys>(s, rows, bias_0 + j * kHopperKeys, args.m.scale_log2,
-                                      weights);
+                if (has_rows) {
+                    weigh<T, kHopperKeys>(s, rows, bias_0 + j * kHopperKeys, args.m.scale_log2,
+                                          weights);
+                }
                 if (!all_there) wait_for_tile(last, j + 1);
                 device::pin(s);
                 device::pin(rows.out);
@@ -284,74 +315,83 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
                                 k_operand + device::operand_rows((j + 1) * kHopperKeys));
                 device::products_commit();
             }
-            all_there = true;
             device::products_wait<0>();
             device::pin(s);
             device::pin(rows.out);
-            weigh<T, kTail>(s, rows, bias_0 + last * kHopperKeys, args.m.scale_log2, weights);
+            if (query + kHopperRows < end) load(query + kHopperRows);
+            if (has_rows) {
+                weigh<T, kTail>(s, rows, bias_0 + last * kHopperKeys, args.m.scale_log2, weights);
+            }
             device::pin(rows.out);
             device::products_begin();
             start_outputs<T, kTail>(rows.out, weights,
                                     v_operand + device::operand_rows(last * kHopperKeys));
             device::products_commit();
+            all_there = true;
             device::products_wait<0>();
             device::pin(rows.out);
-            end_rows<T>(p, image, head, own, rows);
+            if (has_rows) {
+                end_rows<T>(p, device::forget_origin(image_kept), device::forget_origin(head_kept),
+                            own, rows);
+            }
         }
     }
 }
 
 // --- keys in stages ----------------------------------------------------------------------------
 
-// A block's warpgroups, two, own 64 queries each, and share the keys and values that pass. While
-// one stage is worked on, the logits of the next are started from its neighbour, and the one after
-// that is being copied into the place of the one before.
+// A block's warpgroups, two, own 64 queries each, and share the keys and values that pass, in
+// stages of 128 keys. While one is worked on, the next is there or nearly, and the one after that is
+// being copied into the place of the one before. Warpgroups wait for each other once a stage.
 template <class T, int kTail>
 __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
     attention_staged_kernel(const __grid_constant__ HopperArgs args) {
     if constexpr (device::kHasWarpgroups) {
+        constexpr int kThreads = 2 * kWarpgroup;
+        constexpr int kStageKeys = attention_tiles::kHopperStageKeys;
+        constexpr int kStageBytes = kStageKeys * device::kTileRowBytes;  // of keys, or values
+        static_assert(kStageKeys == 2 * kHopperKeys && kStageKeys <= kThreads);
         const AttentionParams& p = args.m.p;
         const unsigned head_of_all = blockIdx.x / args.m.query_tiles;
         const unsigned block = blockIdx.x % args.m.query_tiles;
         const int64_t image = head_of_all / static_cast<unsigned>(p.heads);
         const int64_t head = head_of_all % static_cast<unsigned>(p.heads);
         const int keys = static_cast<int>(p.keys);
-        const int last = (keys - 1) / kHopperKeys;
+        const int last = (keys - 1) / kHopperKeys;  // the last 64 keys
         const int thread = static_cast<int>(threadIdx.x);
 
-        constexpr int kTileBytes = kHopperKeys * device::kTileRowBytes;
         unsigned char* stages = device::dynamic_shared();
-        auto* biases = reinterpret_cast<float*>(stages + kHopperStages * 2 * kTileBytes);
+        auto* biases = reinterpret_cast<float*>(stages + kHopperStages * 2 * kStageBytes);
 
-        const float* size = p.size == nullptr ? nullptr : p.size + image * keys;
-        // Starts the copies of a tile, and returns the size of this thread's key.
-        const auto start_tile = [&](int tile, int stage) {
-            unsigned char* to = stages + stage * 2 * kTileBytes;
+        // Starts the copies of keys `first` to `first` + 127, and returns the size of this thread's.
+        const auto start_stage = [&](int first, int stage) {
+            unsigned char* to = stages + stage * 2 * kStageBytes;
             const int64_t of_image = device::forget_origin(static_cast<unsigned>(image));
             const int64_t of_heads = device::forget_origin(static_cast<unsigned>(head));
-            const int first = tile * kHopperKeys;
             const auto copy = [&](unsigned char* to, const void* data, const HeadStrides& s) {
-                copy_tile<T, 2 * kWarpgroup, kHopperKeys>(
+                copy_tile<T, kThreads, kStageKeys>(
                     to, head_of<T>(data, s, of_image, of_heads) + first * s.token, s.token,
                     keys - first, data);
             };
             copy(to, p.k, p.k_strides);
-            copy(to + kTileBytes, p.v, p.v_strides);
+            copy(to + kStageBytes, p.v, p.v_strides);
             device::cp_async_commit();
-            const int key = tile * kHopperKeys + thread;
-            return size != nullptr && thread < kHopperKeys && key < keys ? size[key] : 1.0f;
+            const int key = first + thread;
+            return p.size != nullptr && thread < kStageKeys && key < keys
+                       ? p.size[of_image * keys + key]
+                       : 1.0f;
         };
-        const auto write_bias = [&](int tile, int stage, float key_size) {
-            if (thread >= kHopperKeys) return;
-            biases[stage * kHopperKeys + thread] =
-                tile * kHopperKeys + thread < keys ? log2f(key_size) : -INFINITY;
+        const auto write_bias = [&](int first, int stage, float key_size) {
+            if (thread >= kStageKeys) return;
+            biases[stage * kStageKeys + thread] =
+                first + thread < keys ? log2f(key_size) : -INFINITY;
         };
 
-        write_bias(0, 0, start_tile(0, 0));
-        float next_size = last > 0 ? start_tile(1, 1) : 1.0f;
+        write_bias(0, 0, start_stage(0, 0));
+        float next_size = kStageKeys < keys ? start_stage(kStageKeys, 1) : 1.0f;
 
-        const int warp = thread / device::kWarp;
-        const int64_t own = (int64_t{block} * 8 + warp) * 16;
+        const int64_t own = (int64_t{block} * 8 + warp_of(threadIdx.x)) * 16;
+        const bool has_rows = own < p.queries;
         uint32_t q_operand[kSteps][4];
         load_queries<T>(head_of<T>(p.q, p.q_strides, image, head) + own * p.q_strides.token,
                         p.q_strides.token, p.queries - own, q_operand);
@@ -359,17 +399,15 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         begin_rows(rows);
 
         float s[32];
-        uint32_t weights[4][4];
+        uint32_t weights[4][4] = {};
         const uint64_t operands = device::operand_of(stages);
-        const auto k_of = [&](int stage) {
-            return operands + device::operand_rows(stage * 2 * kHopperKeys);
-        };
-        const auto v_of = [&](int stage) {
-            return operands + device::operand_rows((stage * 2 + 1) * kHopperKeys);
+        // Tile 0 or 1 of a stage.
+        const auto k_of = [&](int stage, int tile) {
+            return operands + device::operand_rows(stage * 2 * kStageKeys + tile * kHopperKeys);
         };
         const float* bias_0 = biases + thread % 4 * 2;
 
-        if (last > 0) {
+        if (kStageKeys < keys) {
             device::cp_async_wait<1>();
         } else {
             device::cp_async_wait<0>();
@@ -378,43 +416,67 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         __syncthreads();
         device::pin(rows.out);
         device::products_begin();
-        start_logits<T>(s, q_operand, k_of(0));
+        start_logits<T>(s, q_operand, k_of(0, 0));
         device::products_commit();
-        int now = 0;
+        int stage = 0;
 #pragma unroll 1
         for (int j = 0; j < last; ++j) {
-            const int next = now == kHopperStages - 1 ? 0 : now + 1;
-            const int after = next == kHopperStages - 1 ? 0 : next + 1;
-            write_bias(j + 1, next, next_size);
+            const int tile = j % 2;
+            int next = stage;
+            if (tile == 1) {
+                next = stage == kHopperStages - 1 ? 0 : stage + 1;
+                write_bias((j + 1) * kHopperKeys, next, next_size);
+            }
             device::products_wait<0>();
             device::pin(s);
             device::pin(rows.out);
-            // Behind this, the next tile is there for all, and nobody is at the one before any
-            // more, whose place the one after takes.
-            device::cp_async_wait<0>();
-            device::share_with_products();
-            __syncthreads();
-            if (j + 2 <= last) next_size = start_tile(j + 2, after);
-            weigh<T, kHopperKeys>(s, rows, bias_0 + now * kHopperKeys, args.m.scale_log2, weights);
+            if (tile == 1) {
+                // Behind this, the next stage is there for all, and nobody is at the one before
+                // this any more, whose place the one after takes.
+                device::cp_async_wait<0>();
+                device::share_with_products();
+                __syncthreads();
+                const int first = (j + 1) * kHopperKeys + kStageKeys;
+                const int after = next == kHopperStages - 1 ? 0 : next + 1;
+                if (first < keys) next_size = start_stage(first, after);
+            }
+            if (has_rows) {
+                weigh<T, kHopperKeys>(s, rows, bias_0 + stage * kStageKeys + tile * kHopperKeys,
+                                      args.m.scale_log2, weights);
+            }
             device::pin(s);
             device::pin(rows.out);
             device::products_begin();
-            start_outputs<T, kHopperKeys>(rows.out, weights, v_of(now));
-            start_logits<T>(s, q_operand, k_of(next));
+            start_outputs<T, kHopperKeys>(rows.out, weights,
+                                          k_of(stage, tile) + device::operand_rows(kStageKeys));
+            start_logits<T>(s, q_operand, k_of(next, 1 - tile));
             device::products_commit();
-            now = next;
+            stage = next;
         }
+        const int tile = last % 2;
         device::products_wait<0>();
         device::pin(s);
         device::pin(rows.out);
-        weigh<T, kTail>(s, rows, bias_0 + now * kHopperKeys, args.m.scale_log2, weights);
+        if (has_rows) {
+            weigh<T, kTail>(s, rows, bias_0 + stage * kStageKeys + tile * kHopperKeys,
+                            args.m.scale_log2, weights);
+        }
         device::pin(rows.out);
         device::products_begin();
-        start_outputs<T, kTail>(rows.out, weights, v_of(now));
+        start_outputs<T, kTail>(rows.out, weights,
+                                k_of(stage, tile) + device::operand_rows(kStageKeys));
         device::products_commit();
         device::products_wait<0>();
         device::pin(rows.out);
-        if (own < p.queries) end_rows<T>(p, image, head, own, rows);
+        if (has_rows) {
+            // Worked out again, not kept in registers all the while.
+            const unsigned self = device::forget_origin(blockIdx.x);
+            const unsigned of_all = self / args.m.query_tiles;
+            const int64_t query =
+                (int64_t{self % args.m.query_tiles} * 8 + warp_of(threadIdx.x)) * 16;
+            end_rows<T>(p, of_all / static_cast<unsigned>(p.heads),
+                        of_all % static_cast<unsigned>(p.heads), query, rows);
+        }
     }
 }
 
@@ -448,8 +510,9 @@ cudaError_t launch_of(const HopperArgs& args, dim3 grid, int warpgroups, size_t 
 }  // namespace
 
 bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4 * kHopperKeys;
     return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 &&
-           m.p.keys <= std::numeric_limits<int32_t>::max() - 4 * kHopperKeys && m.vector_q &&
+           m.p.keys <= kMost && m.p.queries <= kMost && m.vector_q &&
            m.vector_k && m.vector_v && m.vector_out &&
            device::takes_blocks_of(attention_resident_kernel<device::BFloat, kHopperKeys>,
                                    kWarpgroup);

@@ -124,7 +124,7 @@ inline constexpr int kHopperRows = 64, kHopperKeys = 64;
 // then: while one waits for its keys, three others compute. Above, two warpgroups share what passes
 // through three stages, or L2 would have to bring all keys to every 64 queries.
 inline constexpr int64_t kHopperResident = 256;
-inline constexpr int kHopperStages = 3;
+inline constexpr int kHopperStages = 3, kHopperStageKeys = 128;
 
 constexpr int64_t hopper_padded_keys(int64_t keys) { return ceil_div(keys, 16) * 16; }
 
@@ -133,7 +133,7 @@ constexpr int64_t hopper_padded_keys(int64_t keys) { return ceil_div(keys, 16) *
 // anything, since their columns are not used, but must be there.
 constexpr int64_t hopper_shared_bytes(int64_t keys) {
     const int64_t rows =
-        keys <= kHopperResident ? hopper_padded_keys(keys) : kHopperStages * kHopperKeys;
+        keys <= kHopperResident ? hopper_padded_keys(keys) : kHopperStages * kHopperStageKeys;
     const int64_t bytes = rows * (2 * 128 + 4), read = kHopperKeys * 128;
     return bytes < read ? read : bytes;
 }

@@ -52,13 +52,12 @@ __device__ __forceinline__ void gather_row(uint32_t (&x)[4]) {
     exchange(x[1], x[3], 2);
 }
 
-// factor times a warp's 16 rows of a product's 64 columns, rounded, to memory; 0 where `seen` is
-// not. half 0 is row g, half 1 row g + 8, g = lane / 4.
+// factor times a warp's 16 rows of a product's 64 columns, rounded, to memory. Factor 0 is of row g,
+// factor 1 of row g + 8, g = lane / 4.
 //   to (count, 64), rows `stride` apart, each at a multiple of 16 bytes: the warp's first row
 template <class T>
-__device__ __forceinline__ void write_rows(const float (&d)[32], const float (&factor)[2],
-                                           const bool (&seen)[2], T* to, int64_t stride,
-                                           int64_t count) {
+__device__ __forceinline__ void write_rows(const float (&d)[32], const float (&factor)[2], T* to,
+                                           int64_t stride, int64_t count) {
     const unsigned lane = threadIdx.x % device::kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -69,9 +68,7 @@ __device__ __forceinline__ void write_rows(const float (&d)[32], const float (&f
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const float* pair = d + 4 * (4 * part + n) + 2 * half;
-                words[n] = seen[half]
-                               ? round_pair<T>(pair[0] * factor[half], pair[1] * factor[half])
-                               : 0;
+                words[n] = round_pair<T>(pair[0] * factor[half], pair[1] * factor[half]);
             }
             gather_row(words);
             if (row < count) {
