@@ -14,7 +14,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 
 #include "../calls.h"
 #include "../checks.h"
@@ -45,16 +44,15 @@ class OnDevice {
     bool runs_kernels_ = true;
 };
 
-// The operator of this name in plain PyTorch.
+// The operator of this name in plain PyTorch. Of its errors torch keeps the text from 2.13 on;
+// before, it prints them.
 template <size_t kOutputs, class... Args>
 std::array<Tensor, kOutputs> plain(const char* name, const Args&... args) {
     static_assert(kOutputs <= sizeof...(args));
     std::array<StableIValue, sizeof...(args)> stack{torch::stable::detail::from(args)...};
-    const auto code = torch_call_dispatcher((std::string("tome::_plain_") + name).c_str(), "",
-                                            stack.data(), TORCH_ABI_VERSION);
-    STD_TORCH_CHECK(code == TORCH_SUCCESS, name,
-                    ": this GPU cannot run the kernels of this build, and the operator in plain "
-                    "PyTorch (of the Python package tome_ext) failed; torch has printed why");
+    const std::string full_name = std::string("tome::_plain_") + name;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(full_name.c_str(), "", stack.data(), TORCH_ABI_VERSION));
     std::array<Tensor, kOutputs> outputs;
     for (size_t i = 0; i < kOutputs; ++i) {
         outputs[i] = torch::stable::detail::to<Tensor>(stack[i]);
