@@ -515,7 +515,8 @@ def main() -> int:
             thread.join()
         guarded(run, "cpp", cpp)
         if "figures" in args.stages:
-            guarded(run, "figures", figures, args.rows or "figures")
+            # Shares of what a copy does need its figure from the same run.
+            guarded(run, "figures", figures, f"ceilings,{args.rows}" if args.rows else "figures")
         if "compiled" in args.stages:
             guarded(run, "compiled", figures, "compiled")
         results = gpu_report.Results(args.out)
