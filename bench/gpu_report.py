@@ -22,6 +22,7 @@ from typing import Any
 PLAIN = ("flash", "cudnn", "efficient", "default")  # stock attention without sizes
 MASKED = ("efficient, mask", "cudnn, mask", "default, mask")
 NO_TIME = "not run for want of time"  # as gpu_figures.py says it
+MOST_CASES = 40  # of the wrong ones, on the page
 CPP_TOLERANCE = 0.1  # of bench_cuda's figures against those from Python
 
 
@@ -271,9 +272,8 @@ def faults(r: Results) -> list[str]:
     """A line for each thing that is wrong, and indented ones for where and how to see it again."""
     lines: list[str] = []
     again = [row for row in r.checks if row.get("stage") == "again"]
-    for row in r.checks:
-        if row.get("stage") not in ("check", "repeats") or row["ok"]:
-            continue
+    cases = [row for row in r.checks if row.get("stage") in ("check", "repeats") and not row["ok"]]
+    for row in cases[:MOST_CASES]:
         why = row.get("cuda_error") or row.get("why") or "wrong"
         lines.append(f"- `{row['case']}`: {why}")
         if row.get("output"):
@@ -287,6 +287,8 @@ def faults(r: Results) -> list[str]:
                 lines.append(f"  - with {how}: {'right' if other['ok'] else 'wrong too'}")
         repeats = f" --repeats {row['repeats']}" if row.get("repeats", 3) != 3 else ""
         lines.append(f"  - `gpu_check{repeats} --case {row['case']}`")
+    if len(cases) > MOST_CASES:
+        lines.append(f"- and {len(cases) - MOST_CASES} more cases, in check.jsonl")
     for test, line in outcomes_of(r).items():
         if line["outcome"] == "failed":
             said = (line.get("why") or "").strip().splitlines()
