@@ -1,9 +1,10 @@
 """What a run of bench/gpu.sh showed: what is right, what is wrong, and how the figures stand.
 
-    python bench/gpu_report.py FOLDER                       prints a page of Markdown
-    python bench/gpu_report.py FOLDER --json bench/results/gpu_h100.json
+    python bench/gpu_report.py FOLDER...                    prints a page of Markdown
+    python bench/gpu_report.py FOLDER... --json bench/results/gpu_h100.json
                                                             writes what bench/tables.py reads
 
+Several folders are of one machine and one build; of a row that was measured twice the last counts.
 Takes whatever files are there: a stage that did not run is "not run", a figure that is missing is
 "not measured".
 """
@@ -21,6 +22,7 @@ from typing import Any
 PLAIN = ("flash", "cudnn", "efficient", "default")  # stock attention without sizes
 MASKED = ("efficient, mask", "cudnn, mask", "default, mask")
 NO_TIME = "not run for want of time"  # as gpu_figures.py says it
+MOST_CASES = 40  # of the wrong ones, on the page
 CPP_TOLERANCE = 0.1  # of bench_cuda's figures against those from Python
 
 
@@ -43,20 +45,27 @@ def merged(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for row in rows:
         if "row" in row:
-            out.setdefault(row["row"], {}).update(row)
+            known = out.setdefault(row["row"], {})
+            if "error" not in row:
+                known.pop("error", None)  # of an earlier try
+            known.update(row)
     return out
 
 
 class Results:
-    """Everything in a folder."""
+    """Everything in some folders."""
 
-    def __init__(self, folder: Path) -> None:
-        machine = folder / "machine.json"
-        self.machine = json.loads(machine.read_text()) if machine.is_file() else {}
-        self.checks = lines_of(folder / "check.jsonl")
-        self.tests = lines_of(folder / "tests.jsonl")
-        self.cpp = merged(lines_of(folder / "cpp.jsonl"))
-        self.figures = merged(lines_of(folder / "figures.jsonl"))
+    def __init__(self, *folders: Path) -> None:
+        def lines(name: str) -> list[dict[str, Any]]:
+            return [line for folder in folders for line in lines_of(folder / name)]
+
+        machines = [folder / "machine.json" for folder in folders]
+        known = [json.loads(path.read_text()) for path in machines if path.is_file()]
+        self.machine: dict[str, Any] = known[0] if known else {}
+        self.checks = lines("check.jsonl")
+        self.tests = lines("tests.jsonl")
+        self.cpp = merged(lines("cpp.jsonl"))
+        self.figures = merged(lines("figures.jsonl"))
 
     def us(self, row: str, *path: str) -> float | None:
         """A figure: of a row, in a mode if it has modes, of a contender."""
@@ -263,9 +272,8 @@ def faults(r: Results) -> list[str]:
     """A line for each thing that is wrong, and indented ones for where and how to see it again."""
     lines: list[str] = []
     again = [row for row in r.checks if row.get("stage") == "again"]
-    for row in r.checks:
-        if row.get("stage") not in ("check", "repeats") or row["ok"]:
-            continue
+    cases = [row for row in r.checks if row.get("stage") in ("check", "repeats") and not row["ok"]]
+    for row in cases[:MOST_CASES]:
         why = row.get("cuda_error") or row.get("why") or "wrong"
         lines.append(f"- `{row['case']}`: {why}")
         if row.get("output"):
@@ -279,6 +287,8 @@ def faults(r: Results) -> list[str]:
                 lines.append(f"  - with {how}: {'right' if other['ok'] else 'wrong too'}")
         repeats = f" --repeats {row['repeats']}" if row.get("repeats", 3) != 3 else ""
         lines.append(f"  - `gpu_check{repeats} --case {row['case']}`")
+    if len(cases) > MOST_CASES:
+        lines.append(f"- and {len(cases) - MOST_CASES} more cases, in check.jsonl")
     for test, line in outcomes_of(r).items():
         if line["outcome"] == "failed":
             said = (line.get("why") or "").strip().splitlines()
@@ -386,12 +396,13 @@ def combined(r: Results) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--json", type=Path, help="write everything for bench/tables.py")
     args = parser.parse_args()
-    if not args.folder.is_dir():
-        parser.error(f"no folder {args.folder}")
-    results = Results(args.folder)
+    for folder in args.folders:
+        if not folder.is_dir():
+            parser.error(f"no folder {folder}")
+    results = Results(*args.folders)
     if args.json:
         if results.machine.get("dry_run", True):
             parser.error("a dry run has no figures to keep")

@@ -141,6 +141,20 @@ def test_goals(folder: Path) -> None:
     assert "**no**" in match.line()
 
 
+def test_a_second_run_fills_in_the_first(folder: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    row = {"row": "model:vit_l", "graph": {"us": {"ceiling": 1.0, "tome": 1.0}}}
+    write(second, "figures.jsonl", [row, {"row": "large:n4096", "us": {"match": 5.0}}])
+    results = gpu_report.Results(folder, second)
+    assert results.us("model:vit_l", "graph", "tome") == 1.0
+    assert results.us("layer:vit_b", "merge") == 60.0
+    wrong = "\n".join(gpu_report.faults(results))
+    assert "large:n4096" not in wrong
+    assert "attention:bf16" in wrong
+    assert "model:vit_l" not in "\n".join(gpu_report.not_run(results))
+
+
 def test_an_empty_folder_is_no_success(tmp_path: Path) -> None:
     results = gpu_report.Results(tmp_path)
     page = gpu_report.page(results)
