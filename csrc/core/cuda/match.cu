@@ -1,10 +1,11 @@
 // match_cuda: chooses kernels and their tiles, and divides the workspace.
 //
-//   whole    keys -> staged rows -> scores, maxima -> ranks, plan    match_tile.cu, one kernel
+//   direct   keys -> staged rows -> scores, maxima -> ranks, plan    match_tile.cu, one kernel
 //   staged   keys -> staged rows                                     match_stage.cu, and then
 //                                -> scores, maxima -> ranks, plan    match_tile.cu, overlapping it
-//   plain    keys ->                scores, maxima -> ranks, plan    match_plain.cu, one kernel,
-//                                                      behind a clear of the workspace
+//   plain    keys ->                scores, maxima -> ranks, plan    match_plain.cu, one kernel
+//
+// One kernel whose blocks meet is behind a clear of the workspace; of two, the first clears.
 //
 // Each block lets the next kernel, mostly merge, begin right away. That happens when the last block
 // of match has a place, so merge takes none from it; merge's blocks then wait without computing.
@@ -52,8 +53,11 @@ cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Ti
     const cudaError_t error = device::current_chip(chip);
     if (error != cudaSuccess) return error;
     const match_tiles::Device device{chip.multiprocessors, chip.shared_per_block};
-    out = match_tiles::choose(p.batch, sets.num_a, sets.num_b, p.dim, p.dtype == DType::kFloat64,
-                              device);
+    const int64_t element_bytes = p.dtype == DType::kFloat64   ? 8
+                                  : p.dtype == DType::kFloat32 ? 4
+                                                               : 2;
+    out =
+        match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes, device);
     return cudaSuccess;
 }
 
@@ -104,23 +108,19 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
         return cudaErrorInvalidConfiguration;
     }
     const dim3 grid(static_cast<unsigned>(blocks));
-    switch (m.tiles.form) {
-        case Form::kWhole:
-            return match_cuda_detail::launch_match_whole(m, grid, stream);
-        case Form::kStaged:
-            error = match_cuda_detail::launch_match_stage(m, dim3(static_cast<unsigned>(groups)),
-                                                          stream);
-            if (error != cudaSuccess) return error;
-            return match_cuda_detail::launch_match_score(m, grid, stream);
-        case Form::kPlain:
-            if (m.tiles.blocks_per_image() > 1) {
-                error = cudaMemsetAsync(bytes + parts.best, 0,
-                                        static_cast<size_t>(parts.columns - parts.best), stream);
-                if (error != cudaSuccess) return error;
-            }
-            return match_cuda_detail::launch_match_plain(m, grid, stream);
+    if (m.tiles.form == Form::kStaged) {
+        error =
+            match_cuda_detail::launch_match_stage(m, dim3(static_cast<unsigned>(groups)), stream);
+        if (error != cudaSuccess) return error;
+        return match_cuda_detail::launch_match_score(m, grid, stream);
     }
-    return cudaErrorInvalidConfiguration;
+    if (m.tiles.blocks_per_image() > 1) {
+        error = cudaMemsetAsync(bytes + parts.best, 0,
+                                static_cast<size_t>(parts.columns - parts.best), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return m.tiles.form == Form::kDirect ? match_cuda_detail::launch_match_direct(m, grid, stream)
+                                         : match_cuda_detail::launch_match_plain(m, grid, stream);
 }
 
 }  // namespace tome

@@ -7,10 +7,10 @@
 
 namespace tome::match_cuda_detail {
 
-// Form::kWhole: float32, float16 and bfloat16; images whose sets are one tile.
-cudaError_t launch_match_whole(const MatchArgs& m, dim3 grid, cudaStream_t stream);
+// Form::kDirect: float32, float16 and bfloat16, with dim up to what shared memory holds.
+cudaError_t launch_match_direct(const MatchArgs& m, dim3 grid, cudaStream_t stream);
 
-// Form::kStaged: the same dtypes, with dim up to what shared memory holds. The first kernel stages
+// Form::kStaged: the same. The first kernel stages
 // rows, a block per group of 16; the second, launched right behind it, scores them.
 cudaError_t launch_match_stage(const MatchArgs& m, dim3 grid, cudaStream_t stream);
 cudaError_t launch_match_score(const MatchArgs& m, dim3 grid, cudaStream_t stream);

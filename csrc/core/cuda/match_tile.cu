@@ -118,39 +118,100 @@ __device__ __forceinline__ Packed best_of_row(const MatchArgs& m, const Packed* 
     return top;
 }
 
-// A block per image, whose two sets are a tile: stages, scores, ranks.
+// A block owns up to rows_a tokens of one image's set A and one share of its set B, and passes over
+// that share rows_b tokens at a time. Warps deal out the units of a tile; then thread i joins row
+// i's maxima, and keeps the best in a register from tile to tile.
+//
+//                  share 0              share 1                 block = (image, rows of A, share)
+//              +-------+-------+   +-------+-------+
+//   A rows     | tile  | tile  |   |       |       |            of a tile, per unit: maxima only;
+//   of block   |       |  --> next |       |       |            no score leaves the registers
+//              +-------+-------+   +-------+-------+
+//
+// The last block of an image to finish ranks its A tokens and writes its plan.
+struct Place {
+    int64_t image;
+    int first_group_a, count_a, groups_a;  // of A, in the image and in the block
+    int first_tile, past_tile;             // of B
+
+    __device__ explicit Place(const MatchArgs& m) {
+        const auto per_image = static_cast<unsigned>(m.blocks_per_image);
+        const auto of_image = static_cast<int>(blockIdx.x % per_image);
+        const auto splits = static_cast<int>(m.tiles.splits_b);
+        image = blockIdx.x / per_image;
+        const int64_t begin_a = int64_t{of_image / splits} * m.tiles.rows_a;
+        const int64_t left_a = m.sets.num_a - begin_a;
+        first_group_a = static_cast<int>(begin_a / kRowStep);
+        count_a = static_cast<int>(left_a < m.tiles.rows_a ? left_a : m.tiles.rows_a);
+        groups_a = (count_a + kRowStep - 1) / kRowStep;
+        const int64_t share = of_image % splits;
+        first_tile = static_cast<int>(share * m.tiles_b / splits);
+        past_tile = static_cast<int>((share + 1) * m.tiles_b / splits);
+    }
+};
+
+__device__ __forceinline__ int groups_of_tile(const MatchArgs& m, int tile) {
+    const int most = m.tiles.rows_b / kRowStep, left = m.groups_b - tile * most;
+    return left < most ? left : most;
+}
+
+// The end of a block's work: `mine` is the best of thread's row.
+__device__ __forceinline__ void finish_block(const MatchArgs& m, const Place& place, Packed mine,
+                                             unsigned char* shared) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (m.blocks_per_image == 1) {
+        __syncthreads();  // what follows takes the same memory
+        finish_small_image(m, place.image, shared, [&](int64_t) { return mine; });
+        return;
+    }
+    if (thread < place.count_a) {
+        Packed* to = m.best + place.image * m.sets.num_a + place.first_group_a * kRowStep + thread;
+        if (m.tiles.splits_b == 1) {
+            *to = mine;
+        } else {
+            atomicMax(to, mine);
+        }
+    }
+    if (last_block_of_image(m, place.image, shared)) finish_image<float>(m, place.image, shared);
+}
+
+// Stages the rows it needs.
 template <class In, bool kVector, bool kShort>
 __global__ void __launch_bounds__(kThreads, 2)
-    match_whole_kernel(const __grid_constant__ MatchArgs m) {
+    match_direct_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
     device::let_next_kernel_begin();  // merge: see match.cu
+    const Place place(m);
     const int thread = static_cast<int>(threadIdx.x), warp = thread / device::kWarp;
-    const int64_t image = blockIdx.x;
     unsigned char* shared = device::dynamic_shared();
     auto* rows_a = reinterpret_cast<Record*>(shared);
     auto* rows_b = reinterpret_cast<Record*>(shared + m.layout.rows_b);
     auto* best = reinterpret_cast<Packed*>(shared + m.layout.best);
     const int group_records = m.steps * 4 * kRowStep;
 
-    const In* metric = static_cast<const In*>(m.p.metric) + image * m.p.stride_batch;
-    for (int i = warp; i < 4 * m.groups_a; i += kWarps) {
-        const int row = i / 4 * kRowStep;
-        stage_rows<In, kVector, kShort, true>(m, metric, m.sets.first_a + 2 * int64_t{row},
+    const In* metric = static_cast<const In*>(m.p.metric) + place.image * m.p.stride_batch;
+    for (int i = warp; i < 4 * place.groups_a; i += kWarps) {
+        const int64_t row = int64_t{place.first_group_a + i / 4} * kRowStep;
+        stage_rows<In, kVector, kShort, true>(m, metric, m.sets.first_a + 2 * row,
                                               m.sets.num_a - row, i % 4,
                                               rows_a + i / 4 * group_records);
     }
-    for (int i = warp; i < 4 * m.groups_b; i += kWarps) {
-        const int row = i / 4 * kRowStep;
-        stage_rows<In, kVector, kShort, false>(m, metric, m.sets.first_b + 2 * int64_t{row},
-                                               m.sets.num_b - row, i % 4,
-                                               rows_b + i / 4 * group_records);
+    Packed mine = 0;
+    for (int tile = place.first_tile; tile < place.past_tile; ++tile) {
+        const int groups_b = groups_of_tile(m, tile);
+        for (int i = warp; i < 4 * groups_b; i += kWarps) {
+            const int64_t row = int64_t{tile} * m.tiles.rows_b + i / 4 * kRowStep;
+            stage_rows<In, kVector, kShort, false>(m, metric, m.sets.first_b + 2 * row,
+                                                   m.sets.num_b - row, i % 4,
+                                                   rows_b + i / 4 * group_records);
+        }
+        __syncthreads();
+        const int across = score_tile(m, rows_a, place.groups_a, rows_b, groups_b,
+                                      int64_t{tile} * m.tiles.rows_b, best);
+        __syncthreads();
+        if (thread < place.count_a) mine = larger(mine, best_of_row(m, best, across));
     }
-    __syncthreads();
-    const int across = score_tile(m, rows_a, m.groups_a, rows_b, m.groups_b, 0, best);
-    __syncthreads();
-    const Packed mine = thread < m.sets.num_a ? best_of_row(m, best, across) : 0;
-    __syncthreads();  // what follows takes the same memory
-    finish_small_image(m, image, shared, [&](int64_t) { return mine; });
+    finish_block(m, place, mine, shared);
 }
 
 // Starts copies of `groups` staged groups, for the whole block.
@@ -161,115 +222,82 @@ __device__ __forceinline__ void copy_groups(const Record* from, int groups, int 
     }
 }
 
-// A block owns up to rows_a tokens of one image's set A and one share of its set B, and passes over
-// that share rows_b tokens at a time, while the next of them are copied. Warps deal out the units
-// of a tile; then thread i joins row i's maxima, and keeps the best in a register from tile to
-// tile.
-//
-//                  share 0              share 1                 block = (image, rows of A, share)
-//              +-------+-------+   +-------+-------+
-//   A rows     | tile  | tile  |   |       |       |            of a tile, per unit: maxima only;
-//   of block   |       |  --> next |       |       |            no score leaves the registers
-//              +-------+-------+   +-------+-------+
-//
-// The last block of an image to finish ranks its A tokens and writes its plan.
+// Takes rows that match_stage.cu staged; copies a tile while the one before it is scored.
 __global__ void __launch_bounds__(kThreads, 2)
     match_score_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
     device::let_next_kernel_begin();  // merge: see match.cu
+    const Place place(m);
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t image = blockIdx.x / static_cast<unsigned>(m.blocks_per_image);
-    const int of_image = static_cast<int>(blockIdx.x % static_cast<unsigned>(m.blocks_per_image));
-    const int splits = static_cast<int>(m.tiles.splits_b);
-    const int64_t begin_a = int64_t{of_image / splits} * m.tiles.rows_a;
-    const int64_t share = of_image % splits;
-    const int first_tile = static_cast<int>(share * m.tiles_b / splits);
-    const int past_tile = static_cast<int>((share + 1) * m.tiles_b / splits);
-
     unsigned char* shared = device::dynamic_shared();
     auto* rows_a = reinterpret_cast<Record*>(shared);
     auto* rows_b = reinterpret_cast<Record*>(shared + m.layout.rows_b);
     auto* best = reinterpret_cast<Packed*>(shared + m.layout.best);
     const int group_records = m.steps * 4 * kRowStep;
-    const int tile_groups = m.tiles.rows_b / kRowStep;
+    const int tile_records = m.tiles.rows_b / kRowStep * group_records;
 
-    const int64_t left_a = m.sets.num_a - begin_a;
-    const int count_a = static_cast<int>(left_a < m.tiles.rows_a ? left_a : m.tiles.rows_a);
-    const int groups_a = (count_a + kRowStep - 1) / kRowStep;
-    const Record* staged = m.rows + image * (m.groups_a + m.groups_b) * group_records;
+    const Record* staged = m.rows + place.image * (m.groups_a + m.groups_b) * group_records;
     const Record* staged_b = staged + int64_t{m.groups_a} * group_records;
-    const auto groups_of_tile = [&](int tile) {
-        const int left = m.groups_b - tile * tile_groups;
-        return left < tile_groups ? left : tile_groups;
-    };
     const bool two = m.tiles.buffers == 2;
     const auto buffer_of = [&](int tile) {
-        return rows_b + (two && (tile - first_tile) % 2 != 0 ? tile_groups * group_records : 0);
+        return rows_b + (two && (tile - place.first_tile) % 2 != 0 ? tile_records : 0);
     };
     const auto start_copy = [&](int tile) {
-        copy_groups(staged_b + int64_t{tile} * tile_groups * group_records, groups_of_tile(tile),
-                    group_records, buffer_of(tile));
+        copy_groups(staged_b + int64_t{tile} * tile_records, groups_of_tile(m, tile), group_records,
+                    buffer_of(tile));
     };
 
-    copy_groups(staged + begin_a / kRowStep * group_records, groups_a, group_records, rows_a);
-    start_copy(first_tile);
+    copy_groups(staged + int64_t{place.first_group_a} * group_records, place.groups_a,
+                group_records, rows_a);
+    start_copy(place.first_tile);
     device::cp_async_commit();
     Packed mine = 0;
-    for (int tile = first_tile; tile < past_tile; ++tile) {
+    for (int tile = place.first_tile; tile < place.past_tile; ++tile) {
         if (two) {
-            if (tile + 1 < past_tile) start_copy(tile + 1);
+            if (tile + 1 < place.past_tile) start_copy(tile + 1);
             device::cp_async_commit();
             device::cp_async_wait<1>();
         } else {
             device::cp_async_wait<0>();
         }
         __syncthreads();
-        const int across = score_tile(m, rows_a, groups_a, buffer_of(tile), groups_of_tile(tile),
-                                      int64_t{tile} * m.tiles.rows_b, best);
+        const int across =
+            score_tile(m, rows_a, place.groups_a, buffer_of(tile), groups_of_tile(m, tile),
+                       int64_t{tile} * m.tiles.rows_b, best);
         __syncthreads();
-        if (!two && tile + 1 < past_tile) {
+        if (!two && tile + 1 < place.past_tile) {
             start_copy(tile + 1);
             device::cp_async_commit();
         }
-        if (thread < count_a) mine = larger(mine, best_of_row(m, best, across));
+        if (thread < place.count_a) mine = larger(mine, best_of_row(m, best, across));
     }
-    if (m.blocks_per_image == 1) {
-        __syncthreads();  // what follows takes the same memory
-        finish_small_image(m, image, shared, [&](int64_t) { return mine; });
-        return;
-    }
-    if (thread < count_a) {
-        Packed* to = m.best + image * m.sets.num_a + begin_a + thread;
-        if (splits == 1) {
-            *to = mine;
-        } else {
-            atomicMax(to, mine);
-        }
-    }
-    if (last_block_of_image(m, image, shared)) finish_image<float>(m, image, shared);
+    finish_block(m, place, mine, shared);
 }
 
 template <class In>
-cudaError_t launch_whole_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
+cudaError_t launch_direct_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
     const bool is_short = m.p.dim <= kShortDim;
-    const auto kernel = vectors_serve<In>(m.p) ? is_short ? match_whole_kernel<In, true, true>
-                                                          : match_whole_kernel<In, true, false>
-                        : is_short ? match_whole_kernel<In, false, true>
-                                               : match_whole_kernel<In, false, false>;
-    return device::launch_overlapping(kernel, grid, dim3(kThreads),
-                                      static_cast<size_t>(m.tiles.shared_bytes), stream, m);
+    const auto kernel = vectors_serve<In>(m.p) ? is_short ? match_direct_kernel<In, true, true>
+                                                          : match_direct_kernel<In, true, false>
+                        : is_short ? match_direct_kernel<In, false, true>
+                                               : match_direct_kernel<In, false, false>;
+    const auto bytes = static_cast<size_t>(m.tiles.shared_bytes);
+    // Behind a clear of the workspace, which is no kernel, the ordinary way.
+    return m.blocks_per_image > 1
+               ? device::launch(kernel, grid, dim3(kThreads), bytes, stream, m)
+               : device::launch_overlapping(kernel, grid, dim3(kThreads), bytes, stream, m);
 }
 
 }  // namespace
 
-cudaError_t launch_match_whole(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
+cudaError_t launch_match_direct(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
     switch (m.p.dtype) {
         case DType::kFloat32:
-            return launch_whole_of<float>(m, grid, stream);
+            return launch_direct_of<float>(m, grid, stream);
         case DType::kFloat16:
-            return launch_whole_of<Half>(m, grid, stream);
+            return launch_direct_of<Half>(m, grid, stream);
         case DType::kBFloat16:
-            return launch_whole_of<BFloat>(m, grid, stream);
+            return launch_direct_of<BFloat>(m, grid, stream);
         case DType::kFloat64:
             break;
     }

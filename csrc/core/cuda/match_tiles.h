@@ -73,10 +73,10 @@ struct Device {
     constexpr int64_t shared_for_two() const { return (shared_per_block + 1024) / 2 - 1024; }
 };
 
-// The three ways to a plan; see match.cu.
+// The three ways to a plan; see match.cu and choose().
 enum class Form {
     kPlain,   // without tensor cores
-    kWhole,   // one kernel, a block per image: stages all its rows in shared memory
+    kDirect,  // one kernel, whose blocks stage the rows they need in shared memory
     kStaged,  // one kernel stages rows in the workspace, a second one scores them
 };
 
@@ -92,7 +92,7 @@ struct Tiles {
     constexpr bool operator==(const Tiles&) const = default;
 };
 
-// A set of one tile needs no second buffer.
+// A second buffer of B's rows, unless they are all in the first.
 constexpr int buffers_for(int64_t num_b, int rows_b) { return num_b > rows_b ? 2 : 1; }
 
 // Halves the larger part until the tile fits.
@@ -119,57 +119,95 @@ constexpr Tiles plain(int64_t num_a, int64_t element_bytes) {
     return {Form::kPlain, kPlainRows, kPlainRows, 1, blocks, 1, plain_shared_bytes(element_bytes)};
 }
 
-constexpr Tiles choose(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim, bool is_double,
-                       const Device& device) {
-    // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
-    if (is_double) return plain(num_a, 8);
-    if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
+constexpr int64_t enough(int64_t bytes) { return bytes > kFinishBytes ? bytes : kFinishBytes; }
 
-    const auto at_least = [](int64_t bytes) { return bytes > kFinishBytes ? bytes : kFinishBytes; };
-    const auto even = [](int64_t rows, int64_t parts) {
-        return static_cast<int>(round_up(ceil_div(rows, parts), kRowStep));
-    };
-    // An image per multiprocessor, each in one tile: blocks are out of step with each other, so
-    // that some wait for keys while others compute, and rows need no way through L2. Two of them
-    // must fit a multiprocessor.
-    if (batch >= device.multiprocessors && num_a <= kMostRows && num_b <= kMostRows) {
-        const int rows_a = even(num_a, 1), rows_b = even(num_b, 1);
-        const int64_t bytes = at_least(layout(dim, rows_a, rows_b, 1).total);
-        if (bytes <= device.shared_for_two()) return {Form::kWhole, rows_a, rows_b, 1, 1, 1, bytes};
+// Even parts of at most kMostRows: 288 tokens are three times 96, not 128, 128 and 32.
+constexpr int even_part(int64_t rows, int64_t parts) {
+    return static_cast<int>(round_up(ceil_div(rows, parts), kRowStep));
+}
+constexpr int most_rows(int64_t rows) { return even_part(rows, ceil_div(rows, kMostRows)); }
+
+// The largest tile of which two blocks fit a multiprocessor, one to compute while the other waits;
+// or where that would be small, of which one does.
+constexpr void fit(int64_t dim, const Device& device, int64_t num_b, int64_t good_columns,
+                   int& rows_a, int& rows_b) {
+    int a = rows_a, b = rows_b;
+    shrink_to_fit(dim, device.shared_for_two(), num_b, a, b);
+    const bool good = (a >= kGoodRows || a == rows_a) && (b >= good_columns || b == rows_b);
+    if (good) {
+        rows_a = a, rows_b = b;
+    } else {
+        shrink_to_fit(dim, device.shared_per_block, num_b, rows_a, rows_b);
     }
-    // Else rows are staged by as many blocks as there are rows for, once, whatever the number of
-    // blocks that score them.
-    //
-    // Even parts: 288 tokens are three times 96, not 128, 128 and 32.
-    const auto most = [&](int64_t rows) { return even(rows, ceil_div(rows, kMostRows)); };
-    // Two blocks per multiprocessor: one computes while the other waits for its rows.
-    const int64_t wanted = 2 * int64_t{device.multiprocessors};
-    const int64_t per_image = batch < wanted ? wanted / (batch > 0 ? batch : 1) : 1;
-    int rows_b = most(num_b), rows_a = most(num_a);
+}
+
+constexpr Tiles direct(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
+                       const Device& device) {
+    int rows_a = most_rows(num_a), rows_b = most_rows(num_b);
+    fit(dim, device, 0, kGoodRows, rows_a, rows_b);  // 0: one buffer
+    int64_t splits = 1;
+    const auto blocks = [&] { return batch * ceil_div(num_a, rows_a) * splits; };
+    // Many tiles of B: deal them out until the last wave of blocks is a small part of all, but
+    // leave 4 tiles to each block, so that staging its A rows stays a small part of its work.
+    const int64_t wanted = 4 * int64_t{device.multiprocessors};
+    const int64_t most_splits = ceil_div(num_b, rows_b) / 4;
+    if (blocks() < wanted && most_splits > 1) {
+        const int64_t even = ceil_div(wanted, blocks());
+        splits = even < most_splits ? even : most_splits;
+    }
+    // Little work altogether: smaller tiles, every one a block, until each multiprocessor has one.
+    while (batch > 0 && blocks() < device.multiprocessors &&
+           (rows_a > kRowStep || rows_b > kRowStep)) {
+        int& larger = rows_b > rows_a ? rows_b : rows_a;
+        larger = static_cast<int>(round_up(larger / 2, kRowStep));
+        splits = ceil_div(num_b, rows_b);
+    }
+    const int64_t bytes = enough(layout(dim, rows_a, rows_b, 1).total);
+    return {Form::kDirect, rows_a, rows_b, 1, ceil_div(num_a, rows_a), splits, bytes};
+}
+
+constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
+                       const Device& device) {
+    // Two blocks per multiprocessor.
+    const int64_t wanted = 2 * int64_t{device.multiprocessors}, images = batch > 0 ? batch : 1;
+    int rows_b = most_rows(num_b), rows_a = most_rows(num_a);
     // Blocks of an image have to meet, which takes about as long as all scores of an image of up to
     // 128 x 128: there one block does it all.
     if (num_a > kMostRows) {
-        const int divided = even(num_a, per_image);
+        const int divided = even_part(num_a, images < wanted ? wanted / images : 1);
         const int least = divided < kGoodRows ? kGoodRows : divided;
         rows_a = least < rows_a ? least : rows_a;
     }
-    const auto fit = [&](int64_t budget, bool always) {
-        int a = rows_a, b = rows_b;
-        shrink_to_fit(dim, budget, num_b, a, b);
-        const bool good = (a >= kGoodRows || a == rows_a) && (b >= kGoodColumns || b == rows_b);
-        if (good || always) rows_a = a, rows_b = b;
-        return good;
-    };
-    if (!fit(device.shared_for_two(), false)) fit(device.shared_per_block, true);
+    fit(dim, device, num_b, kGoodColumns, rows_a, rows_b);
     const bool two = layout(dim, rows_a, rows_b, 2).total <= device.shared_per_block;
     const int buffers = two ? buffers_for(num_b, rows_b) : 1;
-
     // Many tiles of B: deal them out until every multiprocessor has its blocks.
     const int64_t blocks_a = ceil_div(num_a, rows_a), tiles_b = ceil_div(num_b, rows_b);
-    const int64_t split = wanted / (blocks_a * (batch > 0 ? batch : 1));
+    const int64_t split = wanted / (blocks_a * images);
     const int64_t splits = split < 1 ? 1 : split < tiles_b ? split : tiles_b;
-    const int64_t bytes = at_least(layout(dim, rows_a, rows_b, buffers).total);
+    const int64_t bytes = enough(layout(dim, rows_a, rows_b, buffers).total);
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
+}
+
+// num_a and num_b are 1 or more.
+constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_b, int64_t dim,
+                       int64_t element_bytes, const Device& device) {
+    // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
+    if (element_bytes == 8) return plain(num_a, 8);
+    if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
+
+    // Staged rows take 4 bytes a channel: at most half of what the keys do in all heads. Of fewer
+    // heads the keys themselves are as quickly read again, and take no further memory.
+    if (heads * element_bytes < 8) return direct(batch, num_a, num_b, dim, device);
+    // An image per multiprocessor, each in one tile: nothing would be read twice, and rows need no
+    // way through L2.
+    if (batch >= device.multiprocessors && num_a <= kMostRows && num_b <= kMostRows) {
+        const Tiles whole = direct(batch, num_a, num_b, dim, device);
+        if (whole.blocks_per_image() == 1 && whole.shared_bytes <= device.shared_for_two()) {
+            return whole;
+        }
+    }
+    return staged(batch, num_a, num_b, dim, device);
 }
 
 // --- memory ------------------------------------------------------------------------------------
