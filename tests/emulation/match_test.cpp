@@ -2,6 +2,7 @@
 // whatever the order of blocks and threads, the tiles, and the memory it finds.
 
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "../cpp/helpers.h"
@@ -69,6 +70,17 @@ Plan on_cpu(const Metric& m, int64_t r, int64_t prefix) {
     return plan;
 }
 
+int64_t bytes_of(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+tiles::Tiles tiles_of(const tome::MatchParams& p) {
+    const tome::Sets sets = tome::split_sets(p.tokens, p.num_prefix_tokens);
+    return tiles::choose(
+        p.batch, p.heads, sets.num_a, sets.num_b, p.dim, bytes_of(p.dtype),
+        {tome_emulation::options().multiprocessors, tome_emulation::options().shared_limit});
+}
+
 // In a workspace of exactly the size asked for, full of what another kernel may have left.
 Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0xA5) {
     Plan plan = poisoned_plan(m.shape, r, prefix);
@@ -77,11 +89,16 @@ Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0x
     const int64_t before = tome_emulation::launches();
     EXPECT_EQ(tome::match_cuda(params, workspace.data(), nullptr), cudaSuccess)
         << tome_emulation::last_failure();
-    EXPECT_EQ(tome_emulation::launches() - before, m.shape.batch == 0 ? 0 : 1);
-    if (m.shape.batch > 0 && plan.rows < m.shape.tokens) {  // merge may begin early, match may not
+    const bool merges = m.shape.batch > 0 && plan.rows < m.shape.tokens;
+    const tiles::Tiles t = merges ? tiles_of(params) : tiles::Tiles{};
+    const int64_t kernels = m.shape.batch == 0 ? 0 : t.form == tiles::Form::kStaged ? 2 : 1;
+    EXPECT_EQ(tome_emulation::launches() - before, kernels);
+    if (merges) {  // what is behind match may begin early; before it, there may be a clear
         EXPECT_EQ(tome_emulation::neighbours().releasing_blocks,
                   tome_emulation::neighbours().blocks);
-        EXPECT_FALSE(tome_emulation::neighbours().overlapping);
+        EXPECT_EQ(tome_emulation::neighbours().overlapping,
+                  t.form == tiles::Form::kStaged ||
+                      (t.form == tiles::Form::kDirect && t.blocks_per_image() == 1));
     }
     return plan;
 }
@@ -112,7 +129,7 @@ tome_emulation::Options with(uint32_t seed, int multiprocessors, int shared_limi
 constexpr int kHopperShared = 227 * 1024, kTuringShared = 64 * 1024;
 constexpr int kNoTile = 9728;  // too little for a tile of 70 channels: the plain kernel
 
-// One block per image; several per image; smaller tiles.
+// One kernel, a block per image, for small images; two kernels; smaller tiles.
 const tome_emulation::Options kMachines[] = {with(1, 1, kHopperShared), with(2, 200, kHopperShared),
                                              with(3, 4, kTuringShared)};
 
@@ -205,8 +222,8 @@ TEST_P(CudaMatchTest, RowsTooLongForATileTakeThePlainKernel) {
     const Shape s{2, 2, 45, 70};
     const Array x = random_metric(GetParam(), s, 6);
     const UseOptions use(with(7, 2, kNoTile));
-    const bool is_double = GetParam() == DType::kFloat64;
-    ASSERT_FALSE(tiles::choose(2, 22, 22, 70, is_double, {2, kNoTile}).use_tensor_cores);
+    ASSERT_EQ(tiles::choose(2, 2, 22, 22, 70, bytes_of(GetParam()), {2, kNoTile}).form,
+              tiles::Form::kPlain);
     EXPECT_EQ(on_cuda(contiguous(x, s), 11, 1), on_cpu(contiguous(x, s), 11, 1));
 }
 
@@ -359,6 +376,75 @@ TEST_P(CudaMatchTest, TheSameBitsInAnyOrderAndMemory) {
     });
 }
 
+// Images of every small size, alone and in a batch, in one kernel and in two, by one block and by
+// several: the same plan. Keys are small whole numbers, of which many scores tie.
+TEST_P(CudaMatchTest, BothFormsGiveTheSamePlanForEverySmallSize) {
+    if (GetParam() == DType::kFloat64) return;  // has neither
+    for (int64_t tokens = 2; tokens <= 20; ++tokens) {
+        for (int64_t prefix : {0, 1, 2}) {
+            const Shape s{2, 4, tokens, 24};
+            Array x = random_metric(GetParam(), s, static_cast<unsigned>(tokens));
+            for (int64_t i = 0; i < x.count(); ++i) x.set(i, std::round(x[i]));
+            for (int64_t r : {int64_t{1}, (tokens - prefix) / 3, (tokens - prefix) / 2}) {
+                if (tome::cut_r(tokens, r, prefix) == 0) continue;
+                SCOPED_TRACE(::testing::Message()
+                             << tokens << " tokens, prefix " << prefix << ", r " << r);
+                const UseOptions one(with(1, 1, kHopperShared));
+                const Plan want = on_cuda(contiguous(x, s), r, prefix);
+                const UseOptions two(with(2, 132, kHopperShared));
+                EXPECT_EQ(on_cuda(contiguous(x, s), r, prefix), want);
+            }
+        }
+    }
+}
+
+TEST_P(CudaMatchTest, EveryFormAndCutAgreesWithCpu) {
+    if (GetParam() == DType::kFloat64) return;
+    using tiles::Form;
+    struct Cut {
+        int64_t batch, heads, tokens, dim, r;
+        int multiprocessors;
+        Form form;
+        int64_t blocks_a, splits_b;
+    };
+    const Cut cuts[] = {
+        {1, 4, 50, 64, 8, 1, Form::kDirect, 1, 1},
+        {2, 4, 50, 64, 24, 200, Form::kStaged, 1, 1},
+        {2, 4, 197, 64, 13, 2, Form::kDirect, 1, 1},
+        {1, 4, 197, 64, 13, 132, Form::kStaged, 1, 1},
+        {1, 5, 197, 64, 98, 2, Form::kStaged, 1, 1},
+        {2, 4, 197, 72, 60, 1, Form::kDirect, 1, 1},
+        {2, 4, 197, 72, 60, 132, Form::kStaged, 1, 1},
+        {1, 4, 577, 32, 23, 1, Form::kStaged, 3, 1},
+        {1, 4, 577, 64, 23, 2, Form::kStaged, 4, 1},
+        {1, 4, 577, 64, 288, 132, Form::kStaged, 5, 3},
+        {1, 4, 1025, 16, 40, 8, Form::kStaged, 8, 2},
+        {1, 4, 1025, 16, 512, 132, Form::kStaged, 8, 4},
+        {1, 4, 1031, 16, 300, 20, Form::kStaged, 9, 4},
+        {1, 1, 577, 32, 23, 1, Form::kDirect, 3, 1},
+        {1, 1, 577, 32, 288, 20, Form::kDirect, 6, 6},
+    };
+    for (const Cut& cut : cuts) {
+        const Shape s{cut.batch, cut.heads, cut.tokens, cut.dim};
+        SCOPED_TRACE(::testing::Message() << cut.tokens << " tokens, dim " << cut.dim << ", "
+                                          << cut.multiprocessors << " multiprocessors");
+        const UseOptions use(with(11, cut.multiprocessors, kHopperShared));
+        const tome::Sets sets = tome::split_sets(cut.tokens, 1);
+        const tiles::Tiles t =
+            tiles::choose(cut.batch, cut.heads, sets.num_a, sets.num_b, cut.dim,
+                          bytes_of(GetParam()), {cut.multiprocessors, kHopperShared});
+        EXPECT_EQ(t.form, cut.form);
+        EXPECT_EQ(t.blocks_a, cut.blocks_a);
+        EXPECT_EQ(t.splits_b, cut.splits_b);
+        const Array x = random_metric(GetParam(), s, 21);
+        const Plan want = on_cpu(contiguous(x, s), cut.r, 1);
+        for (uint32_t seed : {11u, 12u}) {
+            const UseOptions order(with(seed, cut.multiprocessors, kHopperShared));
+            EXPECT_EQ(on_cuda(contiguous(x, s), cut.r, 1, static_cast<unsigned char>(seed)), want);
+        }
+    }
+}
+
 // --- packed scores -----------------------------------------------------------------------------
 
 template <class T>
@@ -392,20 +478,32 @@ TEST(MatchTiles, FitTheMachineAndCoverTheWork) {
         for (int64_t batch : {1, 2, 64, 256, 4096}) {
             for (int64_t set : {1, 15, 98, 288, 2048, 8192, 100000}) {
                 for (int64_t dim : {0, 1, 32, 64, 80, 320, 768, 1024, 4096}) {
-                    const tiles::Tiles t = tiles::choose(batch, set, set, dim, false, device);
-                    SCOPED_TRACE(::testing::Message()
-                                 << batch << " x " << set << " x " << dim << ": " << t.rows_a
-                                 << " x " << t.rows_b << ", " << t.splits_b << " splits");
-                    EXPECT_LE(t.shared_bytes, device.shared_per_block);
-                    EXPECT_GE(t.shared_bytes, tiles::kFinishBytes);
-                    EXPECT_GE(t.blocks_a * t.rows_a, set);
-                    EXPECT_EQ(t.rows_a % 16, 0);
-                    EXPECT_EQ(t.rows_b % 16, 0);
-                    EXPECT_LE(t.splits_b, tiles::ceil_div(set, t.rows_b));
-                    if (t.use_tensor_cores) {
-                        EXPECT_GE(t.shared_bytes, tiles::layout(dim, t.rows_a, t.rows_b).total);
-                    } else {
-                        EXPECT_GT(dim, 64);
+                    for (int64_t heads : {1, 12}) {
+                        const tiles::Tiles t =
+                            tiles::choose(batch, heads, set, set, dim, 2, device);
+                        SCOPED_TRACE(::testing::Message()
+                                     << batch << " x " << set << " x " << dim << ": " << t.rows_a
+                                     << " x " << t.rows_b << ", " << t.splits_b << " splits");
+                        EXPECT_LE(t.shared_bytes, device.shared_per_block);
+                        EXPECT_GE(t.shared_bytes, tiles::kFinishBytes);
+                        EXPECT_GE(t.blocks_a * t.rows_a, set);
+                        EXPECT_EQ(t.rows_a % 16, 0);
+                        EXPECT_EQ(t.rows_b % 16, 0);
+                        EXPECT_LE(t.splits_b, tiles::ceil_div(set, t.rows_b));
+                        if (t.form == tiles::Form::kPlain) {
+                            EXPECT_GT(dim, 64);
+                        } else {
+                            EXPECT_GE(t.shared_bytes,
+                                      tiles::layout(dim, t.rows_a, t.rows_b, t.buffers).total);
+                            EXPECT_LE(t.rows_a, tiles::kThreads) << "a thread per row";
+                        }
+                        if (t.form == tiles::Form::kDirect && heads > 1) {
+                            EXPECT_EQ(t.blocks_per_image(), 1) << "no clear";
+                        }
+                        if (t.form != tiles::Form::kPlain && t.blocks_per_image() == 1) {
+                            EXPECT_LE(set, tiles::kMostRows) << "its maxima stay in registers";
+                        }
+                        EXPECT_EQ(t.form == tiles::Form::kStaged && heads == 1, false);
                     }
                 }
             }
@@ -414,35 +512,72 @@ TEST(MatchTiles, FitTheMachineAndCoverTheWork) {
 }
 
 TEST(MatchTiles, UsualShapes) {
+    using tiles::Form;
     // ViT-B, a full batch: one block per image, two of them per multiprocessor.
-    const tiles::Tiles vit = tiles::choose(256, 98, 98, 64, false, kHopper);
+    const tiles::Tiles vit = tiles::choose(256, 12, 98, 98, 64, 2, kHopper);
+    EXPECT_EQ(vit.form, Form::kDirect);
     EXPECT_EQ(vit.blocks_per_image(), 1);
     EXPECT_LE(vit.shared_bytes, kHopper.shared_for_two());
-    // More tokens: even parts.
-    EXPECT_EQ(tiles::choose(64, 288, 288, 64, false, kHopper).rows_a, 96);
-    // One image: more than one multiprocessor's work.
-    EXPECT_GE(tiles::choose(1, 98, 98, 64, false, kHopper).blocks_per_image(), 16);
+    // One image: one block, behind many that stage its rows.
+    const tiles::Tiles one = tiles::choose(1, 12, 98, 98, 64, 2, kHopper);
+    EXPECT_EQ(one.form, Form::kStaged);
+    EXPECT_EQ(one.blocks_per_image(), 1);
+    // More tokens: even parts, and two blocks per multiprocessor.
+    const tiles::Tiles more = tiles::choose(64, 16, 289, 288, 64, 2, kHopper);
+    EXPECT_EQ(more.form, Form::kStaged);
+    EXPECT_EQ(more.rows_a, 80);
+    EXPECT_EQ(more.rows_b, 96);
+    EXPECT_EQ(more.blocks_per_image(), 4);
+    EXPECT_LE(more.shared_bytes, kHopper.shared_for_two());
     // Diffusion: enough blocks for every multiprocessor, tiles not below 64 x 64.
-    const tiles::Tiles large = tiles::choose(2, 2048, 2048, 320, false, kHopper);
+    const tiles::Tiles large = tiles::choose(2, 1, 2048, 2048, 320, 2, kHopper);
     EXPECT_GE(2 * large.blocks_per_image(), kHopper.multiprocessors);
-    EXPECT_GE(std::min(large.rows_a, large.rows_b), 64);
-    EXPECT_FALSE(tiles::choose(2, 98, 98, 64, true, kHopper).use_tensor_cores);
+    EXPECT_GE(large.rows_a, 64);
+    EXPECT_GE(large.rows_b, 64);
+    EXPECT_EQ(large.form, Form::kDirect);
+    EXPECT_EQ(tiles::choose(2, 12, 98, 98, 64, 8, kHopper).form, Form::kPlain);
 }
 
-TEST(MatchTiles, RowsOfAQuarterWarpHitDifferentBanks) {
-    for (int64_t dim : {0, 1, 16, 17, 64, 100, 320, 1024}) {
-        EXPECT_EQ(tiles::row_records(dim) * 16 % 128, 64) << dim;
-        EXPECT_GE(tiles::row_records(dim) * 4, tiles::round_up(dim, 16)) << dim;
+// Shared memory has 8 banks of 16 bytes, and takes 8 lanes of such accesses at once.
+TEST(MatchTiles, EightLanesAlwaysHitDifferentBanks) {
+    using tome::match_cuda_detail::slot;
+    std::set<int> all;
+    for (int step = 0; step < 5; ++step) {
+        for (int half = 0; half < 2; ++half) {
+            for (int first = 0; first < 32; first += 8) {  // loading a fragment
+                std::set<int> banks;
+                for (int lane = first; lane < first + 8; ++lane) {
+                    banks.insert(slot(step, half, lane) % 8);
+                    all.insert(slot(step, half, lane));
+                }
+                EXPECT_EQ(banks.size(), 8u);
+            }
+        }
+    }
+    EXPECT_EQ(all.size(), 5u * 64u);
+    EXPECT_EQ(*all.rbegin(), 5 * 64 - 1);
+    EXPECT_EQ(tiles::group_records(80), 5 * 64);
+    for (int g = 0; g < 8; ++g) {  // staging a row: stage_rows' put
+        for (int record = 0; record < 2; ++record) {
+            std::set<int> banks;
+            for (int piece = 0; piece < 8; ++piece) {
+                const int which = piece / 4 % 2 == record ? 0 : 1;
+                banks.insert(slot(piece / 2, 1, 4 * g + 2 * (piece % 2) + which) % 8);
+            }
+            EXPECT_EQ(banks.size(), 8u) << g;
+        }
     }
 }
 
-TEST(MatchTiles, WorkspaceIsSmallBesideTheScores) {
-    const auto share = [](int64_t set) {
-        const double scores = 2.0 * double(set) * double(set);  // 16-bit
-        return double(tiles::workspace(1, set, false).total) / scores;
+TEST(MatchTiles, WorkspaceGrowsWithTokensOnly) {
+    const auto bytes = [](tiles::Form form, int64_t set) {
+        return tiles::workspace(form, 1, set, set, 64, false).total;
     };
-    EXPECT_LT(share(2048), 0.02);
-    EXPECT_LT(share(8192), 0.02);
+    EXPECT_LT(bytes(tiles::Form::kDirect, 98), 98 * 8 + 16);
+    for (int64_t set : {1024, 2048, 8192}) {
+        EXPECT_EQ(bytes(tiles::Form::kStaged, set), 2 * set * 64 * 4 + set * 8 + 4);
+        EXPECT_EQ(tiles::workspace(tiles::Form::kStaged, 1, set, set, 64, false).best % 256, 0);
+    }
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
-// match_cuda: chooses a kernel and its tiles, and divides the workspace.
+// match_cuda: chooses kernels and their tiles, and divides the workspace.
 //
-//   keys -> scores, maxima (match_tile.cu or match_plain.cu) -> ranks, plan (match_finish.cuh)
+//   direct   keys -> staged rows -> scores, maxima -> ranks, plan    match_tile.cu, one kernel
+//   staged   keys -> staged rows                                     match_stage.cu, and then
+//                                -> scores, maxima -> ranks, plan    match_tile.cu, overlapping it
+//   plain    keys ->                scores, maxima -> ranks, plan    match_plain.cu, one kernel
 //
-// all in one launch; where several blocks work on an image, behind a clear of the workspace.
+// One kernel whose blocks meet is behind a clear of the workspace; of two, the first clears.
 //
 // Each block lets the next kernel, mostly merge, begin right away. That happens when the last block
 // of match has a place, so merge takes none from it; merge's blocks then wait without computing.
@@ -43,45 +46,81 @@ cudaError_t identity_plan(const MatchParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+namespace {
+
+cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Tiles& out) {
+    device::Chip chip;
+    const cudaError_t error = device::current_chip(chip);
+    if (error != cudaSuccess) return error;
+    const match_tiles::Device device{chip.multiprocessors, chip.shared_per_block};
+    const int64_t element_bytes = p.dtype == DType::kFloat64   ? 8
+                                  : p.dtype == DType::kFloat32 ? 4
+                                                               : 2;
+    out =
+        match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes, device);
+    return cudaSuccess;
+}
+
+match_tiles::Workspace workspace_of(const MatchParams& p, const Sets& sets,
+                                    match_tiles::Form form) {
+    return match_tiles::workspace(form, p.batch, sets.num_a, sets.num_b, p.dim,
+                                  p.dtype == DType::kFloat64);
+}
+
+}  // namespace
+
 size_t match_cuda_workspace_bytes(const MatchParams& p) {
     if (cut_r(p.tokens, p.r, p.num_prefix_tokens) == 0) return 0;
     const Sets sets = split_sets(p.tokens, p.num_prefix_tokens);
-    return static_cast<size_t>(
-        match_tiles::workspace(p.batch, sets.num_a, p.dtype == DType::kFloat64).total);
+    match_tiles::Tiles tiles{};
+    // The form that needs most, should there be no device: then match_cuda says so.
+    if (choose_tiles(p, sets, tiles) != cudaSuccess) tiles.form = match_tiles::Form::kStaged;
+    return static_cast<size_t>(workspace_of(p, sets, tiles.form).total);
 }
 
 cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t stream) {
+    using match_tiles::Form;
     if (p.batch == 0) return cudaSuccess;
     MatchArgs m{};
     m.p = p;
     m.r = cut_r(p.tokens, p.r, p.num_prefix_tokens);
     if (m.r == 0) return identity_plan(p, stream);
     m.sets = split_sets(p.tokens, p.num_prefix_tokens);
-    device::Chip chip;
-    cudaError_t error = device::current_chip(chip);
+    cudaError_t error = choose_tiles(p, m.sets, m.tiles);
     if (error != cudaSuccess) return error;
-    const match_tiles::Device device{chip.multiprocessors, chip.shared_per_block};
-    const bool is_double = p.dtype == DType::kFloat64;
-    m.tiles = match_tiles::choose(p.batch, m.sets.num_a, m.sets.num_b, p.dim, is_double, device);
-    m.layout = match_tiles::layout(p.dim, m.tiles.rows_a, m.tiles.rows_b);
+    m.layout = match_tiles::layout(p.dim, m.tiles.rows_a, m.tiles.rows_b, m.tiles.buffers);
     m.blocks_per_image = static_cast<int>(m.tiles.blocks_per_image());
     m.tiles_b = static_cast<int>(match_tiles::ceil_div(m.sets.num_b, m.tiles.rows_b));
-    m.records = static_cast<int>(match_tiles::ceil_div(p.dim, 16) * 4);
-    m.stride = static_cast<int>(match_tiles::row_records(p.dim));
-    const match_tiles::Workspace parts = match_tiles::workspace(p.batch, m.sets.num_a, is_double);
+    m.steps = static_cast<int>(match_tiles::steps_of(p.dim));
+    m.groups_a = static_cast<int>(match_tiles::groups_of(m.sets.num_a));
+    m.groups_b = static_cast<int>(match_tiles::groups_of(m.sets.num_b));
+    const match_tiles::Workspace parts = workspace_of(p, m.sets, m.tiles.form);
     auto* bytes = static_cast<unsigned char*>(workspace);
-    m.best = reinterpret_cast<Packed*>(bytes);
+    m.rows = reinterpret_cast<uint4*>(bytes);
+    m.best = reinterpret_cast<Packed*>(bytes + parts.best);
     m.tickets = reinterpret_cast<uint32_t*>(bytes + parts.tickets);
-    m.columns = is_double ? reinterpret_cast<int32_t*>(bytes + parts.columns) : nullptr;
+    m.columns =
+        p.dtype == DType::kFloat64 ? reinterpret_cast<int32_t*>(bytes + parts.columns) : nullptr;
     const int64_t blocks = p.batch * m.tiles.blocks_per_image();
-    if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-    if (m.tiles.blocks_per_image() > 1) {
-        error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(parts.columns), stream);
-        if (error != cudaSuccess) return error;
+    const int64_t groups = p.batch * (int64_t{m.groups_a} + m.groups_b);
+    if (blocks > std::numeric_limits<int32_t>::max() ||
+        groups > std::numeric_limits<int32_t>::max()) {
+        return cudaErrorInvalidConfiguration;
     }
     const dim3 grid(static_cast<unsigned>(blocks));
-    return m.tiles.use_tensor_cores ? match_cuda_detail::launch_match_tile(m, grid, stream)
-                                    : match_cuda_detail::launch_match_plain(m, grid, stream);
+    if (m.tiles.form == Form::kStaged) {
+        error =
+            match_cuda_detail::launch_match_stage(m, dim3(static_cast<unsigned>(groups)), stream);
+        if (error != cudaSuccess) return error;
+        return match_cuda_detail::launch_match_score(m, grid, stream);
+    }
+    if (m.tiles.blocks_per_image() > 1) {
+        error = cudaMemsetAsync(bytes + parts.best, 0,
+                                static_cast<size_t>(parts.columns - parts.best), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return m.tiles.form == Form::kDirect ? match_cuda_detail::launch_match_direct(m, grid, stream)
+                                         : match_cuda_detail::launch_match_plain(m, grid, stream);
 }
 
 }  // namespace tome

@@ -20,13 +20,22 @@ struct MatchArgs {
     match_tiles::Tiles tiles;
     match_tiles::Layout layout;
     int blocks_per_image;
-    int tiles_b;        // of tiles.rows_b
-    int records;        // of a staged row that hold channels: ceil(dim / 16) * 4
-    int stride;         // from a staged row to the next, in records
-    Packed* best;       // (batch, num_a): see pack_score; for float64 ordered scores alone
-    int32_t* columns;   // (batch, num_a): nearest B token, float64 only
+    int tiles_b;             // of tiles.rows_b
+    int steps;               // of 16 channels
+    int groups_a, groups_b;  // of 16 rows
+    uint4* rows;             // (batch, groups of A, groups of B, slots) staged rows: Form::kStaged
+    Packed* best;            // (batch, num_a): see pack_score; for float64 ordered scores alone
+    int32_t* columns;        // (batch, num_a): nearest B token, float64 only
     uint32_t* tickets;  // (batch): blocks done, 0 at the start; unused with one block per image
 };
+
+// Where a group holds a lane's fragment of a step: the record at the lane's own place, so that a
+// warp loads 512 bytes in a row; but every other step swaps neighbouring runs of 64 bytes. Then the
+// eight lanes that stage a row, four steps at two places, also meet no bank of shared memory twice.
+//   half  A: 0 high parts, 1 low parts. B: 0 rows 0-7, 1 rows 8-15
+__device__ __forceinline__ int slot(int step, int half, int lane) {
+    return (2 * step + half) * 32 + (lane ^ step % 2 * 4);
+}
 
 // Scores as integers of the same order, from 1: 0 stands for -inf, "nothing may be chosen".
 __device__ __forceinline__ Packed ordered(float score) {

@@ -12,9 +12,15 @@ using match_tiles::kThreads;
 // Shared memory at this point: what the tiles used is free.
 struct FinishShared {
     union {
-        Packed scores[kCountingRank];  // cut_by_counting
-        int histogram[256];            // cut_by_radix
+        Packed keys[kCountingRank];  // cut_by_counting
+        int histogram[256];          // cut_by_radix
+        struct {                     // finish_small_image
+            uint32_t scores[kCountingRank];
+            int32_t nearest[kCountingRank];
+            uint32_t list[kCountingRank];
+        } small;
     };
+    uint32_t merged[kCountingRank / 32];  // a bit per A token
     Packed cut_score;
     uint32_t cut_index;
     uint32_t bin, left, is_last;
@@ -65,14 +71,14 @@ __device__ __forceinline__ Cut cut_by_counting(const Packed* best, int64_t num_a
     const int64_t thread = threadIdx.x;
     const bool fits = num_a <= kCountingRank;
     for (int64_t i = thread; fits && i < num_a; i += kThreads) {
-        state.scores[i] = score_of<T>(best[i]);
+        state.keys[i] = score_of<T>(best[i]);
     }
     __syncthreads();
     for (int64_t i = thread; i < num_a; i += kThreads) {
-        const Packed mine = fits ? state.scores[i] : score_of<T>(best[i]);
+        const Packed mine = fits ? state.keys[i] : score_of<T>(best[i]);
         int64_t before = 0;
         for (int64_t j = 0; j < num_a; ++j) {
-            const Packed other = fits ? state.scores[j] : score_of<T>(best[j]);
+            const Packed other = fits ? state.keys[j] : score_of<T>(best[j]);
             before += other > mine || (other == mine && j < i);
         }
         if (before == r - 1) {
@@ -156,6 +162,116 @@ __device__ __forceinline__ void write_assign(const MatchArgs& m, const Packed* b
     }
 }
 
+// Up to kCountingRank A tokens: the whole plan by counting, in three steps with a barrier between,
+// and nothing that one thread does for all.
+//
+//   rank   how many A tokens come before mine; merged if fewer than r do
+//   list   merged ones in order of their index, as nearest << 16 | index: a key for their place.
+//          All rows before those of B have one member, whose place is the row
+//   place  of a token of a B row: how many keys, and how many tokens of B, come before mine
+//
+//   best_of (index) -> packed best of that A token; called by thread index % kThreads
+template <class Best>
+__device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t image,
+                                                   unsigned char* shared, const Best& best_of) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    auto& small = state.small;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int num_a = static_cast<int>(m.sets.num_a), num_b = static_cast<int>(m.sets.num_b);
+    const int r = static_cast<int>(m.r);
+    const auto prefix = static_cast<int>(m.p.num_prefix_tokens);
+    const auto first_a = static_cast<int>(m.sets.first_a);
+    const auto first_b = static_cast<int>(m.sets.first_b);
+    const int first_b_row = prefix + num_a - r;
+    int32_t* assign = m.p.assign + image * m.p.tokens;
+    int32_t* members = m.p.members + image * m.p.tokens;
+    int32_t* offsets = m.p.offsets + image * (m.p.tokens - m.r + 1);
+
+    const auto whole = [](int count) { return (count + 3) / 4 * 4; };  // vectors of four
+    for (int i = thread; i < whole(num_a); i += kThreads) {
+        const Packed best = i < num_a ? best_of(i) : 0;
+        small.scores[i] = static_cast<uint32_t>(best >> 32);
+        // 0 is "nothing may be chosen", and then the first of B.
+        small.nearest[i] = best == 0 ? 0 : static_cast<int32_t>(~static_cast<uint32_t>(best));
+    }
+    if (thread < kCountingRank / 32) state.merged[thread] = 0;
+    for (int n = thread; n < prefix; n += kThreads) assign[n] = members[n] = offsets[n] = n;
+    __syncthreads();
+
+    int lanes = 1;  // that count for one token
+    while (lanes < device::kWarp && 2 * lanes * num_a <= kThreads) lanes *= 2;
+    const auto* scores = reinterpret_cast<const uint4*>(small.scores);
+    for (int base = 0; base < num_a; base += kThreads / lanes) {
+        const int i = base + thread / lanes;
+        const uint32_t mine = small.scores[i < num_a ? i : 0];
+        int before = 0;
+        for (int four = thread % lanes; four < whole(num_a) / 4; four += lanes) {
+            const uint4 others = scores[four];
+            const uint32_t other[4] = {others.x, others.y, others.z, others.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                before += other[j] > mine || (other[j] == mine && 4 * four + j < i);
+            }
+        }
+        for (int by = lanes / 2; by > 0; by /= 2) {
+            before += __shfl_xor_sync(device::kFullMask, before, by);
+        }
+        if (i < num_a && thread % lanes == 0 && before < r) {
+            atomicOr(&state.merged[i / 32], 1u << (i % 32));
+        }
+    }
+    __syncthreads();
+
+    for (int i = thread; i < num_a; i += kThreads) {
+        int merged_before = 0;
+        for (int word = 0; word < i / 32; ++word) merged_before += __popc(state.merged[word]);
+        const uint32_t word = state.merged[i / 32], bit = 1u << (i % 32);
+        merged_before += __popc(word & (bit - 1));
+        if ((word & bit) != 0) {
+            small.list[merged_before] = static_cast<uint32_t>(small.nearest[i]) << 16 | i;
+        } else {
+            const int row = prefix + i - merged_before, token = first_a + 2 * i;
+            assign[token] = row;
+            members[row] = token;
+            offsets[row] = row;
+        }
+    }
+    if (r + thread < whole(r)) small.list[r + thread] = 0xffffffffu;
+    __syncthreads();
+
+    const uint32_t b_later = first_b > first_a ? 1 : 0;  // than the A token of the same index
+    const auto* list = reinterpret_cast<const uint4*>(small.list);
+    for (int item = thread; item < num_b + r; item += kThreads) {
+        const bool is_b = item < num_b;
+        const uint32_t key = is_b ? static_cast<uint32_t>(item) << 16 : small.list[item - num_b];
+        const uint32_t own = is_b ? key + static_cast<uint32_t>(item) + b_later : key;
+        int row_begin = 0, before = 0;  // keys below the row's, below the token's
+        for (int four = 0; four < whole(r) / 4; ++four) {
+            const uint4 others = list[four];
+            const uint32_t other[4] = {others.x, others.y, others.z, others.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                row_begin += other[j] < key;
+                before += other[j] < own;
+            }
+        }
+        const int nearest = static_cast<int>(key >> 16), index = static_cast<int>(key & 0xffff);
+        const int row = first_b_row + nearest;
+        if (is_b) {
+            const int token = first_b + 2 * item;
+            assign[token] = row;
+            members[row + before] = token;
+            offsets[row] = row + row_begin;
+        } else {
+            const int token = first_a + 2 * index;
+            const int b_before = first_b + 2 * nearest < token ? 1 : 0;
+            assign[token] = row;
+            members[row + before + b_before] = token;
+        }
+    }
+    if (thread == 0) offsets[m.p.tokens - m.r] = static_cast<int32_t>(m.p.tokens);
+}
+
 // One block, after last_block_of_image said so.
 template <class T>
 __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
@@ -163,10 +279,13 @@ __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
     auto& state = *reinterpret_cast<FinishShared*>(shared);
     const int64_t num_a = m.sets.num_a, tokens = m.p.tokens, rows = tokens - m.r;
     const Packed* best = m.best + image * num_a;
+    if (sizeof(T) == 4 && num_a <= kCountingRank) {
+        finish_small_image(m, image, shared, [&](int64_t i) { return best[i]; });
+        return;
+    }
     int32_t* assign = m.p.assign + image * tokens;
-    const bool counts = sizeof(T) == 8 || num_a <= kCountingRank;
-    const Cut cut = counts ? cut_by_counting<T>(best, num_a, m.r, state)
-                           : cut_by_radix(best, num_a, m.r, state);
+    const Cut cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, m.r, state)
+                                   : cut_by_radix(best, num_a, m.r, state);
     write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch, assign);
     __syncthreads();
     int32_t* offsets = m.p.offsets + image * (rows + 1);

@@ -9,53 +9,61 @@ namespace tome::match_tiles {
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// --- the kernel on tensor cores ----------------------------------------------------------------
+// --- the kernels on tensor cores ---------------------------------------------------------------
 
 // 8 warps: enough loads in flight while rows are staged, and two blocks still fit the registers of
 // a multiprocessor at 128 each.
 constexpr int kThreads = 256;
 
-// Lanes that stage one token. 8 x 16 bytes are a whole line of 128 for 16-bit keys, and the heads
-// of a packed qkv are mostly 64 channels, one such line.
-constexpr int kLanesPerRow = 8;
-constexpr int kRowsPerWarp = 32 / kLanesPerRow;
-
-// The step of rows in a tile: the m of mma.m16n8k16, and twice its n.
+// Rows are staged and multiplied in groups of 16: the m of mma.m16n8k16, and twice its n.
 constexpr int kRowStep = 16;
+
+// Lanes that stage one token. 8 x 16 bytes are a whole line of 128 for 16-bit keys, and the heads
+// of a packed qkv are mostly 64 channels, one such line. A warp stages four rows of a group, and a
+// block of the staging kernel one group: blocks so small that a single image (N = 197) gives 14,
+// and that no place on a multiprocessor waits long for a block's slowest load.
+constexpr int kLanesPerRow = 8;
+constexpr int kStageThreads = kRowStep * kLanesPerRow;
+
+// Vectors of 16 bytes that a lane loads before it adds up the first. All of ViT-B's 12 heads: one
+// latency of memory, not three. 48 registers, which neither kernel misses.
+constexpr int kVectorsInFlight = 12;
+
+// A lane stages 8 channels a turn; up to this many channels one turn does, and the row stays in
+// registers.
+constexpr int64_t kShortDim = kLanesPerRow * 8;
 
 // Rows past this bring little (the keys of 128 x 128 scores are read once for 128 scores each) and
 // take shared memory from the second block of the multiprocessor.
 constexpr int kMostRows = 128;
 
-// Below this a tile reads its keys too often for its scores; then one block per multiprocessor with
-// larger tiles is better than two.
-constexpr int kGoodRows = 64;
+// With fewer rows a block passes over B too often for its scores, with fewer columns its warps have
+// too little to do between barriers; then one block per multiprocessor with larger tiles is better
+// than two.
+constexpr int kGoodRows = 64, kGoodColumns = 32;
 
-// A record is 4 channels, 16 bytes. A row takes an odd number of 64-byte steps (one step is k = 16
-// of mma), so that the 8 lanes of a quarter-warp, 4 records each from two rows, hit 32 banks.
-constexpr int64_t row_records(int64_t dim) {
-    const int64_t steps = ceil_div(dim, 16);
-    return 4 * (steps + 1 - steps % 2);
-}
+// A record is 4 channels of a token, split: 16 bytes. A step is k = 16 of mma.
+constexpr int64_t steps_of(int64_t dim) { return ceil_div(dim, 16); }
+constexpr int64_t group_records(int64_t dim) { return steps_of(dim) * 4 * kRowStep; }
 
 // Where things lie in shared memory, in bytes from its start:
-//   rows of A | rows of B | best of A's rows, one array per 16 columns | usable A | usable B
+//   rows of A | rows of B, once per buffer | best of A's rows, one array per 16 columns
 struct Layout {
-    int64_t rows_b, best, usable, total;
+    int64_t rows_b, best, total;
 };
 
-constexpr Layout layout(int64_t dim, int64_t rows_a, int64_t rows_b) {
-    const int64_t row_bytes = row_records(dim) * 16;
+constexpr Layout layout(int64_t dim, int64_t rows_a, int64_t rows_b, int64_t buffers) {
+    const int64_t row_bytes = steps_of(dim) * 64;
     const int64_t b = rows_a * row_bytes;
-    const int64_t best = b + rows_b * row_bytes;
-    const int64_t usable = best + rows_b / kRowStep * rows_a * 8;
-    return {b, best, usable, usable + rows_a + rows_b};
+    const int64_t best = b + buffers * rows_b * row_bytes;
+    return {b, best, best + rows_b / kRowStep * rows_a * 8};
 }
 
-// What the finishing block needs at least: 512 keys to rank, and the sums of a scan.
-constexpr int64_t kCountingRank =
-    512;  // up to this many A tokens, counting beats four radix passes
-constexpr int64_t kFinishBytes = kCountingRank * 8 + 256;
+// What the finishing block needs at least, up to kCountingRank A tokens: a score, a column and a
+// place in the list of merged tokens for each, a bit for each, and the sums of a scan. Up to so
+// many, counting beats four radix passes and a serial placing of members.
+constexpr int64_t kCountingRank = 512;
+constexpr int64_t kFinishBytes = kCountingRank * 12 + 256;
 
 struct Device {
     int multiprocessors;
@@ -65,21 +73,34 @@ struct Device {
     constexpr int64_t shared_for_two() const { return (shared_per_block + 1024) / 2 - 1024; }
 };
 
+// The three ways to a plan; see match.cu and choose().
+enum class Form {
+    kPlain,   // without tensor cores
+    kDirect,  // one kernel, whose blocks stage the rows they need in shared memory
+    kStaged,  // one kernel stages rows in the workspace, a second one scores them
+};
+
 struct Tiles {
-    bool use_tensor_cores;  // else: the plain kernel
-    int rows_a, rows_b;     // a block owns rows_a of A, and passes over B rows_b at a time
-    int64_t blocks_a;       // blocks along A
-    int64_t splits_b;       // blocks along B: the tiles of B are dealt out evenly
+    Form form;
+    int rows_a, rows_b;  // a block owns rows_a of A, and passes over B rows_b at a time
+    int buffers;         // of rows_b: with two, one is filled while the other is scored
+    int64_t blocks_a;    // blocks along A
+    int64_t splits_b;    // blocks along B: the tiles of B are dealt out evenly
     int64_t shared_bytes;
 
     constexpr int64_t blocks_per_image() const { return blocks_a * splits_b; }
     constexpr bool operator==(const Tiles&) const = default;
 };
 
-// Halves the larger side until the tile fits.
-constexpr void shrink_to_fit(int64_t dim, int64_t budget, int& rows_a, int& rows_b) {
-    while (layout(dim, rows_a, rows_b).total > budget && (rows_a > kRowStep || rows_b > kRowStep)) {
-        int& larger = rows_b >= rows_a ? rows_b : rows_a;
+// A second buffer of B's rows, unless they are all in the first.
+constexpr int buffers_for(int64_t num_b, int rows_b) { return num_b > rows_b ? 2 : 1; }
+
+// Halves the larger part until the tile fits.
+constexpr void shrink_to_fit(int64_t dim, int64_t budget, int64_t num_b, int& rows_a, int& rows_b) {
+    const auto buffers = [&] { return buffers_for(num_b, rows_b); };
+    while (layout(dim, rows_a, rows_b, buffers()).total > budget &&
+           (rows_a > kRowStep || rows_b > kRowStep)) {
+        int& larger = rows_b * buffers() >= rows_a && rows_b > kRowStep ? rows_b : rows_a;
         larger = static_cast<int>(round_up(larger / 2, kRowStep));
     }
 }
@@ -94,31 +115,36 @@ constexpr int64_t plain_shared_bytes(int64_t element_bytes) {
 }
 
 constexpr Tiles plain(int64_t num_a, int64_t element_bytes) {
-    return {false,      kPlainRows,
-            kPlainRows, ceil_div(num_a, kPlainRows),
-            1,          plain_shared_bytes(element_bytes)};
+    const int64_t blocks = ceil_div(num_a, kPlainRows);
+    return {Form::kPlain, kPlainRows, kPlainRows, 1, blocks, 1, plain_shared_bytes(element_bytes)};
 }
 
-constexpr Tiles choose(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim, bool is_double,
-                       const Device& device) {
-    // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
-    if (is_double) return plain(num_a, 8);
-    if (layout(dim, kRowStep, kRowStep).total > device.shared_per_block) return plain(num_a, 4);
+constexpr int64_t enough(int64_t bytes) { return bytes > kFinishBytes ? bytes : kFinishBytes; }
 
-    // Even parts: 288 tokens are three times 96, not 128, 128 and 32.
-    const auto most = [](int64_t rows) {
-        const int64_t parts = ceil_div(rows, kMostRows);
-        return static_cast<int>(round_up(ceil_div(rows, parts), kRowStep));
-    };
-    int rows_a = most(num_a), rows_b = most(num_b);
-    // Two blocks per multiprocessor: one computes while the other waits for its keys.
-    shrink_to_fit(dim, device.shared_for_two(), rows_a, rows_b);
-    const auto good = [](int rows, int64_t all) { return rows >= kGoodRows || rows >= all; };
-    if (!good(rows_a, num_a) || !good(rows_b, num_b)) {
-        rows_a = most(num_a), rows_b = most(num_b);
-        shrink_to_fit(dim, device.shared_per_block, rows_a, rows_b);
+// Even parts of at most kMostRows: 288 tokens are three times 96, not 128, 128 and 32.
+constexpr int even_part(int64_t rows, int64_t parts) {
+    return static_cast<int>(round_up(ceil_div(rows, parts), kRowStep));
+}
+constexpr int most_rows(int64_t rows) { return even_part(rows, ceil_div(rows, kMostRows)); }
+
+// The largest tile of which two blocks fit a multiprocessor, one to compute while the other waits;
+// or where that would be small, of which one does.
+constexpr void fit(int64_t dim, const Device& device, int64_t num_b, int64_t good_columns,
+                   int& rows_a, int& rows_b) {
+    int a = rows_a, b = rows_b;
+    shrink_to_fit(dim, device.shared_for_two(), num_b, a, b);
+    const bool good = (a >= kGoodRows || a == rows_a) && (b >= good_columns || b == rows_b);
+    if (good) {
+        rows_a = a, rows_b = b;
+    } else {
+        shrink_to_fit(dim, device.shared_per_block, num_b, rows_a, rows_b);
     }
+}
 
+constexpr Tiles direct(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
+                       const Device& device) {
+    int rows_a = most_rows(num_a), rows_b = most_rows(num_b);
+    fit(dim, device, 0, kGoodRows, rows_a, rows_b);  // 0: one buffer
     int64_t splits = 1;
     const auto blocks = [&] { return batch * ceil_div(num_a, rows_a) * splits; };
     // Many tiles of B: deal them out until the last wave of blocks is a small part of all, but
@@ -136,25 +162,73 @@ constexpr Tiles choose(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
         larger = static_cast<int>(round_up(larger / 2, kRowStep));
         splits = ceil_div(num_b, rows_b);
     }
-    const int64_t bytes = layout(dim, rows_a, rows_b).total;
-    return {true,   rows_a,
-            rows_b, ceil_div(num_a, rows_a),
-            splits, bytes > kFinishBytes ? bytes : kFinishBytes};
+    const int64_t bytes = enough(layout(dim, rows_a, rows_b, 1).total);
+    return {Form::kDirect, rows_a, rows_b, 1, ceil_div(num_a, rows_a), splits, bytes};
+}
+
+constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
+                       const Device& device) {
+    // Two blocks per multiprocessor.
+    const int64_t wanted = 2 * int64_t{device.multiprocessors}, images = batch > 0 ? batch : 1;
+    int rows_b = most_rows(num_b), rows_a = most_rows(num_a);
+    // Blocks of an image have to meet, which takes about as long as all scores of an image of up to
+    // 128 x 128: there one block does it all.
+    if (num_a > kMostRows) {
+        const int divided = even_part(num_a, images < wanted ? wanted / images : 1);
+        const int least = divided < kGoodRows ? kGoodRows : divided;
+        rows_a = least < rows_a ? least : rows_a;
+    }
+    fit(dim, device, num_b, kGoodColumns, rows_a, rows_b);
+    const bool two = layout(dim, rows_a, rows_b, 2).total <= device.shared_per_block;
+    const int buffers = two ? buffers_for(num_b, rows_b) : 1;
+    // Many tiles of B: deal them out until every multiprocessor has its blocks.
+    const int64_t blocks_a = ceil_div(num_a, rows_a), tiles_b = ceil_div(num_b, rows_b);
+    const int64_t split = wanted / (blocks_a * images);
+    const int64_t splits = split < 1 ? 1 : split < tiles_b ? split : tiles_b;
+    const int64_t bytes = enough(layout(dim, rows_a, rows_b, buffers).total);
+    return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
+}
+
+// num_a and num_b are 1 or more.
+constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_b, int64_t dim,
+                       int64_t element_bytes, const Device& device) {
+    // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
+    if (element_bytes == 8) return plain(num_a, 8);
+    if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
+
+    // Staged rows take 4 bytes a channel: at most half of what the keys do in all heads. Of fewer
+    // heads the keys themselves are as quickly read again, and take no further memory.
+    if (heads * element_bytes < 8) return direct(batch, num_a, num_b, dim, device);
+    // An image per multiprocessor, each in one tile: nothing would be read twice, and rows need no
+    // way through L2.
+    if (batch >= device.multiprocessors && num_a <= kMostRows && num_b <= kMostRows) {
+        const Tiles whole = direct(batch, num_a, num_b, dim, device);
+        if (whole.blocks_per_image() == 1 && whole.shared_bytes <= device.shared_for_two()) {
+            return whole;
+        }
+    }
+    return staged(batch, num_a, num_b, dim, device);
 }
 
 // --- memory ------------------------------------------------------------------------------------
 
-// Beside the outputs: one packed best per A token and a counter per image; float64 scores leave no
-// room for the column, which then has an array of its own. O(batch x tokens), whatever the sizes.
-//   best (batch, num_a) uint64 | tickets (batch) uint32 | columns (batch, num_a) int32 for float64
+// Beside the outputs: staged rows, 4 bytes a channel; one packed best per A token and a counter per
+// image. float64 scores leave no room for the column, which then has an array of its own.
+//   rows (batch, groups, group_records) of 16 bytes | best (batch, num_a) uint64 |
+//   tickets (batch) uint32 | columns (batch, num_a) int32 for float64
 struct Workspace {
-    int64_t tickets, columns, total;
+    int64_t best, tickets, columns, total;
 };
 
-constexpr Workspace workspace(int64_t batch, int64_t num_a, bool is_double) {
-    const int64_t tickets = batch * num_a * 8;
+constexpr int64_t groups_of(int64_t rows) { return ceil_div(rows, kRowStep); }
+
+constexpr Workspace workspace(Form form, int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
+                              bool is_double) {
+    const int64_t groups = form == Form::kStaged ? groups_of(num_a) + groups_of(num_b) : 0;
+    const int64_t best = batch * groups * group_records(dim) * 16;
+    const int64_t tickets = best + batch * num_a * 8;
     const int64_t columns = tickets + batch * 4;
-    return {tickets, columns, columns + (is_double ? batch * num_a * 4 : 0)};
+    return {best, tickets, columns, columns + (is_double ? batch * num_a * 4 : 0)};
 }
 
 }  // namespace tome::match_tiles
