@@ -168,12 +168,8 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     const auto stage_at = [&](int stage) { return stages + stage * kStageBytes; };
     // Starts the copy of the columns from `first` on, each behind the last one's.
     const auto stage_columns = [&](int first, int stage) {
-        int64_t stride_1 = w.columns.first_strides.token;
-        int64_t stride_2 = w.columns.second_strides.token;
-        if constexpr (kPark) {  // multiples of them, too, would be kept
-            stride_1 = device::forget_origin(stride_1);
-            stride_2 = device::forget_origin(stride_2);
-        }
+        const int64_t stride_1 = w.columns.first_strides.token;
+        const int64_t stride_2 = w.columns.second_strides.token;
         attention_cuda_detail::stage_pair<T, kDim, kStage>(
             reinterpret_cast<T*>(stage_at(stage)), from_1, stride_1, from_2, stride_2,
             w.columns.count - first, w.dim, w.vector);

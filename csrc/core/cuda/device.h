@@ -137,12 +137,6 @@ __device__ __forceinline__ unsigned forget_origin(unsigned x) {
 #endif
     return x;
 }
-__device__ __forceinline__ int64_t forget_origin(int64_t x) {
-#ifndef TOME_EMULATION
-    asm volatile("" : "+l"(x));
-#endif
-    return x;
-}
 template <class T>
 __device__ __forceinline__ const T* forget_origin(const T* x) {
 #ifndef TOME_EMULATION
