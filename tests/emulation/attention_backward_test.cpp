@@ -374,23 +374,35 @@ TEST(CudaAttentionBackwardTiles, FitTheMachineAndCoverTheRows) {
             for (int dim : tiles::kDims) {
                 for (int64_t element : {2, 4}) {
                     for (int64_t shared : {kHopperShared, kAdaShared, kTuringShared}) {
-                        const tiles::BackwardCut cut =
-                            tiles::cut_backward(heads, rows, dim, element, 132, shared);
-                        EXPECT_LE(cut.shared_bytes, shared) << dim << " x " << element;
-                        EXPECT_GE(cut.warps * 16 * cut.row_blocks, rows);
-                        EXPECT_LT((cut.row_blocks - 1) * cut.warps * 16,
-                                  std::max<int64_t>(rows, 1));
-                        EXPECT_GE(cut.warps, 1);
-                        EXPECT_LE(cut.warps, tiles::kBackwardWarps);
+                        for (bool of_keys : {false, true}) {
+                            SCOPED_TRACE(::testing::Message() << dim << " x " << element);
+                            const tiles::BackwardCut cut = tiles::cut_backward(
+                                heads, rows, dim, element, of_keys, 132, shared);
+                            const int per_warp = tiles::backward_rows(dim, element, of_keys);
+                            EXPECT_LE(cut.shared_bytes, shared);
+                            EXPECT_GE(cut.warps * per_warp * cut.row_blocks, rows);
+                            EXPECT_LT((cut.row_blocks - 1) * cut.warps * per_warp,
+                                      std::max<int64_t>(rows, 1));
+                            EXPECT_GE(cut.warps * 32, tiles::backward_stage(dim, element))
+                                << "a thread per column";
+                            EXPECT_LE(cut.warps, tiles::kBackwardWarps);
+                        }
                     }
                 }
             }
         }
     }
-    // ViT-B: 197 tokens are 13 tiles of 16, in four blocks; a single image is spread thinner.
-    EXPECT_EQ(tiles::cut_backward(3072, 197, 64, 2, 132, kHopperShared).row_blocks, 4);
-    EXPECT_EQ(tiles::cut_backward(3072, 80, 64, 2, 132, kHopperShared).warps, 3);
-    EXPECT_GE(12 * tiles::cut_backward(12, 197, 64, 2, 132, kHopperShared).row_blocks, 132);
+    // ViT-B: 197 tokens are 7 tiles of 32, in two blocks; a single image is spread thinner.
+    const auto vit = [](int64_t heads, int64_t rows, bool of_keys) {
+        return tiles::cut_backward(heads, rows, 64, 2, of_keys, 132, kHopperShared);
+    };
+    for (bool of_keys : {false, true}) {
+        EXPECT_EQ(vit(3072, 197, of_keys).row_blocks, 2);
+        EXPECT_EQ(vit(3072, 80, of_keys).warps, 3);
+        EXPECT_EQ(vit(12, 197, of_keys).row_blocks, 4);
+        // Two blocks on a multiprocessor of any chip from sm_80 on.
+        EXPECT_LE(2 * (vit(3072, 197, of_keys).shared_bytes + 1024), 100 * 1024);
+    }
 }
 
 }  // namespace

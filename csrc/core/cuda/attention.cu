@@ -36,35 +36,6 @@ struct Rows {
     float sum[kBlocks][2];            // of the weights of this lane's columns
 };
 
-// The warp's queries, straight into the registers of mma's first operand; zeros outside.
-//   q (count, dim) strided: the warp's first row and those behind it
-template <class T, int kDim, bool kVector>
-__device__ __forceinline__ void load_queries(const T* q, int64_t stride, int64_t count, int dim,
-                                             Rows<kDim>& rows) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-    for (int block = 0; block < Rows<kDim>::kBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // upper and lower half of the 16 rows
-            const int row = block * 16 + i * 8 + lane / 4;
-            const T* from = q + row * stride;
-#pragma unroll
-            for (int j = 0; j < kDim / 8; ++j) {
-                const int column = j * 8 + lane % 4 * 2;
-                uint32_t& pair = rows.q[block][j / 2][j % 2 * 2 + i];
-                if constexpr (kVector) {
-                    const bool valid = row < count && column < dim;
-                    pair = valid ? device::load_word<T, 2>(from + column) : 0;
-                } else {
-                    const T low = row < count && column < dim ? from[column] : T{};
-                    const T high = row < count && column + 1 < dim ? from[column + 1] : T{};
-                    pair = device::pack(low, high);
-                }
-            }
-        }
-    }
-}
-
 // One step: kKeys keys of the staged tile meet all of the warp's rows.
 //
 //              kKeys              kDim
@@ -180,7 +151,7 @@ __device__ __forceinline__ void attend(Rows<kDim>& rows, const T* k, const T* v,
 //   lse   (count)
 template <class T, int kDim>
 __device__ __forceinline__ void write_rows(const AttentionArgs& m, Rows<kDim>& rows, T* tile,
-                                           T* out, float* lse, int64_t count) {
+                                           T* out, float* lse, int count) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int block = 0; block < Rows<kDim>::kBlocks; ++block) {
@@ -203,41 +174,25 @@ __device__ __forceinline__ void write_rows(const AttentionArgs& m, Rows<kDim>& r
         }
     }
     __syncwarp();
-    const int dim = static_cast<int>(m.p.dim);
-    const int64_t stride = m.p.heads * m.p.dim;
-    if (m.vector_out) {
-        constexpr int kChunks = kDim / 8;
-#pragma unroll 4
-        for (int i = lane; i < rows_per_warp(kDim) * kChunks; i += kWarp) {
-            const int row = i / kChunks, column = i % kChunks * 8;
-            if (row < count && column < dim) {
-                device::store_word<T, 8>(
-                    out + row * stride + column,
-                    device::load_word<T, 8>(tile + row * pitch(kDim) + column));
-            }
-        }
-    } else {
-        for (int i = lane; i < rows_per_warp(kDim) * kDim; i += kWarp) {
-            const int row = i / kDim, column = i % kDim;
-            if (row < count && column < dim) {
-                out[row * stride + column] = tile[row * pitch(kDim) + column];
-            }
-        }
-    }
+    write_tile<T, kDim, rows_per_warp(kDim)>(tile, out, m.p.heads * m.p.dim, count,
+                                             static_cast<int>(m.p.dim), m.vector_out);
 }
 
 // Where a warp's queries are.
 struct Place {
-    int64_t image, head, query;  // query: the warp's first
-    int64_t queries_left;        // from there; none, or less, if the warp has no work
+    unsigned image, head;
+    int64_t query;  // the warp's first
+    int count;      // of the warp's rows; none, or less, if it has no work
 };
 
 __device__ __forceinline__ Place place_of(const AttentionArgs& m, unsigned block, int rows) {
     const unsigned head_of_all = block / m.query_tiles;
     const auto heads = static_cast<unsigned>(m.p.heads);
     const int64_t tile = block % m.query_tiles;
-    const int64_t query = (tile * (blockDim.x / kWarp) + threadIdx.x / kWarp) * rows;
-    return {head_of_all / heads, head_of_all % heads, query, m.p.queries - query};
+    const int64_t query = (tile * (blockDim.x / kWarp) + turned_warp(head_of_all)) * rows;
+    const int64_t left = m.p.queries - query;
+    return {head_of_all / heads, head_of_all % heads, query,
+            left < rows ? static_cast<int>(left) : rows};
 }
 
 // A block owns up to kMaxWarps * rows_per_warp queries of one head, a warp 32 of them (16 at 128
@@ -266,24 +221,37 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
     T* stages = reinterpret_cast<T*>(device::dynamic_shared());
     auto* biases = reinterpret_cast<float*>(stages + 2 * stage_elements(kDim));
 
-    // Starts the copies of a tile, and returns its size for this thread's key. Image and head are
-    // kept in two registers, where three pointers would take six.
-    const auto image_kept = static_cast<unsigned>(place.image);
-    const auto head_kept = static_cast<unsigned>(place.head);
+    const auto base = [&](const void* data, const HeadStrides& s, int64_t token) {
+        return static_cast<const T*>(data) + place.image * s.batch + place.head * s.head +
+               token * s.token;
+    };
+    const T* k_from =
+        copy_from<T, kDim>(base(p.k, p.k_strides, 0), p.k_strides.token, dim, m.vector_k);
+    const T* v_from =
+        copy_from<T, kDim>(base(p.v, p.v_strides, 0), p.v_strides.token, dim, m.vector_k);
+
+    struct From {
+        const T *k, *v;
+    };
+    constexpr bool kPark = attention_tiles::parks_pointers(kDim);
+    auto* const parked = reinterpret_cast<From*>(biases + 2 * kTileKeys) + thread;
+    if constexpr (kPark) *parked = {k_from, v_from};
+
+    // Starts the copies of a tile, each behind the last one's, and returns its size for this
+    // thread's key.
+    const unsigned image_kept = place.image;
     const auto start_copies = [&](int key, int stage) {
-        const int64_t image = device::forget_origin(image_kept);
-        const int64_t head = device::forget_origin(head_kept);
-        const T* k = static_cast<const T*>(p.k) + image * p.k_strides.batch +
-                     head * p.k_strides.head + key * p.k_strides.token;
-        const T* v = static_cast<const T*>(p.v) + image * p.v_strides.batch +
-                     head * p.v_strides.head + key * p.v_strides.token;
-        T* to = stages + stage * stage_elements(kDim);
-        stage_tile<T, kDim, kTileKeys>(to, k, p.k_strides.token, keys - key, dim, m.vector_k);
-        stage_tile<T, kDim, kTileKeys>(to + kTile, v, p.v_strides.token, keys - key, dim,
-                                       m.vector_v);
+        if constexpr (kPark) k_from = parked->k, v_from = parked->v;
+        stage_pair<T, kDim, kTileKeys>(stages + stage * stage_elements(kDim), k_from,
+                                       p.k_strides.token, v_from, p.v_strides.token, keys - key,
+                                       dim, m.vector_k);
         device::cp_async_commit();
+        k_from = device::forget_origin(k_from + kTileKeys * p.k_strides.token);
+        v_from = device::forget_origin(v_from + kTileKeys * p.v_strides.token);
+        if constexpr (kPark) *parked = {k_from, v_from};
         const bool has_key = thread < kTileKeys && thread < keys - key;
-        return has_key && p.size != nullptr ? p.size[image * keys + key + thread] : 1.0f;
+        const int64_t image = device::forget_origin(image_kept);
+        return has_key && p.size != nullptr ? p.size[image * keys + (key + thread)] : 1.0f;
     };
     const auto write_bias = [&](int key, int stage, float key_size) {
         if (thread >= kTileKeys) return;
@@ -292,13 +260,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
 
     if (keys > 0) write_bias(0, 0, start_copies(0, 0));
     Rows<kDim> rows;
-    const T* q = static_cast<const T*>(p.q) + place.image * p.q_strides.batch +
-                 place.head * p.q_strides.head + place.query * p.q_strides.token;
-    if (m.vector_q) {
-        load_queries<T, kDim, true>(q, p.q_strides.token, place.queries_left, dim, rows);
-    } else {
-        load_queries<T, kDim, false>(q, p.q_strides.token, place.queries_left, dim, rows);
-    }
+    load_rows<T, kDim, Rows<kDim>::kBlocks>(rows.q, base(p.q, p.q_strides, place.query),
+                                            p.q_strides.token, place.count, dim, m.vector_q);
 #pragma unroll
     for (int block = 0; block < Rows<kDim>::kBlocks; ++block) {
 #pragma unroll
@@ -313,7 +276,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
         }
     }
 
-    const bool has_work = place.queries_left > 0;
+    const bool has_work = place.count > 0;
     int stage = 0;
 #pragma unroll 1
     for (int key = 0; key < keys; key += kTileKeys, stage ^= 1) {
@@ -347,13 +310,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
 
     __syncthreads();  // before the outputs take the tiles' place
     const Place end = place_of(m, device::forget_origin(blockIdx.x), kWarpRows);
-    if (end.queries_left > 0) {
+    if (end.count > 0) {
         const int64_t head_of_all = end.image * p.heads + end.head;
         write_rows<T, kDim>(m, rows, stages + thread / kWarp * kWarpRows * pitch(kDim),
                             static_cast<T*>(p.out) +
                                 ((end.image * p.queries + end.query) * p.heads + end.head) * p.dim,
                             static_cast<float*>(p.lse) + head_of_all * p.queries + end.query,
-                            end.queries_left);
+                            end.count);
     }
 }
 
@@ -363,6 +326,7 @@ cudaError_t launch_dim(AttentionArgs m, int multiprocessors, cudaStream_t stream
     static_assert(tile_keys(kDim) % step_keys(kDim) == 0);
     static_assert(kMaxWarps * rows_per_warp(kDim) * pitch(kDim) <= stage_elements(kDim),
                   "the outputs fit a stage");
+    m.vector_k = m.vector_v = m.vector_k && m.vector_v;  // one loop copies both
     const int64_t heads = m.p.batch * m.p.heads;
     const attention_tiles::Tiles tiles =
         attention_tiles::choose(heads, m.p.queries, kDim, multiprocessors);

@@ -33,9 +33,9 @@ struct Pair {
 struct Work {
     Pair rows, columns;  // queries: q, grad; keys: k, v; one is rows, the other columns
     int64_t heads;
-    int dim, row_blocks;  // blocks to an image's head
-    bool vector;          // whether 16 bytes at a time may be copied everywhere
-    float scale;
+    int dim, row_blocks;             // blocks to an image's head
+    bool vector;                     // whether 16 bytes at a time may be copied everywhere
+    float scale, scale_log2;         // the second times log2(e)
     const float* size;               // (batch, keys) or nullptr
     const float* lse;                // (batch, heads, queries)
     const void* out;                 // (batch, queries, heads, dim)
@@ -60,61 +60,16 @@ __device__ __forceinline__ Side key_side(const float* size, int key, int keys) {
     return {attention_cuda_detail::log2_size(size, key, keys), 0.0f};
 }
 
-// All threads of the block together fill `rows` rows, like attention_tile.cuh's stage_tile.
-//   tile (rows, kPitch) shared, out
-//   from (count, dim) strided; count > 0
-template <class T, int kDim>
-__device__ __forceinline__ void stage(T* tile, const T* from, int64_t stride, int count, int rows,
-                                      int dim, bool vector) {
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    constexpr int kRow = kPitch<T, kDim>;
-    if (vector) {
-        constexpr int kWidth = 16 / sizeof(T), kPieces = kDim / kWidth;
-#pragma unroll 1
-        for (int i = thread; i < rows * kPieces; i += threads) {
-            const int row = i / kPieces, d = i % kPieces * kWidth;
-            const bool valid = row < count && d < dim;
-            device::cp_async_16(tile + row * kRow + d, valid ? from + row * stride + d : from,
-                                valid);
-        }
-    } else {
-#pragma unroll 1
-        for (int i = thread; i < rows * kDim; i += threads) {
-            const int row = i / kDim, d = i % kDim;
-            const bool valid = row < count && d < dim;
-            tile[row * kRow + d] = valid ? from[row * stride + d] : T{};
-        }
-    }
-}
-
-// The warp's sums, scaled, by way of its rows in shared memory.
-//   tile (16, kPitch) shared: free to be overwritten by this warp
+// The warp's sums, scaled, by way of shared memory.
+//   tile (kRows, kPitch) shared: free to be overwritten by this warp
 //   to   (count, dim) strided, out
-template <class T, int kDim>
-__device__ __forceinline__ void write_rows(const typename Products<T, kDim>::Sums& sums,
-                                           float factor, T* tile, T* to, int64_t stride, int count,
-                                           int dim, bool vector) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    constexpr int kRow = kPitch<T, kDim>;
+template <class P, class T, int kDim, int kRows>
+__device__ __forceinline__ void write_rows(const typename P::Sums& sums, float factor, T* tile,
+                                           T* to, int64_t stride, int count, int dim, bool vector) {
     __syncwarp();
-    Products<T, kDim>::store(sums, factor, tile);
+    P::store(sums, factor, tile);
     __syncwarp();
-    if (vector) {
-        constexpr int kWidth = 16 / sizeof(T), kPieces = kDim / kWidth;
-#pragma unroll 1
-        for (int i = lane; i < 16 * kPieces; i += kWarp) {
-            const int row = i / kPieces, d = i % kPieces * kWidth;
-            if (row >= count || d >= dim) continue;
-            const uint4 piece = device::load_word<T, kWidth>(tile + row * kRow + d);
-            device::store_word<T, kWidth>(to + row * stride + d, piece);
-        }
-    } else {
-#pragma unroll 1
-        for (int i = lane; i < 16 * kDim; i += kWarp) {
-            const int row = i / kDim, d = i % kDim;
-            if (row < count && d < dim) to[row * stride + d] = tile[row * kRow + d];
-        }
-    }
+    attention_cuda_detail::write_tile<T, kDim, kRows>(tile, to, stride, count, dim, vector);
 }
 
 // Lane 2 r gets the sum over channels of grad * out of row r.
@@ -135,9 +90,10 @@ __device__ __forceinline__ float dot_rows(const T* grad, const T* out) {
     return sum + __shfl_xor_sync(kFullMask, sum, 1);
 }
 
-// A block owns up to 16 rows per warp of one image's head, and passes over all its columns, kStage
-// at a time: while one stage is worked on, the next is copied. A warp owns 16 rows, and meets a
-// stage's columns 16 at a time; see attention_backward_products.cuh for what a lane holds.
+// A block owns up to kRows rows per warp of one image's head, and passes over all its columns,
+// kStage at a time: while one stage is worked on, the next is copied. A warp owns 32 rows or 16,
+// and meets a stage's columns 16 at a time; see attention_backward_products.cuh for what a lane
+// holds.
 //
 //                     stage      stage
 //                  | 16 | 16 | 16 | 16 | ...       columns: keys, or queries
@@ -145,144 +101,254 @@ __device__ __forceinline__ float dot_rows(const T* grad, const T* out) {
 //        warp 1    | -> | -> | -> | ->             dP = second * second^T     ds = p (dP - delta)
 //        ...                                       sums += ds * first,  p * second
 //
-// Shared memory: first rows | second rows | stage 0 | stage 1, a stage being first columns | second
-// columns | sides.
+// Shared memory: stage 0 | stage 1, a stage being first columns | second columns | what they add to
+// logits | -delta. Where rows are not kept in registers: first rows | second rows | the stages.
 template <class T, int kDim, bool kOfKeys>
 __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
-                                  attention_tiles::backward_blocks(kDim))
+                                  attention_tiles::backward_blocks(kDim, sizeof(T)))
     attention_backward_kernel(const __grid_constant__ Work w) {
-    using P = Products<T, kDim>;
+    constexpr int kBlocks = attention_tiles::backward_row_blocks(kDim, sizeof(T), kOfKeys);
+    constexpr int kRows = 16 * kBlocks;
+    using P = Products<T, kDim, kBlocks>;
     constexpr int kRow = kPitch<T, kDim>;
-    constexpr int kStage = attention_tiles::backward_stage(sizeof(T));
+    constexpr int kStage = attention_tiles::backward_stage(kDim, sizeof(T));
     constexpr int64_t kSides = attention_tiles::backward_sides(kDim, sizeof(T));
     constexpr int64_t kStageBytes = attention_tiles::backward_stage_bytes(kDim, sizeof(T));
+    constexpr bool kKeepBoth = attention_tiles::backward_keeps_both(kDim, kOfKeys);
+    constexpr bool kFromGlobal = attention_tiles::backward_from_global(kDim, sizeof(T), kOfKeys);
+    constexpr bool kPark = attention_tiles::backward_parks(kDim, kOfKeys);
     static_assert(kSides == 2 * kStage * kRow * int{sizeof(T)});
-    static_assert(16 * attention_tiles::kBackwardWarps * kRow * int{sizeof(T)} <=
-                  2 * kStageBytes);  // where `out` lies at first
+    static_assert(kRows * attention_tiles::kBackwardWarps * kRow * int{sizeof(T)} <=
+                  2 * kStageBytes);  // where `out` lies at first, or results at last
+    // What follows on the stream and is a kernel of this file waits; and so does this one.
+    if constexpr (kOfKeys) {
+        device::wait_for_earlier_kernels();
+    } else {
+        device::let_next_kernel_begin();
+    }
     const int thread = static_cast<int>(threadIdx.x);
-    const int lane = thread % kWarp, warp = thread / kWarp;
-    const int block_rows = static_cast<int>(blockDim.x) / 2;                 // 16 per warp
+    const int lane = thread % kWarp;
+    const int block_rows = static_cast<int>(blockDim.x) / kWarp * kRows;
     const unsigned head = blockIdx.x / static_cast<unsigned>(w.row_blocks);  // of all images
     const int first_row =
         static_cast<int>(blockIdx.x % static_cast<unsigned>(w.row_blocks)) * block_rows;
     const int left_rows = w.rows.count - first_row;
-    const int64_t image = head / static_cast<unsigned>(w.heads);
-    const int64_t of_image = head % static_cast<unsigned>(w.heads);
+    const unsigned image = head / static_cast<unsigned>(w.heads);
+    const unsigned of_image = head % static_cast<unsigned>(w.heads);
     const int queries = kOfKeys ? w.columns.count : w.rows.count;
     const int keys = kOfKeys ? w.rows.count : w.columns.count;
     const float* lse = w.lse + int64_t{head} * queries;
     float* delta = w.delta + int64_t{head} * queries;
-    const float* size = w.size == nullptr ? nullptr : w.size + image * keys;
+    const float* size = w.size == nullptr ? nullptr : w.size + int64_t{image} * keys;
 
     auto* rows_1 = reinterpret_cast<T*>(device::dynamic_shared());
-    T* rows_2 = rows_1 + block_rows * kRow;
-    auto* stages = reinterpret_cast<unsigned char*>(rows_2 + block_rows * kRow);
+    T* rows_2 = rows_1 + (kFromGlobal ? 0 : block_rows * kRow);
+    auto* stages = reinterpret_cast<unsigned char*>(rows_2 + (kFromGlobal ? 0 : block_rows * kRow));
     const auto base = [&](const void* data, const HeadStrides& s, int token) {
         return static_cast<const T*>(data) + image * s.batch + of_image * s.head + token * s.token;
     };
-    const auto stage_own = [&](T* tile, const void* data, const HeadStrides& s) {
-        stage<T, kDim>(tile, base(data, s, first_row), s.token, left_rows, block_rows, w.dim,
-                       w.vector);
-    };
-    stage_own(rows_1, w.rows.first, w.rows.first_strides);
-    stage_own(rows_2, w.rows.second, w.rows.second_strides);
     const int64_t out_stride = w.heads * w.dim;
     const HeadStrides out_strides{w.rows.count * out_stride, w.dim, out_stride};
-    if constexpr (!kOfKeys) stage_own(reinterpret_cast<T*>(stages), w.out, out_strides);
-    device::cp_async_commit();
-    device::cp_async_wait<0>();
-    __syncthreads();
+    const auto own = static_cast<int>(attention_cuda_detail::turned_warp(head)) * kRows;
+    const int count = left_rows - own;  // of the warp's rows; none, or less, if it has no work
 
-    const int own = warp * 16;  // the warp's first row in the block
-    Side side[2];               // of the lane's rows, g and g + 8
-    if constexpr (!kOfKeys) {
-        const float of_row =
-            dot_rows<T, kDim>(rows_2 + own * kRow, reinterpret_cast<T*>(stages) + own * kRow);
-        const int row = own + lane / 2;
-        if (lane % 2 == 0 && row < left_rows) delta[first_row + row] = of_row;
-        __syncthreads();  // delta is there; and `out` gives way to the first stages
+    // What a thread copies next, and what its rows add to logits: in shared memory where registers
+    // are short.
+    struct From {
+        const T *first, *second;
+    };
+    auto* const parked = reinterpret_cast<From*>(stages + 2 * kStageBytes) + thread;
+    auto* const parked_x =
+        reinterpret_cast<float*>(stages + 2 * kStageBytes + 16 * blockDim.x) + 4 * thread;
+    const T* from_1 =
+        attention_cuda_detail::copy_from<T, kDim>(base(w.columns.first, w.columns.first_strides, 0),
+                                                  w.columns.first_strides.token, w.dim, w.vector);
+    const T* from_2 = attention_cuda_detail::copy_from<T, kDim>(
+        base(w.columns.second, w.columns.second_strides, 0), w.columns.second_strides.token, w.dim,
+        w.vector);
+    const auto stage_at = [&](int stage) { return stages + stage * kStageBytes; };
+    // Starts the copy of the columns from `first` on, each behind the last one's.
+    const auto stage_columns = [&](int first, int stage) {
+        const int64_t stride_1 = w.columns.first_strides.token;
+        const int64_t stride_2 = w.columns.second_strides.token;
+        attention_cuda_detail::stage_pair<T, kDim, kStage>(
+            reinterpret_cast<T*>(stage_at(stage)), from_1, stride_1, from_2, stride_2,
+            w.columns.count - first, w.dim, w.vector);
+        device::cp_async_commit();
+        from_1 = device::forget_origin(from_1 + kStage * stride_1);
+        from_2 = device::forget_origin(from_2 + kStage * stride_2);
+        if constexpr (kPark) *parked = {from_1, from_2};
+    };
+    // Pointers are made anew where they are used, from a register or two that are kept.
+    const auto column_side = [&](int column) {
+        if constexpr (kOfKeys) {
+            const int64_t of = int64_t{device::forget_origin(head)} * queries;
+            return query_side(w.lse + of, w.delta + of, column, queries);
+        } else {
+            const int64_t of = int64_t{device::forget_origin(image)} * keys;
+            return key_side(w.size == nullptr ? nullptr : w.size + of, column, keys);
+        }
+    };
+    const auto write_side = [&](int stage, Side side) {
+        auto* x = reinterpret_cast<float*>(stage_at(stage) + kSides);
+        x[thread] = side.x;
+        if constexpr (kOfKeys) x[kStage + thread] = -side.y;
+    };
+
+    typename P::template Left<true> left_1;
+    typename P::template Left<kKeepBoth> left_2;
+    float row_x[kBlocks][2];  // of the lane's rows, g and g + 8 of each 16
+    // -delta, which dP begins with: in the layout of dP, the same all along the rows
+    [[maybe_unused]] float row_start[kBlocks][2][4];
+    if constexpr (kFromGlobal) {
+        if (w.columns.count > 0) {
+            stage_columns(0, 0);
+            if (thread < kStage) write_side(0, column_side(thread));
+        }
+        const auto own_rows = [&](const void* data, const HeadStrides& s) {
+            return P::left_from(base(data, s, first_row + own), s.token, count, w.dim, w.vector);
+        };
+        left_1 = own_rows(w.rows.first, w.rows.first_strides);
+        left_2 = own_rows(w.rows.second, w.rows.second_strides);
+        if constexpr (!kOfKeys) {
+            float sums[kBlocks][2];
+            P::dot_rows(sums, left_2, own_rows(w.out, out_strides));
+#pragma unroll
+            for (int i = 0; i < 2 * kBlocks; ++i) {
+                const float of_row = sums[i / 2][i % 2];
+                const int row = 8 * i + lane / 4;
+                if (lane % 4 == 0 && row < count) delta[first_row + own + row] = of_row;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) row_start[i / 2][j / 2][i % 2 * 2 + j % 2] = -of_row;
+            }
+        }
+    } else {
+        const auto stage_own = [&](T* tile, const void* data, const HeadStrides& s) {
+            attention_cuda_detail::stage_tile<T, kDim>(tile, block_rows, base(data, s, first_row),
+                                                       s.token, left_rows, w.dim, w.vector);
+        };
+        stage_own(rows_1, w.rows.first, w.rows.first_strides);
+        stage_own(rows_2, w.rows.second, w.rows.second_strides);
+        if constexpr (!kOfKeys) stage_own(reinterpret_cast<T*>(stages), w.out, out_strides);
+        device::cp_async_commit();
+        device::cp_async_wait<0>();
+        __syncthreads();
+        if constexpr (!kOfKeys) {
+            const float of_row =
+                dot_rows<T, kDim>(rows_2 + own * kRow, reinterpret_cast<T*>(stages) + own * kRow);
+            if (lane % 2 == 0 && lane / 2 < count) delta[first_row + own + lane / 2] = of_row;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float start = -__shfl_sync(kFullMask, of_row, lane / 4 * 2 + 16 * i);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) row_start[0][j / 2][i * 2 + j % 2] = start;
+            }
+            __syncthreads();  // `out` gives way to the first stages
+        }
+        left_1 = P::template left<true>(rows_1 + own * kRow);
+        left_2 = P::template left<kKeepBoth>(rows_2 + own * kRow);
+        if (w.columns.count > 0) {
+            stage_columns(0, 0);
+            if (thread < kStage) write_side(0, column_side(thread));
+        }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 * kBlocks; ++i) {
         const int row = first_row + own + lane / 4 + 8 * i;
-        side[i] = kOfKeys ? key_side(size, row, keys) : query_side(lse, delta, row, queries);
+        row_x[i / 2][i % 2] = kOfKeys         ? key_side(size, row, keys).x
+                              : row < queries ? -kLog2E * lse[row]
+                                              : -INFINITY;
     }
-    constexpr bool kKeepBoth = !kOfKeys || attention_tiles::backward_keeps_both(kDim);
-    const auto left_1 = P::template left<true>(rows_1 + own * kRow);
-    const auto left_2 = P::template left<kKeepBoth>(rows_2 + own * kRow);
+    constexpr bool kParkX = kPark && kBlocks == 2;
+    if constexpr (kParkX) {
+        device::store_vector<float, 4>(parked_x,
+                                       {{row_x[0][0], row_x[0][1], row_x[1][0], row_x[1][1]}});
+    }
     typename P::Sums sums_1, sums_2;
 
-    // Starts the copy of the columns from `first` on.
-    const auto stage_columns = [&](int first, unsigned char* to) {
-        auto* tile = reinterpret_cast<T*>(to);
-        const auto stage_one = [&](T* tile, const void* data, const HeadStrides& s) {
-            stage<T, kDim>(tile, base(data, s, first), s.token, w.columns.count - first, kStage,
-                           w.dim, w.vector);
-        };
-        stage_one(tile, w.columns.first, w.columns.first_strides);
-        stage_one(tile + kStage * kRow, w.columns.second, w.columns.second_strides);
-        device::cp_async_commit();
-    };
-    const auto column_side = [&](int column) {
-        return kOfKeys ? query_side(lse, delta, column, queries) : key_side(size, column, keys);
-    };
-    const auto sides_of = [](unsigned char* stage_begin) {
-        return reinterpret_cast<Side*>(stage_begin + kSides);
-    };
-    const float scale = w.scale * kLog2E;
-
-    unsigned char *now = stages, *next = stages + kStageBytes;
-    if (w.columns.count > 0) {
-        stage_columns(0, now);
-        if (thread < kStage) sides_of(now)[thread] = column_side(thread);
-    }
 #pragma unroll 1
     for (int first = 0; first < w.columns.count; first += kStage) {
+        const int stage = first / kStage % 2;
         device::cp_async_wait<0>();
         __syncthreads();  // this stage is there for all, and nobody reads the one before any more
         const bool more = first + kStage < w.columns.count;
         Side next_side{};
         if (more) {
-            stage_columns(first + kStage, next);
+            if constexpr (kPark) from_1 = parked->first, from_2 = parked->second;
+            stage_columns(first + kStage, stage ^ 1);
             if (thread < kStage) next_side = column_side(first + kStage + thread);
         }
-        const int columns = own >= left_rows ? 0 : w.columns.count - first;
+        const int columns = count <= 0                         ? 0
+                            : w.columns.count - first < kStage ? w.columns.count - first
+                                                               : kStage;
+        const unsigned self = device::forget_origin(threadIdx.x);
+        const unsigned char* here = stage_at(stage);
+        const auto* tile_1 = reinterpret_cast<const T*>(here);
+        const float* side = reinterpret_cast<const float*>(here + kSides) + self % 4 * 2;
+        const float* const end = side + columns;
 #pragma unroll 1
-        for (int c = 0; c < kStage && c < columns; c += 16) {
-            const T* tile_1 = reinterpret_cast<const T*>(now) + c * kRow;
+        for (; side < end; side += 16) {
             const T* tile_2 = tile_1 + kStage * kRow;
-            const Side* column = sides_of(now) + c + lane % 4 * 2;
-            float p[2][4], ds[2][4];
-            P::dot(p, left_1, tile_1);
-            P::dot(ds, left_2, tile_2);
+            float p[kBlocks][2][4], ds[kBlocks][2][4];
+            const float none[kBlocks][2][4] = {};
+            P::dot(p, left_1, tile_1, none);
+            float column_x[2][2];
+            float start[kBlocks][2][4];
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const auto x = device::load_vector<float, 2>(side + 8 * s);
+                column_x[s][0] = x.v[0], column_x[s][1] = x.v[1];
+                if constexpr (kOfKeys) {
+                    const auto y = device::load_vector<float, 2>(side + kStage + 8 * s);
+#pragma unroll
+                    for (int i = 0; i < 4 * kBlocks; ++i) start[i / 4][s][i % 4] = y.v[i % 2];
+                }
+            }
+            if constexpr (kOfKeys) {
+                P::dot(ds, left_2, tile_2, start);
+            } else {
+                P::dot(ds, left_2, tile_2, row_start);
+            }
+            if constexpr (kParkX) {
+                const auto x = device::load_vector<float, 4>(parked_x);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) row_x[i / 2][i % 2] = x.v[i];
+            }
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const Side of_row = side[i / 2], of_column = column[8 * s + i % 2];
-                    p[s][i] = device::exp2_approx(p[s][i] * scale + (of_row.x + of_column.x));
-                    ds[s][i] = p[s][i] * (ds[s][i] - (kOfKeys ? of_column.y : of_row.y));
+                for (int i = 0; i < 4 * kBlocks; ++i) {
+                    const float added = row_x[i / 4][i % 4 / 2] + column_x[s][i % 2];
+                    float& weight = p[i / 4][s][i % 4];
+                    weight = device::exp2_approx(weight * w.scale_log2 + added);
+                    ds[i / 4][s][i % 4] *= weight;
                 }
             }
             if constexpr (kOfKeys) P::add(sums_2, p, tile_2);
             P::add(sums_1, ds, tile_1);
+            tile_1 += 16 * kRow;
         }
-        if (more && thread < kStage) sides_of(next)[thread] = next_side;
-        unsigned char* const free = now;
-        now = next;
-        next = free;
+        if (more && thread < kStage) write_side(stage ^ 1, next_side);
     }
 
-    // Nobody but the warp itself reads its rows of the tiles.
-    const int count = left_rows - own;
-    if (count <= 0) return;
-    const int64_t to = image * out_strides.batch + of_image * out_strides.head +
-                       (first_row + own) * out_strides.token;
-    write_rows<T, kDim>(sums_1, w.scale, rows_1 + own * kRow, static_cast<T*>(w.grad_first) + to,
-                        out_stride, count, w.dim, w.vector);
+    if constexpr (kFromGlobal) __syncthreads();  // before results take the stages' place
+    const unsigned end_head =
+        device::forget_origin(blockIdx.x) / static_cast<unsigned>(w.row_blocks);
+    const int end_row =
+        static_cast<int>(blockIdx.x % static_cast<unsigned>(w.row_blocks)) * block_rows +
+        static_cast<int>(attention_cuda_detail::turned_warp(end_head)) * kRows;
+    const int end_count = w.rows.count - end_row;
+    if (end_count <= 0) return;
+    // Nobody but the warp itself uses these rows.
+    T* mine = rows_1 + (kFromGlobal ? thread / kWarp * kRows : own) * kRow;
+    const auto heads = static_cast<unsigned>(w.heads);
+    const int64_t to = end_head / heads * out_strides.batch + end_head % heads * out_strides.head +
+                       end_row * out_strides.token;
+    write_rows<P, T, kDim, kRows>(sums_1, w.scale, mine, static_cast<T*>(w.grad_first) + to,
+                                  out_stride, end_count, w.dim, w.vector);
     if constexpr (kOfKeys) {
-        write_rows<T, kDim>(sums_2, 1.0f, rows_2 + own * kRow, static_cast<T*>(w.grad_second) + to,
-                            out_stride, count, w.dim, w.vector);
+        write_rows<P, T, kDim, kRows>(sums_2, 1.0f, mine, static_cast<T*>(w.grad_second) + to,
+                                      out_stride, end_count, w.dim, w.vector);
     }
 }
 
@@ -292,15 +358,15 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
 template <class T, int kDim, bool kOfKeys>
 cudaError_t launch_one(Work w, int64_t batch, const device::Chip& chip, cudaStream_t stream) {
     const attention_tiles::BackwardCut cut =
-        attention_tiles::cut_backward(batch * w.heads, w.rows.count, kDim, sizeof(T),
+        attention_tiles::cut_backward(batch * w.heads, w.rows.count, kDim, sizeof(T), kOfKeys,
                                       chip.multiprocessors, chip.shared_per_block);
     const int64_t blocks = batch * w.heads * cut.row_blocks;
     if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
     w.row_blocks = static_cast<int>(cut.row_blocks);
-    return device::launch(attention_backward_kernel<T, kDim, kOfKeys>,
-                          dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(cut.warps * kWarp)),
-                          static_cast<size_t>(cut.shared_bytes), stream, w);
+    constexpr auto kStart = kOfKeys ? device::launch_overlapping<Work> : device::launch<Work>;
+    return kStart(attention_backward_kernel<T, kDim, kOfKeys>, dim3(static_cast<unsigned>(blocks)),
+                  dim3(static_cast<unsigned>(cut.warps * kWarp)),
+                  static_cast<size_t>(cut.shared_bytes), stream, w);
 }
 
 template <class T, int kDim>
@@ -318,6 +384,7 @@ cudaError_t launch_both(const AttentionBackwardParams& p, float* delta, const de
     w.heads = p.heads;
     w.dim = static_cast<int>(p.dim);
     w.scale = static_cast<float>(p.scale);
+    w.scale_log2 = w.scale * kLog2E;
     w.size = p.size;
     w.lse = static_cast<const float*>(p.lse);
     w.out = p.out;

@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     float top[kRows], sum[kRows] = {};
 #pragma unroll
     for (float& value : top) value = -INFINITY;
-    stage_tile<float, kDim, kPlainRows>(q_tile, q, p.q_strides.token, queries_left, dim,
-                                        m.vector_q);
+    stage_tile<float, kDim>(q_tile, kPlainRows, q, p.q_strides.token, queries_left, dim,
+                            m.vector_q);
     for (int64_t key = 0; key < p.keys; key += kPlainKeys) {
-        stage_tile<float, kDim, kPlainKeys>(tile, k + key * p.k_strides.token, p.k_strides.token,
-                                            p.keys - key, dim, m.vector_k);
+        stage_tile<float, kDim>(tile, kPlainKeys, k + key * p.k_strides.token, p.k_strides.token,
+                                p.keys - key, dim, m.vector_k);
         device::cp_async_commit();
         device::cp_async_wait<0>();
         __syncthreads();
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
             }
         }
         __syncthreads();  // the keys have been read
-        stage_tile<float, kDim, kPlainKeys>(tile, v + key * p.v_strides.token, p.v_strides.token,
-                                            p.keys - key, dim, m.vector_v);
+        stage_tile<float, kDim>(tile, kPlainKeys, v + key * p.v_strides.token, p.v_strides.token,
+                                p.keys - key, dim, m.vector_v);
         device::cp_async_commit();
         device::cp_async_wait<0>();
         __syncthreads();

@@ -4,8 +4,8 @@
 // A tile has rows of pitch(kDim) elements, of which kDim are used:
 //
 //            0        dim    kDim   pitch
-//   row 0    | values  | zeros | --- |      rows past the last token are all zeros, so that
-//   row 1    | values  | zeros | --- |      0 * row is 0 and never NaN
+//   row 0    | values  | zeros | --- |      rows past the last token, up to a multiple of 16, are
+//   row 1    | values  | zeros | --- |      all zeros, so that 0 * row is 0 and never NaN
 #pragma once
 
 #include "attention_tiles.h"
@@ -24,14 +24,32 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 // --- global to shared --------------------------------------------------------------------------
 
-// All warps of the block together fill kRows rows; with `vector` by cp_async_16, which the caller
+// How threads share the copying of a tile: a warp takes as many whole rows at once as it has lanes
+// for, 16 bytes a lane.
+template <class T, int kDim>
+struct Part {
+    static constexpr unsigned kCount = 16 / sizeof(T), kPitch = kDim + kCount;
+    static constexpr unsigned kChunks = kDim / kCount, kAtOnce = kWarp / kChunks;
+
+    static __device__ __forceinline__ unsigned row(unsigned thread) {
+        return thread / kWarp * kAtOnce + thread % kWarp / kChunks;
+    }
+    static __device__ __forceinline__ unsigned column(unsigned thread) {
+        return thread % kWarp % kChunks * kCount;
+    }
+    static __device__ __forceinline__ bool has_part(unsigned thread) {
+        return kAtOnce * kChunks == kWarp || thread % kWarp < kAtOnce * kChunks;
+    }
+};
+
+// All warps of the block together fill a tile; with `vector` by cp_async_16, which the caller
 // commits and waits for, else by plain stores. Either way a barrier must follow before it is read.
-//   tile  (kRows, kDim + 16 bytes) shared, out: for 16-bit values that is pitch(kDim)
+//   tile  (tile_rows, kDim + 16 bytes) shared, out: for 16-bit values that is pitch(kDim)
 //   rows  (count, dim) strided: only rows below `count` and channels below `dim` are read
 //   vector: every row begins at a multiple of 16 bytes, and so long is every row
-template <class T, int kDim, int kRows>
-__device__ __forceinline__ void stage_tile(T* tile, const T* rows, int64_t stride, int64_t count,
-                                           int dim, bool vector) {
+template <class T, int kDim>
+__device__ __forceinline__ void stage_tile(T* tile, int tile_rows, const T* rows, int64_t stride,
+                                           int64_t count, int dim, bool vector) {
     constexpr int kCount = 16 / sizeof(T), kPitch = kDim + kCount;
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     // Between two tiles, registers are worth more than these few sums.
@@ -46,7 +64,7 @@ __device__ __forceinline__ void stage_tile(T* tile, const T* rows, int64_t strid
         const int first = warp * kAtOnce + lane / kChunks;
         const T* from = rows + first * stride + column;
         T* to = tile + first * kPitch + column;
-        for (int row = first; row < kRows; row += warps * kAtOnce) {
+        for (int row = first; row < tile_rows; row += warps * kAtOnce) {
             const bool valid = has_column && row < count;
             // What isn't valid is not read, but must be an address: that of the first row.
             if (lane < kAtOnce * kChunks) device::cp_async_16(to, valid ? from : rows, valid);
@@ -55,7 +73,7 @@ __device__ __forceinline__ void stage_tile(T* tile, const T* rows, int64_t strid
         }
     } else {
 #pragma unroll 1
-        for (int row = warp; row < kRows; row += warps) {
+        for (int row = warp; row < tile_rows; row += warps) {
 #pragma unroll 1
             for (int column = lane; column < kDim; column += kWarp) {
                 const bool valid = row < count && column < dim;
@@ -63,6 +81,170 @@ __device__ __forceinline__ void stage_tile(T* tile, const T* rows, int64_t strid
             }
         }
     }
+}
+
+// Where a thread begins to copy a tile of `rows`: what stage_pair wants, and to be moved on by as
+// many rows as it is.
+//   rows (.., dim) strided
+template <class T, int kDim>
+__device__ __forceinline__ const T* copy_from(const T* rows, int64_t stride, int dim, bool vector) {
+    if (!vector) return rows;
+    const unsigned column = Part<T, kDim>::column(threadIdx.x);
+    // A lane behind the row's end writes zeros, and reads nothing, but needs an address.
+    return rows + Part<T, kDim>::row(threadIdx.x) * stride +
+           (column < static_cast<unsigned>(dim) ? column : 0);
+}
+
+// All warps of the block together fill two tiles of kRows rows; with `vector` by cp_async_16, which
+// the caller commits and waits for, and by plain stores of zeros, else by plain stores. Either way
+// a barrier must follow before they are read. Where fewer than kRows rows are left, they and as
+// many rows of zeros as make a multiple of 16 are written.
+//   tile (2, kRows, kDim + 16 bytes) shared, out: for 16-bit values that is pitch(kDim)
+//   first, second (count, dim) strided: copy_from of the tiles' first rows
+//   vector: every row begins at a multiple of 16 bytes, and so long is every row
+template <class T, int kDim, int kRows>
+__device__ __forceinline__ void stage_pair(T* tile, const T* first, int64_t first_stride,
+                                           const T* second, int64_t second_stride, int count,
+                                           int dim, bool vector) {
+    using P = Part<T, kDim>;
+    constexpr int kTile = kRows * static_cast<int>(P::kPitch);
+    const unsigned threads = blockDim.x;
+    // Between two tiles, registers are worth more than these few sums.
+    const unsigned thread = device::forget_origin(threadIdx.x);
+    if (vector) {
+        const unsigned column = P::column(thread);
+        const bool has_column = column < static_cast<unsigned>(dim);
+        auto row = static_cast<int>(P::row(thread));
+        T* to = tile + row * static_cast<int>(P::kPitch) + column;
+        if (!P::has_part(thread)) return;
+        if (count >= kRows && threads == attention_tiles::kMaxWarps * kWarp) {
+            constexpr int kStep = attention_tiles::kMaxWarps * static_cast<int>(P::kAtOnce);
+            constexpr int kSteps = (kRows + kStep - 1) / kStep;
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) {
+                if (kRows % kStep == 0 || i + 1 < kSteps || row + i * kStep < kRows) {
+                    T* const there = to + i * kStep * static_cast<int>(P::kPitch);
+                    device::cp_async_16(there, first, has_column);
+                    device::cp_async_16(there + kTile, second, has_column);
+                }
+                first += kStep * first_stride;
+                second += kStep * second_stride;
+            }
+        } else {
+            const int step = static_cast<int>(threads / kWarp * P::kAtOnce);
+            const int rows = count >= kRows ? kRows : (count + 15) / 16 * 16;
+#pragma unroll 1
+            for (; row < rows; row += step) {
+                if (row < count) {
+                    device::cp_async_16(to, first, has_column);
+                    device::cp_async_16(to + kTile, second, has_column);
+                } else {
+                    device::store_word<T, P::kCount>(to, make_uint4(0, 0, 0, 0));
+                    device::store_word<T, P::kCount>(to + kTile, make_uint4(0, 0, 0, 0));
+                }
+                first += step * first_stride;
+                second += step * second_stride;
+                to += step * static_cast<int>(P::kPitch);
+            }
+        }
+    } else {
+        const int rows = count >= kRows ? kRows : (count + 15) / 16 * 16;
+#pragma unroll 1
+        for (int i = static_cast<int>(thread); i < rows * kDim; i += static_cast<int>(threads)) {
+            const int row = i / kDim, column = i % kDim;
+            const bool valid = row < count && column < dim;
+            T* const to = tile + row * static_cast<int>(P::kPitch) + column;
+            to[0] = valid ? first[row * first_stride + column] : T{};
+            to[kTile] = valid ? second[row * second_stride + column] : T{};
+        }
+    }
+}
+
+// --- shared to global --------------------------------------------------------------------------
+
+// A warp writes the first `count` of the kRows rows of a tile of its own.
+//   tile (kRows, kDim + 16 bytes) shared
+//   to   (count, dim) strided, out; `vector` as above
+template <class T, int kDim, int kRows>
+__device__ __forceinline__ void write_tile(const T* tile, T* to, int64_t stride, int count, int dim,
+                                           bool vector) {
+    using P = Part<T, kDim>;
+    constexpr int kPitch = P::kPitch;
+    const unsigned lane = threadIdx.x % kWarp;
+    if (vector) {
+        constexpr int kStep = P::kAtOnce;
+        const auto row = static_cast<int>(P::row(lane));
+        const auto column = static_cast<int>(P::column(lane));
+        if (!P::has_part(lane) || column >= dim) return;
+        tile += row * kPitch + column;
+        to += row * stride + column;
+#pragma unroll
+        for (int i = 0; i < kRows; i += kStep) {
+            if (i + row < count && (kRows % kStep == 0 || i + row < kRows)) {
+                device::store_word<T, P::kCount>(
+                    to, device::load_word<T, P::kCount>(tile + i * kPitch));
+            }
+            to += kStep * stride;
+        }
+    } else {
+#pragma unroll 1
+        for (int i = static_cast<int>(lane); i < kRows * kDim; i += kWarp) {
+            const int row = i / kDim, column = i % kDim;
+            if (row < count && column < dim) {
+                to[row * stride + column] = tile[row * kPitch + column];
+            }
+        }
+    }
+}
+
+// --- global to registers -----------------------------------------------------------------------
+
+// The first of 16 * kBlocks rows as operands a of mma, for each 16 channels; zeros outside.
+//   from (count, dim) strided
+//   vector: as above
+template <class T, int kDim, int kBlocks>
+__device__ __forceinline__ void load_rows(uint32_t (&a)[kBlocks][kDim / 16][4], const T* from,
+                                          int64_t stride, int count, int dim, bool vector) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, column = lane % 4 * 2;
+    from += lane / 4 * stride + column;
+    if (vector) {
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks; ++i) {  // upper and lower half of each 16 rows
+            // dim is a multiple of 8, so that a group of 8 channels is inside for all lanes or
+            // none.
+            const int left = i * 8 + lane / 4 < count ? dim : 0;
+#pragma unroll
+            for (int j = 0; j < kDim / 8; ++j) {
+                uint32_t& pair = a[i / 2][j / 2][j % 2 * 2 + i % 2];
+                pair = 0;
+                if (j * 8 < left) pair = device::load_word<T, 2>(from + j * 8);
+            }
+            from += 8 * stride;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+            const int left = i * 8 + lane / 4 < count ? dim - column : 0;
+#pragma unroll
+            for (int j = 0; j < kDim / 8; ++j) {
+                const T low = j * 8 < left ? from[j * 8] : T{};
+                const T high = j * 8 + 1 < left ? from[j * 8 + 1] : T{};
+                a[i / 2][j / 2][j % 2 * 2 + i % 2] = device::pack(low, high);
+            }
+            from += 8 * stride;
+        }
+    }
+}
+
+// --- work of a warp ----------------------------------------------------------------------------
+
+// Which of a block's rows are this warp's: turned by the head. The warps of one number share a
+// quarter of the multiprocessor, and where the last block of a head has too few rows, it would
+// always be the same quarter that idles.
+__device__ __forceinline__ unsigned turned_warp(unsigned head) {
+    const unsigned warps = blockDim.x / kWarp;
+    const unsigned warp = threadIdx.x / kWarp + (warps == 3 ? head % 3 : head & (warps - 1));
+    return warp < warps ? warp : warp - warps;
 }
 
 // --- shared to registers -----------------------------------------------------------------------
@@ -83,7 +265,7 @@ __device__ __forceinline__ void stage_tile(T* tile, const T* rows, int64_t strid
 template <int kDim, class T>
 __device__ __forceinline__ const T* down_then_right(const T* tile, int row, int column,
                                                     unsigned thread = threadIdx.x) {
-    const int lane = static_cast<int>(thread) % kWarp;
+    const unsigned lane = thread % kWarp;
     return tile + (row + lane % 16) * pitch(kDim) + column + lane / 16 * 8;
 }
 
@@ -91,7 +273,7 @@ __device__ __forceinline__ const T* down_then_right(const T* tile, int row, int 
 template <int kDim, class T>
 __device__ __forceinline__ const T* right_then_down(const T* tile, int row, int column,
                                                     unsigned thread = threadIdx.x) {
-    const int lane = static_cast<int>(thread) % kWarp;
+    const unsigned lane = thread % kWarp;
     return tile + (row + lane % 8 + lane / 16 * 8) * pitch(kDim) + column + lane / 8 % 2 * 8;
 }
 
@@ -131,7 +313,7 @@ __device__ __forceinline__ void mma_16x16(float (&left)[4], float (&right)[4],
 // Rounds two neighbours of a row to T.
 template <class T>
 __device__ __forceinline__ uint32_t round_pair(float low, float high) {
-    return device::pack(device::narrow<T>(low), device::narrow<T>(high));
+    return device::narrow_pair<T>(low, high);
 }
 
 // The results of two mma side by side are, rounded, the a operand of the next one: the layouts are

@@ -76,14 +76,17 @@ TOME_HOST_DEVICE constexpr int resident_blocks(int padded) {
     return padded <= 64 || padded == 128 ? 3 : 2;
 }
 
-// A stage is a tile of keys and one of values; their sizes lie behind both stages.
-//   k 0 | v 0 | k 1 | v 1 | log2 sizes 0 | log2 sizes 1
+// A stage is a tile of keys and one of values; their sizes lie behind both stages, and behind them,
+// where registers are short, 16 bytes of each thread.
+//   k 0 | v 0 | k 1 | v 1 | log2 sizes 0 | log2 sizes 1 | pointers
 // The outputs of all warps, on their way to 16-byte stores, take the place of a stage.
 TOME_HOST_DEVICE constexpr int stage_elements(int padded) {
     return 2 * tile_keys(padded) * pitch(padded);
 }
+TOME_HOST_DEVICE constexpr bool parks_pointers(int padded) { return padded == 128; }
 constexpr int64_t shared_bytes(int padded) {
-    return 2 * (2 * int64_t{stage_elements(padded)} + 4 * tile_keys(padded));
+    return 2 * (2 * int64_t{stage_elements(padded)} + 4 * tile_keys(padded)) +
+           (parks_pointers(padded) ? 16 * 32 * kMaxWarps : 0);
 }
 
 struct Tiles {
@@ -160,21 +163,48 @@ constexpr HopperCut cut_hopper(int64_t batch_heads, int64_t queries, int64_t key
 
 // --- backward: attention_backward.cu -----------------------------------------------------------
 
-// Warps per block, each with 16 rows (queries, or keys): four share what is copied per stage, and
-// with the registers a warp needs, larger blocks would leave part of a multiprocessor empty.
+// Warps per block: four share what is copied per stage, and with the registers a warp needs, larger
+// blocks would leave part of a multiprocessor empty.
 inline constexpr int kBackwardWarps = 4;
 
-// Blocks on a multiprocessor that the compiler has to leave registers for: 168 a thread, and 255
-// where the sums alone take more than 64.
-TOME_HOST_DEVICE constexpr int backward_blocks(int padded) { return padded <= 64 ? 3 : 2; }
+// Rows of m = 16 (queries, or keys) that a warp holds one below the other. As in the forward, what
+// is loaded of the columns serves all of them, and so do their sides. Sums, left operands and
+// logits of 32 rows take 4 dim + 64 registers / 32 for keys, whose sums are two; that is what a
+// thread of two blocks can have up to 64 channels, and up to 80 for queries.
+TOME_HOST_DEVICE constexpr int backward_row_blocks(int padded, int64_t element_bytes,
+                                                   bool of_keys) {
+    return element_bytes == 2 && padded <= (of_keys ? 64 : 80) ? 2 : 1;
+}
+TOME_HOST_DEVICE constexpr int backward_rows(int padded, int64_t element_bytes, bool of_keys) {
+    return 16 * backward_row_blocks(padded, element_bytes, of_keys);
+}
 
-// Whether a warp of keys holds its 16 rows of both k and v in registers. At 128 channels they would
+// Blocks on a multiprocessor that the compiler has to leave registers for: 168 a thread, or 255.
+TOME_HOST_DEVICE constexpr int backward_blocks(int padded, int64_t element_bytes) {
+    return padded <= (element_bytes == 2 ? 32 : 64) ? 3 : 2;
+}
+
+// Whether a warp of keys holds its rows of both k and v in registers. At 128 channels they would
 // be 64, beside 128 for the two sums, and what is left of a thread's 255 was seen to spill.
-TOME_HOST_DEVICE constexpr bool backward_keeps_both(int padded) { return padded < 128; }
+TOME_HOST_DEVICE constexpr bool backward_keeps_both(int padded, bool of_keys) {
+    return !of_keys || padded < 128;
+}
+// Whether rows come straight from global memory into registers, with no place in shared memory.
+TOME_HOST_DEVICE constexpr bool backward_from_global(int padded, int64_t element_bytes,
+                                                     bool of_keys) {
+    return element_bytes == 2 && backward_keeps_both(padded, of_keys);
+}
 
-// Columns (keys, or queries) in a stage, of which two are in flight.
-TOME_HOST_DEVICE constexpr int backward_stage(int64_t element_bytes) {
-    return element_bytes == 2 ? 32 : 16;
+// Whether a thread leaves 32 bytes of what it needs now and then in shared memory, behind the
+// stages, to have a few registers more: where the two sums of keys take all that it may have.
+TOME_HOST_DEVICE constexpr bool backward_parks(int padded, bool of_keys) {
+    return of_keys && padded <= 64;
+}
+
+// Columns (keys, or queries) in a stage, of which two are in flight: as many as leave room for two
+// blocks in 100 KiB, which is what some chips have.
+TOME_HOST_DEVICE constexpr int backward_stage(int padded, int64_t element_bytes) {
+    return element_bytes == 2 ? padded <= 80 ? 64 : 32 : 16;
 }
 
 // A row is padded by 16 bytes, like pitch.
@@ -184,16 +214,21 @@ TOME_HOST_DEVICE constexpr int64_t backward_row_bytes(int padded, int64_t elemen
 
 // A stage: columns of two tensors, then 8 bytes of a column's bias and delta.
 TOME_HOST_DEVICE constexpr int64_t backward_sides(int padded, int64_t element_bytes) {
-    return 2 * backward_stage(element_bytes) * backward_row_bytes(padded, element_bytes);
+    return 2 * backward_stage(padded, element_bytes) * backward_row_bytes(padded, element_bytes);
 }
 TOME_HOST_DEVICE constexpr int64_t backward_stage_bytes(int padded, int64_t element_bytes) {
-    return backward_sides(padded, element_bytes) + 8 * backward_stage(element_bytes);
+    return backward_sides(padded, element_bytes) + 8 * backward_stage(padded, element_bytes);
 }
 
-// Two tensors' rows, then two stages.
-constexpr int64_t backward_shared_bytes(int warps, int padded, int64_t element_bytes) {
-    return 2 * 16 * warps * backward_row_bytes(padded, element_bytes) +
-           2 * backward_stage_bytes(padded, element_bytes);
+// Two tensors' rows, unless they are in registers; then two stages, whose place a warp's results
+// take on their way out if it has no rows there.
+constexpr int64_t backward_shared_bytes(int warps, int padded, int64_t element_bytes,
+                                        bool of_keys) {
+    const int64_t rows = backward_rows(padded, element_bytes, of_keys) * warps *
+                         backward_row_bytes(padded, element_bytes);
+    return (backward_from_global(padded, element_bytes, of_keys) ? 0 : 2 * rows) +
+           2 * backward_stage_bytes(padded, element_bytes) +
+           (backward_parks(padded, of_keys) ? 32 * 32 * warps : 0);
 }
 
 struct BackwardCut {
@@ -204,19 +239,24 @@ struct BackwardCut {
 
 // `heads`: of all images.
 constexpr BackwardCut cut_backward(int64_t heads, int64_t rows, int padded, int64_t element_bytes,
-                                   int multiprocessors, int64_t shared_per_block) {
+                                   bool of_keys, int multiprocessors, int64_t shared_per_block) {
+    const auto shared = [=](int64_t warps) {
+        return backward_shared_bytes(static_cast<int>(warps), padded, element_bytes, of_keys);
+    };
+    // A thread brings what belongs to a column.
+    const int64_t fewest = ceil_div(backward_stage(padded, element_bytes), 32);
     int64_t most = kBackwardWarps;
-    while (most > 1 && backward_shared_bytes(static_cast<int>(most), padded, element_bytes) >
-                           shared_per_block) {
-        --most;
-    }
-    const int64_t tiles = ceil_div(rows, 16);
+    while (most > fewest && shared(most) > shared_per_block) --most;
+    const int64_t tiles = ceil_div(rows, backward_rows(padded, element_bytes, of_keys));
     // Little work: smaller blocks, until each multiprocessor has one.
-    while (most > 1 && heads * ceil_div(tiles, most) < multiprocessors) most = ceil_div(most, 2);
+    while (most > fewest && heads * ceil_div(tiles, most) < multiprocessors) {
+        most = ceil_div(most, 2);
+    }
     // Even parts: 5 tiles are 3 and 2, not 4 and 1.
     const int64_t blocks = ceil_div(tiles, most);
-    const int warps = static_cast<int>(blocks > 0 ? ceil_div(tiles, blocks) : 1);
-    return {warps, blocks, backward_shared_bytes(warps, padded, element_bytes)};
+    int64_t warps = blocks > 0 ? ceil_div(tiles, blocks) : fewest;
+    if (warps < fewest) warps = fewest;
+    return {static_cast<int>(warps), blocks, shared(warps)};
 }
 
 // --- backward on Hopper's warpgroups: attention_backward_hopper.cu --------------------------------

@@ -137,6 +137,13 @@ __device__ __forceinline__ unsigned forget_origin(unsigned x) {
 #endif
     return x;
 }
+template <class T>
+__device__ __forceinline__ const T* forget_origin(const T* x) {
+#ifndef TOME_EMULATION
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
 
 // Two 16-bit values in a register; `low` is the one at the lower address.
 __device__ __forceinline__ uint32_t pack(BFloat low, BFloat high) {
@@ -144,6 +151,22 @@ __device__ __forceinline__ uint32_t pack(BFloat low, BFloat high) {
 }
 __device__ __forceinline__ uint32_t pack(Half low, Half high) {
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+// The same of two floats, rounded to nearest even: the bits of narrow, in one instruction.
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#if !defined(TOME_EMULATION) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+#else
+    return pack(narrow<T>(low), narrow<T>(high));
+#endif
 }
 
 // --- vectors in memory
@@ -209,6 +232,27 @@ __device__ __forceinline__ typename Word<sizeof(T) * kCount>::Type as_word(
     typename Word<sizeof(T) * kCount>::Type out;
     memcpy(&out, &value, sizeof(out));
     return out;
+}
+
+// A vector of sums rounded to T, as bits: 16-bit floats two at a time.
+template <class T, int kCount, class A>
+__device__ __forceinline__ typename Word<sizeof(T) * kCount>::Type narrow_word(
+    const A (&values)[kCount]) {
+    if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+        uint32_t pairs[kCount / 2];
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            pairs[i] = narrow_pair<T>(values[2 * i], values[2 * i + 1]);
+        }
+        typename Word<sizeof(T) * kCount>::Type out;
+        memcpy(&out, pairs, sizeof(out));
+        return out;
+    } else {
+        Vector<T, kCount> rounded;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) rounded.v[i] = narrow<T>(values[i]);
+        return as_word(rounded);
+    }
 }
 
 // --- shared memory
@@ -382,13 +426,14 @@ __device__ __attribute__((noinline)) void mma_m16n8k16_plain(float (&c)[4], cons
     }
 }
 
-// The same on tensor cores. Registers hold, as 8 x 8 matrices in the layout above,
+// d = c + a * b of the same, on tensor cores; d may be c. Registers hold, as 8 x 8 matrices in the
+// layout above,
 //   a: rows 0-7, k 0-7 | rows 8-15, k 0-7 | rows 0-7, k 8-15 | rows 8-15, k 8-15
 //   b: k 0-7 | k 8-15, transposed: lane (g, t) has column g, k = 2t and 2t + 1
-//   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   c, d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
-                                             const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], const float (&c)[4]) {
 #ifdef TOME_EMULATION
     struct In {
         uint32_t a[4], b[2];
@@ -396,7 +441,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
     };
     const In in{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
     tome_emulation::collective(
-        kFullMask, "mma_m16n8k16", tome_emulation::Site::current(), &in, c,
+        kFullMask, "mma_m16n8k16", tome_emulation::Site::current(), &in, d,
         [](const tome_emulation::Lanes& lanes) TOME_NO_HOOKS {
             float ma[16][16], mb[16][8];
             for (int lane = 0; lane < kWarp; ++lane) {
@@ -422,27 +467,37 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     if constexpr (std::is_same_v<T, Half>) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+              "f"(c[1]), "f"(c[2]), "f"(c[3]));
     } else {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+              "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
 #else
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
     if constexpr (std::is_same_v<T, Half>) {  // Turing's tensor cores take half of k at a time
         for (int k = 0; k < 2; ++k) {
             asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                 : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
         }
     } else {
-        mma_m16n8k16_plain<T>(c, a, b);
+        mma_m16n8k16_plain<T>(d, a, b);
     }
 #endif
+}
+
+// c += a * b.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    mma_m16n8k16<T>(c, a, b, c);
 }
 
 }  // namespace tome::device

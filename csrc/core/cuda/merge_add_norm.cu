@@ -182,13 +182,13 @@ __device__ __forceinline__ void write_normed(const MergeAddNormParams& p, T* nor
             if (u + s >= kCount || !lane.has<kVec>(u + s)) continue;
             const auto w = as_vector<T, kVec>(weights[s]);
             const auto added = as_vector<T, kVec>(biases[s]);
-            Vector<T, kVec> out;
+            A out[kVec];
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
                 const A value = (row[u + s][i] - mean) * inverse;
-                out.v[i] = narrow<T>(value * widen(w.v[i]) + widen(added.v[i]));
+                out[i] = value * widen(w.v[i]) + widen(added.v[i]);
             }
-            store_vector(normed + lane.begin + (u + s) * kWarp * kVec, out);
+            store_word<T, kVec>(normed + lane.begin + (u + s) * kWarp * kVec, narrow_word<T>(out));
         }
     }
 }
@@ -238,14 +238,12 @@ __global__ void __launch_bounds__(kRowsBlock, tiles::norm_blocks_resident(kWhole
                 total = merge_vectors(p, from, members, size, lane, row);
 #pragma unroll
                 for (int u = 0; u < kCount; ++u) {
-                    Vector<T, kVec> rounded;
+                    const Bits<T, kVec> bits = narrow_word<T>(row[u]);
+                    const auto rounded = as_vector<T, kVec>(bits);
 #pragma unroll
-                    for (int i = 0; i < kVec; ++i) {
-                        rounded.v[i] = narrow<T>(row[u][i]);
-                        row[u][i] = widen(rounded.v[i]);
-                    }
+                    for (int i = 0; i < kVec; ++i) row[u][i] = widen(rounded.v[i]);
                     if (lane.has<kVec>(u)) {
-                        store_vector(out + lane.begin + u * kWarp * kVec, rounded);
+                        store_word<T, kVec>(out + lane.begin + u * kWarp * kVec, bits);
                     }
                 }
                 sum += lane_sum<false>(row, A(0), lane);
