@@ -79,19 +79,23 @@ TEST(AttentionTiles, ResideAsTheDocumentationSays) {
     const auto forward = [&](int64_t kib, int padded) {
         return resident(kib, attention::shared_bytes(padded));
     };
-    const auto backward = [&](int64_t kib, int padded) {
-        return resident(kib,
-                        attention::backward_shared_bytes(attention::kBackwardWarps, padded, 2));
+    const auto backward = [&](int64_t kib, int padded, bool of_keys) {
+        return resident(kib, attention::backward_shared_bytes(attention::kBackwardWarps, padded, 2,
+                                                              of_keys));
     };
-    constexpr int64_t kForward[] = {4, 2, 2, 1, 2}, kBackward[] = {4, 2, 2, 1, 1};
+    constexpr int64_t kForward[] = {4, 2, 2, 1, 2};
+    constexpr int64_t kQueries[] = {4, 2, 2, 1, 1}, kKeys[] = {4, 2, 2, 1, 1};
     for (size_t i = 0; i < std::size(attention::kDims); ++i) {
         const int padded = attention::kDims[i];
         SCOPED_TRACE(padded);
         EXPECT_EQ(forward(100, padded), kForward[i]);
-        EXPECT_EQ(backward(100, padded), kBackward[i]);
+        EXPECT_EQ(backward(100, padded, false), kQueries[i]);
+        EXPECT_EQ(backward(100, padded, true), kKeys[i]);
         for (int64_t kib : {164, 228}) {
             EXPECT_GE(forward(kib, padded), attention::resident_blocks(padded));
-            EXPECT_GE(backward(kib, padded), attention::backward_blocks(padded));
+            for (bool of_keys : {false, true}) {
+                EXPECT_GE(backward(kib, padded, of_keys), attention::backward_blocks(padded, 2));
+            }
         }
     }
 }
@@ -103,10 +107,12 @@ TEST(AttentionTiles, BlocksKeepToTheThreadsTheirKernelsAreCompiledFor) {
             for (int padded : attention::kDims) {
                 for (int64_t bytes : {2, 4}) {
                     for (int64_t shared : {64, 99, 163, 227}) {
-                        const attention::BackwardCut cut =
-                            attention::cut_backward(heads, rows, padded, bytes, 132, shared * 1024);
-                        EXPECT_GE(cut.warps, 1);
-                        EXPECT_LE(cut.warps, attention::kBackwardWarps);
+                        for (bool of_keys : {false, true}) {
+                            const attention::BackwardCut cut = attention::cut_backward(
+                                heads, rows, padded, bytes, of_keys, 132, shared * 1024);
+                            EXPECT_GE(cut.warps, 1);
+                            EXPECT_LE(cut.warps, attention::kBackwardWarps);
+                        }
                     }
                 }
             }

@@ -27,7 +27,7 @@ struct Launch {
 struct Runtime {
     std::mutex mutex;
     int driver = 13000;
-    int ptx_version = 90;
+    int ptx_version = 90, max_threads = 1024;
     size_t static_bytes = 0;
     int shared_optin = 227 * 1024;
     // Errors that the next call of each kind gives.
@@ -42,7 +42,7 @@ struct Runtime {
     // Starts over, with kernels that launch.h hasn't seen.
     void reset() {
         driver = 13000;
-        ptx_version = 90;
+        ptx_version = 90, max_threads = 1024;
         static_bytes = 0;
         shared_optin = 227 * 1024;
         get_device = get_chip = get_attributes = set_limit = get_driver = cudaSuccess;
