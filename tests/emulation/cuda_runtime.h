@@ -134,6 +134,7 @@ unsigned char* dynamic_shared();  // exactly as many bytes as the launch asked f
 void wait_for_earlier_kernels();
 void let_next_kernel_begin();
 void async_copy_16(void* shared, const void* global, int bytes);
+void async_copy_4(void* shared, const void* global);
 void async_commit();
 void async_wait(int groups_left);
 

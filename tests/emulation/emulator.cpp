@@ -50,7 +50,8 @@ enum class State { kReady, kAtBarrier, kInCollective, kDone };
 struct AsyncCopy {
     void* to;
     const void* from;
-    int bytes;
+    int bytes;  // read; the rest up to `width` is zeros
+    size_t width = 16;
 };
 
 // A product's result on its way to the registers it goes to.
@@ -418,14 +419,22 @@ void async_copy_16(void* shared, const void* global, int bytes) {
     fibers[static_cast<size_t>(current)].copies.back().push_back({shared, global, bytes});
 }
 
+void async_copy_4(void* shared, const void* global) {
+    if (reinterpret_cast<uintptr_t>(shared) % 4 || reinterpret_cast<uintptr_t>(global) % 4) {
+        fail("cp_async_4 from %p to %p: not aligned to 4 bytes", global, shared);
+    }
+    check_waited(global);
+    fibers[static_cast<size_t>(current)].copies.back().push_back({shared, global, 4, 4});
+}
+
 void async_commit() { fibers[static_cast<size_t>(current)].copies.emplace_back(); }
 
 void async_wait(int groups_left) {
     auto& copies = fibers[static_cast<size_t>(current)].copies;
     while (static_cast<int>(copies.size()) - 1 > groups_left) {
         for (const AsyncCopy& copy : copies.front()) {
-            note_access(copy.to, 16, Access::kWrite);
-            std::memset(copy.to, 0, 16);
+            note_access(copy.to, copy.width, Access::kWrite);
+            std::memset(copy.to, 0, copy.width);
             if (copy.bytes > 0) {
                 note_access(copy.from, static_cast<size_t>(copy.bytes), Access::kRead);
                 std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));

@@ -221,34 +221,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
     T* stages = reinterpret_cast<T*>(device::dynamic_shared());
     auto* biases = reinterpret_cast<float*>(stages + 2 * stage_elements(kDim));
 
+    // Image and head are kept in two registers, and what is seldom wanted is made of them anew.
+    const unsigned image_kept = place.image, head_kept = place.head;
     const auto base = [&](const void* data, const HeadStrides& s, int64_t token) {
-        return static_cast<const T*>(data) + place.image * s.batch + place.head * s.head +
-               token * s.token;
+        return static_cast<const T*>(data) + device::forget_origin(image_kept) * s.batch +
+               device::forget_origin(head_kept) * s.head + token * s.token;
     };
-    const T* k_from =
-        copy_from<T, kDim>(base(p.k, p.k_strides, 0), p.k_strides.token, dim, m.vector_k);
-    const T* v_from =
-        copy_from<T, kDim>(base(p.v, p.v_strides, 0), p.v_strides.token, dim, m.vector_k);
-
-    struct From {
-        const T *k, *v;
+    const T *k_from = nullptr, *v_from = nullptr;  // what this thread copies next
+    const auto find_tile = [&](int key) {
+        const int64_t k_stride = p.k_strides.token, v_stride = p.v_strides.token;
+        k_from = copy_from<T, kDim>(base(p.k, p.k_strides, key), k_stride, dim, m.vector_k);
+        v_from = copy_from<T, kDim>(base(p.v, p.v_strides, key), v_stride, dim, m.vector_k);
     };
-    constexpr bool kPark = attention_tiles::parks_pointers(kDim);
-    auto* const parked = reinterpret_cast<From*>(biases + 2 * kTileKeys) + thread;
-    if constexpr (kPark) *parked = {k_from, v_from};
+    constexpr bool kAnew = attention_tiles::finds_tiles_anew(kDim);
+    if constexpr (!kAnew) find_tile(0);
 
     // Starts the copies of a tile, each behind the last one's, and returns its size for this
     // thread's key.
-    const unsigned image_kept = place.image;
     const auto start_copies = [&](int key, int stage) {
-        if constexpr (kPark) k_from = parked->k, v_from = parked->v;
-        stage_pair<T, kDim, kTileKeys>(stages + stage * stage_elements(kDim), k_from,
-                                       p.k_strides.token, v_from, p.v_strides.token, keys - key,
-                                       dim, m.vector_k);
+        if constexpr (kAnew) find_tile(key);
+        stage_pair<T, kDim, kTileKeys, kAnew>(stages + stage * stage_elements(kDim), k_from,
+                                              p.k_strides.token, v_from, p.v_strides.token,
+                                              keys - key, dim, m.vector_k);
         device::cp_async_commit();
-        k_from = device::forget_origin(k_from + kTileKeys * p.k_strides.token);
-        v_from = device::forget_origin(v_from + kTileKeys * p.v_strides.token);
-        if constexpr (kPark) *parked = {k_from, v_from};
+        if constexpr (!kAnew) {
+            k_from = device::forget_origin(k_from + kTileKeys * p.k_strides.token);
+            v_from = device::forget_origin(v_from + kTileKeys * p.v_strides.token);
+        }
         const bool has_key = thread < kTileKeys && thread < keys - key;
         const int64_t image = device::forget_origin(image_kept);
         return has_key && p.size != nullptr ? p.size[image * keys + (key + thread)] : 1.0f;

@@ -39,26 +39,14 @@ struct Work {
     const float* size;               // (batch, keys) or nullptr
     const float* lse;                // (batch, heads, queries)
     const void* out;                 // (batch, queries, heads, dim)
-    float* delta;                    // (batch, heads, queries), out for queries
+    float* minus_delta;              // (batch, heads, queries), out for queries
     void *grad_first, *grad_second;  // (batch, count, heads, dim) out; the second for keys only
 };
 
-// What a query and a key bring to a logit (x, in units of log2) and to dP (y):
-//   p = exp2(scale log2e s + query.x + key.x),   ds = p (dP - query.y - key.y)
-// A row or column past the last has x = -inf, and so p = 0.
-struct Side {
-    float x, y;
-};
-
-//   lse, delta (queries) of this head; size (keys) of this image, or nullptr
-__device__ __forceinline__ Side query_side(const float* lse, const float* delta, int query,
-                                           int queries) {
-    if (query >= queries) return {-INFINITY, 0.0f};
-    return {-kLog2E * lse[query], delta[query]};
-}
-__device__ __forceinline__ Side key_side(const float* size, int key, int keys) {
-    return {attention_cuda_detail::log2_size(size, key, keys), 0.0f};
-}
+// What a query and a key bring to a logit, in units of log2, and a query to dP:
+//   p = exp2(scale log2e s + x of the query + x of the key),   ds = p (dP - delta)
+// x is -log2e lse of a query and log2 size of a key. A row or column past the last has -inf, and so
+// p = 0. A staged query brings lse as it is, copied as rows are: +inf past the last.
 
 // The warp's sums, scaled, by way of shared memory.
 //   tile (kRows, kPitch) shared: free to be overwritten by this warp
@@ -105,7 +93,7 @@ __device__ __forceinline__ float dot_rows(const T* grad, const T* out) {
 // logits | -delta. Where rows are not kept in registers: first rows | second rows | the stages.
 template <class T, int kDim, bool kOfKeys>
 __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
-                                  attention_tiles::backward_blocks(kDim, sizeof(T)))
+                                  attention_tiles::backward_blocks(kDim, sizeof(T), kOfKeys))
     attention_backward_kernel(const __grid_constant__ Work w) {
     constexpr int kBlocks = attention_tiles::backward_row_blocks(kDim, sizeof(T), kOfKeys);
     constexpr int kRows = 16 * kBlocks;
@@ -138,7 +126,7 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     const int queries = kOfKeys ? w.columns.count : w.rows.count;
     const int keys = kOfKeys ? w.rows.count : w.columns.count;
     const float* lse = w.lse + int64_t{head} * queries;
-    float* delta = w.delta + int64_t{head} * queries;
+    float* minus_delta = w.minus_delta + int64_t{head} * queries;
     const float* size = w.size == nullptr ? nullptr : w.size + int64_t{image} * keys;
 
     auto* rows_1 = reinterpret_cast<T*>(device::dynamic_shared());
@@ -152,14 +140,11 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     const auto own = static_cast<int>(attention_cuda_detail::turned_warp(head)) * kRows;
     const int count = left_rows - own;  // of the warp's rows; none, or less, if it has no work
 
-    // What a thread copies next, and what its rows add to logits: in shared memory where registers
-    // are short.
+    // What a thread copies next: in shared memory where registers are short.
     struct From {
         const T *first, *second;
     };
     auto* const parked = reinterpret_cast<From*>(stages + 2 * kStageBytes) + thread;
-    auto* const parked_x =
-        reinterpret_cast<float*>(stages + 2 * kStageBytes + 16 * blockDim.x) + 4 * thread;
     const T* from_1 =
         attention_cuda_detail::copy_from<T, kDim>(base(w.columns.first, w.columns.first_strides, 0),
                                                   w.columns.first_strides.token, w.dim, w.vector);
@@ -167,32 +152,41 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
         base(w.columns.second, w.columns.second_strides, 0), w.columns.second_strides.token, w.dim,
         w.vector);
     const auto stage_at = [&](int stage) { return stages + stage * kStageBytes; };
+    const auto sides_at = [&](int stage) {
+        return reinterpret_cast<float*>(stage_at(stage) + kSides);
+    };
     // Starts the copy of the columns from `first` on, each behind the last one's.
     const auto stage_columns = [&](int first, int stage) {
         const int64_t stride_1 = w.columns.first_strides.token;
         const int64_t stride_2 = w.columns.second_strides.token;
-        attention_cuda_detail::stage_pair<T, kDim, kStage>(
+        attention_cuda_detail::stage_pair<T, kDim, kStage, kPark>(
             reinterpret_cast<T*>(stage_at(stage)), from_1, stride_1, from_2, stride_2,
             w.columns.count - first, w.dim, w.vector);
+        if constexpr (kOfKeys) {
+            const int column = first + thread;
+            float* const x = sides_at(stage) + thread;
+            if (thread < kStage && column < queries) {
+                const uint64_t at =
+                    uint64_t{device::forget_origin(head)} * static_cast<unsigned>(queries) +
+                    static_cast<unsigned>(column);
+                device::cp_async_4(x, w.lse + at);
+                device::cp_async_4(x + kStage, w.minus_delta + at);
+            } else if (thread < kStage) {
+                x[0] = INFINITY;
+                x[kStage] = 0.0f;
+            }
+        }
         device::cp_async_commit();
-        from_1 = device::forget_origin(from_1 + kStage * stride_1);
-        from_2 = device::forget_origin(from_2 + kStage * stride_2);
+        const unsigned rows = kPark ? device::forget_origin(kStage) : kStage;
+        from_1 = device::forget_origin(from_1 + rows * stride_1);
+        from_2 = device::forget_origin(from_2 + rows * stride_2);
         if constexpr (kPark) *parked = {from_1, from_2};
     };
-    // Pointers are made anew where they are used, from a register or two that are kept.
-    const auto column_side = [&](int column) {
-        if constexpr (kOfKeys) {
-            const int64_t of = int64_t{device::forget_origin(head)} * queries;
-            return query_side(w.lse + of, w.delta + of, column, queries);
-        } else {
-            const int64_t of = int64_t{device::forget_origin(image)} * keys;
-            return key_side(w.size == nullptr ? nullptr : w.size + of, column, keys);
-        }
-    };
-    const auto write_side = [&](int stage, Side side) {
-        auto* x = reinterpret_cast<float*>(stage_at(stage) + kSides);
-        x[thread] = side.x;
-        if constexpr (kOfKeys) x[kStage + thread] = -side.y;
+    const auto column_x = [&](int column) {
+        const float* of_image = w.size;
+        if (of_image != nullptr)
+            of_image += uint64_t{device::forget_origin(image)} * static_cast<unsigned>(keys);
+        return attention_cuda_detail::log2_size(of_image, column, keys);
     };
 
     typename P::template Left<true> left_1;
@@ -203,7 +197,7 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     if constexpr (kFromGlobal) {
         if (w.columns.count > 0) {
             stage_columns(0, 0);
-            if (thread < kStage) write_side(0, column_side(thread));
+            if (!kOfKeys && thread < kStage) sides_at(0)[thread] = column_x(thread);
         }
         const auto own_rows = [&](const void* data, const HeadStrides& s) {
             return P::left_from(base(data, s, first_row + own), s.token, count, w.dim, w.vector);
@@ -217,7 +211,7 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
             for (int i = 0; i < 2 * kBlocks; ++i) {
                 const float of_row = sums[i / 2][i % 2];
                 const int row = 8 * i + lane / 4;
-                if (lane % 4 == 0 && row < count) delta[first_row + own + row] = of_row;
+                if (lane % 4 == 0 && row < count) minus_delta[first_row + own + row] = -of_row;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) row_start[i / 2][j / 2][i % 2 * 2 + j % 2] = -of_row;
             }
@@ -236,7 +230,8 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
         if constexpr (!kOfKeys) {
             const float of_row =
                 dot_rows<T, kDim>(rows_2 + own * kRow, reinterpret_cast<T*>(stages) + own * kRow);
-            if (lane % 2 == 0 && lane / 2 < count) delta[first_row + own + lane / 2] = of_row;
+            if (lane % 2 == 0 && lane / 2 < count)
+                minus_delta[first_row + own + lane / 2] = -of_row;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float start = -__shfl_sync(kFullMask, of_row, lane / 4 * 2 + 16 * i);
@@ -249,20 +244,15 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
         left_2 = P::template left<kKeepBoth>(rows_2 + own * kRow);
         if (w.columns.count > 0) {
             stage_columns(0, 0);
-            if (thread < kStage) write_side(0, column_side(thread));
+            if (!kOfKeys && thread < kStage) sides_at(0)[thread] = column_x(thread);
         }
     }
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
         const int row = first_row + own + lane / 4 + 8 * i;
-        row_x[i / 2][i % 2] = kOfKeys         ? key_side(size, row, keys).x
+        row_x[i / 2][i % 2] = kOfKeys         ? attention_cuda_detail::log2_size(size, row, keys)
                               : row < queries ? -kLog2E * lse[row]
                                               : -INFINITY;
-    }
-    constexpr bool kParkX = kPark && kBlocks == 2;
-    if constexpr (kParkX) {
-        device::store_vector<float, 4>(parked_x,
-                                       {{row_x[0][0], row_x[0][1], row_x[1][0], row_x[1][1]}});
     }
     typename P::Sums sums_1, sums_2;
 
@@ -272,11 +262,11 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
         device::cp_async_wait<0>();
         __syncthreads();  // this stage is there for all, and nobody reads the one before any more
         const bool more = first + kStage < w.columns.count;
-        Side next_side{};
+        float next_x = 0.0f;
         if (more) {
             if constexpr (kPark) from_1 = parked->first, from_2 = parked->second;
             stage_columns(first + kStage, stage ^ 1);
-            if (thread < kStage) next_side = column_side(first + kStage + thread);
+            if (!kOfKeys && thread < kStage) next_x = column_x(first + kStage + thread);
         }
         const int columns = count <= 0                         ? 0
                             : w.columns.count - first < kStage ? w.columns.count - first
@@ -292,55 +282,57 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
             float p[kBlocks][2][4], ds[kBlocks][2][4];
             const float none[kBlocks][2][4] = {};
             P::dot(p, left_1, tile_1, none);
-            float column_x[2][2];
-            float start[kBlocks][2][4];
+            float of_column[2][2];
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
                 const auto x = device::load_vector<float, 2>(side + 8 * s);
-                column_x[s][0] = x.v[0], column_x[s][1] = x.v[1];
-                if constexpr (kOfKeys) {
-                    const auto y = device::load_vector<float, 2>(side + kStage + 8 * s);
-#pragma unroll
-                    for (int i = 0; i < 4 * kBlocks; ++i) start[i / 4][s][i % 4] = y.v[i % 2];
-                }
-            }
-            if constexpr (kOfKeys) {
-                P::dot(ds, left_2, tile_2, start);
-            } else {
-                P::dot(ds, left_2, tile_2, row_start);
-            }
-            if constexpr (kParkX) {
-                const auto x = device::load_vector<float, 4>(parked_x);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) row_x[i / 2][i % 2] = x.v[i];
+                of_column[s][0] = x.v[0], of_column[s][1] = x.v[1];
             }
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
 #pragma unroll
                 for (int i = 0; i < 4 * kBlocks; ++i) {
-                    const float added = row_x[i / 4][i % 4 / 2] + column_x[s][i % 2];
+                    const float of_row = row_x[i / 4][i % 4 / 2], other = of_column[s][i % 2];
+                    const float added = kOfKeys ? of_row - kLog2E * other : of_row + other;
                     float& weight = p[i / 4][s][i % 4];
                     weight = device::exp2_approx(weight * w.scale_log2 + added);
-                    ds[i / 4][s][i % 4] *= weight;
                 }
             }
-            if constexpr (kOfKeys) P::add(sums_2, p, tile_2);
+            // Before dP, so that as few registers as possible are in use at once.
+            if constexpr (kOfKeys) {
+                P::add(sums_2, p, tile_2);
+                float start[kBlocks][2][4];
+#pragma unroll
+                for (int s = 0; s < 2; ++s) {
+                    const auto y = device::load_vector<float, 2>(side + kStage + 8 * s);
+#pragma unroll
+                    for (int i = 0; i < 4 * kBlocks; ++i) start[i / 4][s][i % 4] = y.v[i % 2];
+                }
+                P::dot(ds, left_2, tile_2, start);
+            } else {
+                P::dot(ds, left_2, tile_2, row_start);
+            }
+#pragma unroll
+            for (int i = 0; i < 8 * kBlocks; ++i)
+                ds[i / 8][i / 4 % 2][i % 4] *= p[i / 8][i / 4 % 2][i % 4];
             P::add(sums_1, ds, tile_1);
             tile_1 += 16 * kRow;
         }
-        if (more && thread < kStage) write_side(stage ^ 1, next_side);
+        if (!kOfKeys && more && thread < kStage) sides_at(stage ^ 1)[thread] = next_x;
     }
 
     if constexpr (kFromGlobal) __syncthreads();  // before results take the stages' place
+    const unsigned end_thread = device::forget_origin(threadIdx.x);
     const unsigned end_head =
         device::forget_origin(blockIdx.x) / static_cast<unsigned>(w.row_blocks);
-    const int end_row =
-        static_cast<int>(blockIdx.x % static_cast<unsigned>(w.row_blocks)) * block_rows +
-        static_cast<int>(attention_cuda_detail::turned_warp(end_head)) * kRows;
+    const int end_row = static_cast<int>(blockIdx.x % static_cast<unsigned>(w.row_blocks) *
+                                             (device::forget_origin(blockDim.x) / kWarp) +
+                                         attention_cuda_detail::turned_warp(end_head, end_thread)) *
+                        kRows;
     const int end_count = w.rows.count - end_row;
     if (end_count <= 0) return;
     // Nobody but the warp itself uses these rows.
-    T* mine = rows_1 + (kFromGlobal ? thread / kWarp * kRows : own) * kRow;
+    T* mine = rows_1 + (kFromGlobal ? static_cast<int>(end_thread / kWarp) * kRows : own) * kRow;
     const auto heads = static_cast<unsigned>(w.heads);
     const int64_t to = end_head / heads * out_strides.batch + end_head % heads * out_strides.head +
                        end_row * out_strides.token;
@@ -370,8 +362,8 @@ cudaError_t launch_one(Work w, int64_t batch, const device::Chip& chip, cudaStre
 }
 
 template <class T, int kDim>
-cudaError_t launch_both(const AttentionBackwardParams& p, float* delta, const device::Chip& chip,
-                        cudaStream_t stream) {
+cudaError_t launch_both(const AttentionBackwardParams& p, float* minus_delta,
+                        const device::Chip& chip, cudaStream_t stream) {
     const auto fit = [&](const void* data, const HeadStrides& s) {
         return attention_tiles::vectors_fit(reinterpret_cast<uintptr_t>(data), s.batch, s.head,
                                             s.token, p.dim, sizeof(T));
@@ -388,7 +380,7 @@ cudaError_t launch_both(const AttentionBackwardParams& p, float* delta, const de
     w.size = p.size;
     w.lse = static_cast<const float*>(p.lse);
     w.out = p.out;
-    w.delta = delta;
+    w.minus_delta = minus_delta;
     const Pair queries{p.q, p.grad, p.q_strides, p.grad_strides, static_cast<int>(p.queries)};
     const Pair keys{p.k, p.v, p.k_strides, p.v_strides, static_cast<int>(p.keys)};
     w.rows = queries;
@@ -404,19 +396,19 @@ cudaError_t launch_both(const AttentionBackwardParams& p, float* delta, const de
 }
 
 template <class T>
-cudaError_t launch_of(const AttentionBackwardParams& p, float* delta, const device::Chip& chip,
-                      cudaStream_t stream) {
+cudaError_t launch_of(const AttentionBackwardParams& p, float* minus_delta,
+                      const device::Chip& chip, cudaStream_t stream) {
     switch (attention_tiles::padded_dim(p.dim)) {
         case 32:
-            return launch_both<T, 32>(p, delta, chip, stream);
+            return launch_both<T, 32>(p, minus_delta, chip, stream);
         case 64:
-            return launch_both<T, 64>(p, delta, chip, stream);
+            return launch_both<T, 64>(p, minus_delta, chip, stream);
         case 80:
-            return launch_both<T, 80>(p, delta, chip, stream);
+            return launch_both<T, 80>(p, minus_delta, chip, stream);
         case 96:
-            return launch_both<T, 96>(p, delta, chip, stream);
+            return launch_both<T, 96>(p, minus_delta, chip, stream);
         case 128:
-            return launch_both<T, 128>(p, delta, chip, stream);
+            return launch_both<T, 128>(p, minus_delta, chip, stream);
         default:
             return cudaErrorInvalidValue;
     }
@@ -438,15 +430,17 @@ cudaError_t attention_backward_cuda(const AttentionBackwardParams& p, void* work
     device::Chip chip;
     const cudaError_t error = device::current_chip(chip);
     if (error != cudaSuccess) return error;
-    auto* delta = static_cast<float*>(workspace);
-    if (hopper_takes(p, chip)) return launch_attention_backward_hopper(p, delta, chip, stream);
+    auto* minus_delta = static_cast<float*>(workspace);
+    if (hopper_takes(p, chip)) {
+        return launch_attention_backward_hopper(p, minus_delta, chip, stream);
+    }
     switch (p.dtype) {
         case DType::kFloat32:
-            return launch_of<float>(p, delta, chip, stream);
+            return launch_of<float>(p, minus_delta, chip, stream);
         case DType::kFloat16:
-            return launch_of<Half>(p, delta, chip, stream);
+            return launch_of<Half>(p, minus_delta, chip, stream);
         case DType::kBFloat16:
-            return launch_of<BFloat>(p, delta, chip, stream);
+            return launch_of<BFloat>(p, minus_delta, chip, stream);
         case DType::kFloat64:
             break;
     }

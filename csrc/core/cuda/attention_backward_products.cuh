@@ -149,7 +149,7 @@ struct Products {
     // tile = factor * sums.
     //   tile (16 * kBlocks, kPitch) shared, out
     static __device__ __forceinline__ void store(const Sums& sums, float factor, T* tile) {
-        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        const unsigned lane = device::forget_origin(threadIdx.x) % kWarp;
         constexpr int kRowWords = kPitch<T, kDim> / 2;
         auto* to = reinterpret_cast<uint32_t*>(tile) + lane / 4 * kRowWords + lane % 4;
 #pragma unroll

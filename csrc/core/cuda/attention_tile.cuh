@@ -102,7 +102,8 @@ __device__ __forceinline__ const T* copy_from(const T* rows, int64_t stride, int
 //   tile (2, kRows, kDim + 16 bytes) shared, out: for 16-bit values that is pitch(kDim)
 //   first, second (count, dim) strided: copy_from of the tiles' first rows
 //   vector: every row begins at a multiple of 16 bytes, and so long is every row
-template <class T, int kDim, int kRows>
+//   kAnew: multiples of strides are computed again for every tile, not kept in registers
+template <class T, int kDim, int kRows, bool kAnew = false>
 __device__ __forceinline__ void stage_pair(T* tile, const T* first, int64_t first_stride,
                                            const T* second, int64_t second_stride, int count,
                                            int dim, bool vector) {
@@ -119,6 +120,9 @@ __device__ __forceinline__ void stage_pair(T* tile, const T* first, int64_t firs
         if (!P::has_part(thread)) return;
         if (count >= kRows && threads == attention_tiles::kMaxWarps * kWarp) {
             constexpr int kStep = attention_tiles::kMaxWarps * static_cast<int>(P::kAtOnce);
+            const unsigned rows_on = kAnew ? device::forget_origin(kStep) : kStep;
+            const int64_t first_step = rows_on * first_stride,
+                          second_step = rows_on * second_stride;
             constexpr int kSteps = (kRows + kStep - 1) / kStep;
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
@@ -127,8 +131,8 @@ __device__ __forceinline__ void stage_pair(T* tile, const T* first, int64_t firs
                     device::cp_async_16(there, first, has_column);
                     device::cp_async_16(there + kTile, second, has_column);
                 }
-                first += kStep * first_stride;
-                second += kStep * second_stride;
+                first += first_step;
+                second += second_step;
             }
         } else {
             const int step = static_cast<int>(threads / kWarp * P::kAtOnce);
@@ -241,9 +245,9 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[kBlocks][kDim / 16][4], 
 // Which of a block's rows are this warp's: turned by the head. The warps of one number share a
 // quarter of the multiprocessor, and where the last block of a head has too few rows, it would
 // always be the same quarter that idles.
-__device__ __forceinline__ unsigned turned_warp(unsigned head) {
+__device__ __forceinline__ unsigned turned_warp(unsigned head, unsigned thread = threadIdx.x) {
     const unsigned warps = blockDim.x / kWarp;
-    const unsigned warp = threadIdx.x / kWarp + (warps == 3 ? head % 3 : head & (warps - 1));
+    const unsigned warp = thread / kWarp + (warps == 3 ? head % 3 : head & (warps - 1));
     return warp < warps ? warp : warp - warps;
 }
 

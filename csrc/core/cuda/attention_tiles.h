@@ -76,17 +76,18 @@ TOME_HOST_DEVICE constexpr int resident_blocks(int padded) {
     return padded <= 64 || padded == 128 ? 3 : 2;
 }
 
-// A stage is a tile of keys and one of values; their sizes lie behind both stages, and behind them,
-// where registers are short, 16 bytes of each thread.
-//   k 0 | v 0 | k 1 | v 1 | log2 sizes 0 | log2 sizes 1 | pointers
+// Whether a thread finds its place in k and v anew for every tile, 40 instructions or so, instead
+// of holding two pointers to it: at 128 channels they are four registers too many.
+TOME_HOST_DEVICE constexpr bool finds_tiles_anew(int padded) { return padded == 128; }
+
+// A stage is a tile of keys and one of values; their sizes lie behind both stages.
+//   k 0 | v 0 | k 1 | v 1 | log2 sizes 0 | log2 sizes 1
 // The outputs of all warps, on their way to 16-byte stores, take the place of a stage.
 TOME_HOST_DEVICE constexpr int stage_elements(int padded) {
     return 2 * tile_keys(padded) * pitch(padded);
 }
-TOME_HOST_DEVICE constexpr bool parks_pointers(int padded) { return padded == 128; }
 constexpr int64_t shared_bytes(int padded) {
-    return 2 * (2 * int64_t{stage_elements(padded)} + 4 * tile_keys(padded)) +
-           (parks_pointers(padded) ? 16 * 32 * kMaxWarps : 0);
+    return 2 * (2 * int64_t{stage_elements(padded)} + 4 * tile_keys(padded));
 }
 
 struct Tiles {
@@ -180,8 +181,9 @@ TOME_HOST_DEVICE constexpr int backward_rows(int padded, int64_t element_bytes, 
 }
 
 // Blocks on a multiprocessor that the compiler has to leave registers for: 168 a thread, or 255.
-TOME_HOST_DEVICE constexpr int backward_blocks(int padded, int64_t element_bytes) {
-    return padded <= (element_bytes == 2 ? 32 : 64) ? 3 : 2;
+// Keys of 32 channels would spill at 168 on some chips.
+TOME_HOST_DEVICE constexpr int backward_blocks(int padded, int64_t element_bytes, bool of_keys) {
+    return padded <= (element_bytes == 4 ? 64 : of_keys ? 0 : 32) ? 3 : 2;
 }
 
 // Whether a warp of keys holds its rows of both k and v in registers. At 128 channels they would
@@ -195,10 +197,10 @@ TOME_HOST_DEVICE constexpr bool backward_from_global(int padded, int64_t element
     return element_bytes == 2 && backward_keeps_both(padded, of_keys);
 }
 
-// Whether a thread leaves 32 bytes of what it needs now and then in shared memory, behind the
+// Whether a thread leaves 16 bytes of what it needs now and then in shared memory, behind the
 // stages, to have a few registers more: where the two sums of keys take all that it may have.
 TOME_HOST_DEVICE constexpr bool backward_parks(int padded, bool of_keys) {
-    return of_keys && padded <= 64;
+    return of_keys && padded == 64;
 }
 
 // Columns (keys, or queries) in a stage, of which two are in flight: as many as leave room for two
@@ -228,7 +230,7 @@ constexpr int64_t backward_shared_bytes(int warps, int padded, int64_t element_b
                          backward_row_bytes(padded, element_bytes);
     return (backward_from_global(padded, element_bytes, of_keys) ? 0 : 2 * rows) +
            2 * backward_stage_bytes(padded, element_bytes) +
-           (backward_parks(padded, of_keys) ? 32 * 32 * warps : 0);
+           (backward_parks(padded, of_keys) ? 16 * 32 * warps : 0);
 }
 
 struct BackwardCut {

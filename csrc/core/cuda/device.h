@@ -285,6 +285,18 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 #endif
 }
 
+// The same of four bytes.
+__device__ __forceinline__ void cp_async_4(float* shared, const float* global) {
+#ifdef TOME_EMULATION
+    tome_emulation::async_copy_4(shared, global);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+#else
+    *shared = *global;
+#endif
+}
+
 // Closes the group of copies started since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef TOME_EMULATION
