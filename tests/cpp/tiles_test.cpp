@@ -80,11 +80,11 @@ TEST(AttentionTiles, ResideAsTheDocumentationSays) {
         return resident(kib, attention::shared_bytes(padded));
     };
     const auto backward = [&](int64_t kib, int padded, bool of_keys) {
-        return resident(kib, attention::backward_shared_bytes(attention::kBackwardWarps, padded, 2,
-                                                              of_keys));
+        return resident(
+            kib, attention::backward_shared_bytes(attention::kBackwardWarps, padded, 2, of_keys));
     };
     constexpr int64_t kForward[] = {4, 2, 2, 1, 2};
-    constexpr int64_t kQueries[] = {4, 2, 2, 1, 1}, kKeys[] = {4, 2, 2, 1, 1};
+    constexpr int64_t kQueries[] = {4, 2, 2, 3, 2}, kKeys[] = {4, 2, 2, 3, 1};
     for (size_t i = 0; i < std::size(attention::kDims); ++i) {
         const int padded = attention::kDims[i];
         SCOPED_TRACE(padded);
@@ -94,7 +94,8 @@ TEST(AttentionTiles, ResideAsTheDocumentationSays) {
         for (int64_t kib : {164, 228}) {
             EXPECT_GE(forward(kib, padded), attention::resident_blocks(padded));
             for (bool of_keys : {false, true}) {
-                EXPECT_GE(backward(kib, padded, of_keys), attention::backward_blocks(padded, 2));
+                EXPECT_GE(backward(kib, padded, of_keys),
+                          attention::backward_blocks(padded, 2, of_keys));
             }
         }
     }
@@ -118,6 +119,35 @@ TEST(AttentionTiles, BlocksKeepToTheThreadsTheirKernelsAreCompiledFor) {
             }
         }
         EXPECT_LE(attention::cls_threads(heads, 132), attention::kClsMostThreads);
+    }
+}
+
+TEST(AttentionTiles, OfHopperCoverTheQueriesAndFitTheMultiprocessor) {
+    constexpr int64_t kMultiprocessor = 228 * 1024, kBlock = 227 * 1024;
+    for (int64_t heads : {1, 12, 96, 3072}) {
+        for (int64_t keys : {1, 16, 50, 80, 150, 197, 208, 256, 257, 577, 4096}) {
+            const int64_t bytes = attention::hopper_shared_bytes(keys);
+            for (int64_t queries : {int64_t{1}, int64_t{64}, int64_t{65}, keys}) {
+                const attention::HopperCut cut = attention::cut_hopper(heads, queries, keys, 132);
+                SCOPED_TRACE(::testing::Message() << heads << " " << queries << " " << keys);
+                EXPECT_GE(cut.blocks * cut.tiles_per_block * attention::kHopperRows, queries);
+                EXPECT_LT((cut.blocks - 1) * cut.tiles_per_block * attention::kHopperRows, queries);
+                EXPECT_EQ(cut.warpgroups, keys <= attention::kHopperResident ? 1 : 2);
+                EXPECT_LE(bytes, kBlock);
+                // Four warpgroups share a multiprocessor, or three from 209 keys to 256.
+                const int64_t blocks = kMultiprocessor / (bytes + 1024);
+                EXPECT_GE(blocks * cut.warpgroups, keys > 208 && keys <= 256 ? 3 : 4);
+            }
+        }
+    }
+    // A full batch: keys once for each head. A single image: a block for every 64 queries.
+    EXPECT_EQ(attention::cut_hopper(3072, 197, 197, 132), (attention::HopperCut{1, 4, 1}));
+    EXPECT_EQ(attention::cut_hopper(12, 197, 197, 132), (attention::HopperCut{1, 1, 4}));
+    EXPECT_EQ(attention::cut_hopper(1024, 577, 577, 132), (attention::HopperCut{2, 2, 5}));
+    for (bool of_keys : {false, true}) {
+        const int groups = attention::hopper_backward_groups(of_keys);
+        EXPECT_GE(kMultiprocessor / (attention::hopper_backward_shared_bytes(groups) + 1024),
+                  attention::hopper_backward_blocks(of_keys));
     }
 }
 

@@ -326,17 +326,25 @@ INSTANTIATE_TEST_SUITE_P(DTypes, HopperAttentionBackwardTest,
 TEST_P(HopperAttentionBackwardTest, AgreesWithOracleInEveryLength) {
     const Sizes sizes[] = {Sizes::kNone, Sizes::kSome, Sizes::kWithZeros};
     size_t turn = 0;
-    for (const auto& [queries, keys] : std::vector<std::pair<int64_t, int64_t>>{
-             {1, 131}, {131, 1}, {16, 80}, {64, 64}, {65, 63}, {50, 5}, {197, 197}, {33, 257},
-             {270, 20}, {129, 192}}) {
+    for (const auto& [queries, keys] : std::vector<std::pair<int64_t, int64_t>>{{1, 131},
+                                                                                {131, 1},
+                                                                                {16, 80},
+                                                                                {64, 64},
+                                                                                {65, 63},
+                                                                                {50, 5},
+                                                                                {197, 197},
+                                                                                {33, 257},
+                                                                                {270, 20},
+                                                                                {129, 192}}) {
         expect_right(random_problem(GetParam(), {1, 2, queries, keys, 64}, sizes[turn++ % 3]));
     }
 }
 
 TEST_P(HopperAttentionBackwardTest, ReadsAnyStridesInPlace) {
-    for (const auto& [layout, grad] :
-         {std::pair{Layout::kHeads, Layout::kHeads}, {Layout::kTokens, Layout::kPacked},
-          {Layout::kPacked, Layout::kTokens}, {Layout::kPacked, Layout::kOdd}}) {
+    for (const auto& [layout, grad] : {std::pair{Layout::kHeads, Layout::kHeads},
+                                       {Layout::kTokens, Layout::kPacked},
+                                       {Layout::kPacked, Layout::kTokens},
+                                       {Layout::kPacked, Layout::kOdd}}) {
         SCOPED_TRACE(::testing::Message() << int(layout) << ", grad " << int(grad));
         expect_right(random_problem(GetParam(), {2, 3, 21, 77, 64}, Sizes::kSome, 0, layout, grad));
     }

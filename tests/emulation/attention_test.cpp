@@ -131,9 +131,9 @@ TEST_P(CudaAttentionTest, AgreesWithTheOracle) {
         {1, 2, 197, 197, 64}, {1, 1, 150, 150, 64}, {2, 1, 80, 80, 32},   {1, 2, 50, 50, 80},
         {1, 1, 65, 65, 72},   {2, 2, 17, 16, 96},   {1, 2, 33, 97, 128},  {1, 1, 197, 5, 40},
         {3, 1, 1, 130, 17},   {1, 1, 5, 1, 88},     {1, 1, 130, 64, 1},   {2, 2, 16, 33, 127},
-        {1, 1, 1, 1, 64},     {1, 5, 64, 63, 48},   {1, 1, 129, 49, 112},
-        {1, 2, 16, 257, 64},  {1, 1, 150, 300, 64}, {2, 1, 20, 256, 64},  {1, 1, 1, 577, 64},
-        {1, 1, 70, 128, 64},  {1, 1, 3, 192, 64},
+        {1, 1, 1, 1, 64},     {1, 5, 64, 63, 48},   {1, 1, 129, 49, 112}, {1, 2, 16, 257, 64},
+        {1, 1, 150, 300, 64}, {2, 1, 20, 256, 64},  {1, 1, 1, 577, 64},   {1, 1, 70, 128, 64},
+        {1, 1, 3, 192, 64},
     };
     for (const Shape& s : shapes) {
         SCOPED_TRACE(::testing::Message() << s.batch << "x" << s.heads << "x" << s.queries << "x"
@@ -286,7 +286,8 @@ TEST_P(CudaAttentionTest, TheSameBitsInAnyOrder) {
     const tome_emulation::UseOptions first(in_order(1, 1));
     const Outputs want = on_cuda(in);
     for (uint32_t seed = 2; seed < 5; ++seed) {
-        const tome_emulation::UseOptions use(in_order(seed, seed == 3 ? 500 : 1));  // and in smaller tiles
+        const tome_emulation::UseOptions use(
+            in_order(seed, seed == 3 ? 500 : 1));  // and in smaller tiles
         EXPECT_EQ(on_cuda(in), want);
     }
 }

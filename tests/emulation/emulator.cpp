@@ -75,7 +75,7 @@ struct Fiber {
     const void* in = nullptr;
     void* out = nullptr;
     std::deque<std::vector<AsyncCopy>> copies;  // groups; the last one is still open
-    bool copies_unshared = false;               // some have arrived, and no fence stands behind them
+    bool copies_unshared = false;  // some have arrived, and no fence stands behind them
     std::vector<PendingProduct> products;
 };
 
@@ -552,8 +552,8 @@ void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shar
         products.push_back({d, std::vector<float>(d, d + count)});
         pending = products.end() - 1;
     }
-    ProductIn in{current / kWarp % 4, columns, {}, a != nullptr, a_rows_summed, b_rows_summed,
-                 a_shared, b_shared, {}, to_float};
+    ProductIn in{current / kWarp % 4, columns,  {},       a != nullptr, a_rows_summed,
+                 b_rows_summed,       a_shared, b_shared, {},           to_float};
     if (a != nullptr) std::copy(a, a + 4, in.a);
     if (add) std::copy(pending->values.begin(), pending->values.end(), in.c);
     float out[32];

@@ -23,8 +23,8 @@
 namespace tome::attention_backward_detail {
 namespace {
 
-using attention_cuda_detail::kLog2E;
 using attention_cuda_detail::copy_tile;
+using attention_cuda_detail::kLog2E;
 using attention_tiles::kHopperDim;
 using attention_tiles::kHopperKeys;
 using attention_tiles::kHopperRows;
@@ -69,7 +69,8 @@ __device__ __forceinline__ float dot_row(const T* grad, const T* out) {
 #pragma unroll
     for (int i = 0; i < kHopperDim / 16; ++i) {
         const auto at = static_cast<int>(i * 16 + threadIdx.x % 2u * 8);
-        const auto a = device::load_vector<T, 8>(grad + at), b = device::load_vector<T, 8>(out + at);
+        const auto a = device::load_vector<T, 8>(grad + at),
+                   b = device::load_vector<T, 8>(out + at);
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum += device::widen(a.v[j]) * device::widen(b.v[j]);
     }
@@ -117,8 +118,7 @@ __device__ __forceinline__ void weigh(const float (&s)[32], const float (&dp)[32
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int i = 4 * n + 2 * half + j;
-                weight[j] =
-                    device::exp2_approx(s[i] * scale + (row[half].x + of_column.v[j]));
+                weight[j] = device::exp2_approx(s[i] * scale + (row[half].x + of_column.v[j]));
                 slope[j] = weight[j] * (dp[i] - (kOfKeys ? delta.v[j] : row[half].y));
             }
             const int at = n % 2 * 2 + half;
@@ -139,8 +139,8 @@ struct Place {
 template <int kGroups>
 __device__ __forceinline__ Place place_of(const HopperWork& w, unsigned block, unsigned thread) {
     const unsigned head_of_all = block / w.blocks_per_head;
-    const auto first_row = static_cast<int>(
-        (block % w.blocks_per_head * kGroups + thread / kWarpgroup) * kHopperRows);
+    const auto first_row =
+        static_cast<int>((block % w.blocks_per_head * kGroups + thread / kWarpgroup) * kHopperRows);
     return {head_of_all / w.heads, head_of_all % w.heads, first_row, w.rows.count - first_row};
 }
 
@@ -184,19 +184,18 @@ __global__ void __launch_bounds__(
                 r.second_strides.token, left_rows, r.second);
         }
         const Pair& c = w.columns;
-        // Starts the copies of 64 columns, and returns what this thread's one brings. Image and head
-        // are kept in two registers, where pointers would take eight.
+        // Starts the copies of 64 columns, and returns what this thread's one brings. Image and
+        // head are kept in two registers, where pointers would take eight.
         const auto start_tile = [&](int tile, int stage) {
             unsigned char* to = stages + stage * 2 * kTileBytes;
             const int64_t of_image = device::forget_origin(place.image);
             const int64_t of_heads = device::forget_origin(place.head);
             const int first = tile * kColumns;
             const auto copy = [&](unsigned char* to, const void* data, const HeadStrides& s) {
-                copy_tile<T, kThreads, kColumns>(
-                    to,
-                    static_cast<const T*>(data) + of_image * s.batch + of_heads * s.head +
-                        first * s.token,
-                    s.token, c.count - first, data);
+                copy_tile<T, kThreads, kColumns>(to,
+                                                 static_cast<const T*>(data) + of_image * s.batch +
+                                                     of_heads * s.head + first * s.token,
+                                                 s.token, c.count - first, data);
             };
             copy(to, c.first, c.first_strides);
             copy(to + kTileBytes, c.second, c.second_strides);
@@ -248,19 +247,20 @@ __global__ void __launch_bounds__(
             const float x = exists ? -kLog2E * lse[query] : -INFINITY;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                // Lane 4 g + t wants row g + 8 half of the warp, of which lane 2 (g + 8 half) knows.
+                // Lane 4 g + t wants row g + 8 half of the warp, of which lane 2 (g + 8 half)
+                // knows.
                 const int from = thread % device::kWarp / 4 * 2 + 16 * half;
                 row[half] = {__shfl_sync(device::kFullMask, x, from),
                              __shfl_sync(device::kFullMask, of_row, from)};
             }
         } else {
-            const int in_group = thread % kWarpgroup / device::kWarp * 16 +
-                                 thread % device::kWarp / 4;
+            const int in_group =
+                thread % kWarpgroup / device::kWarp * 16 + thread % device::kWarp / 4;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                row[half] = {attention_cuda_detail::log2_size(size, first_row + in_group + 8 * half,
-                                                              keys),
-                             0.0f};
+                row[half] = {
+                    attention_cuda_detail::log2_size(size, first_row + in_group + 8 * half, keys),
+                    0.0f};
             }
         }
 
@@ -343,13 +343,12 @@ __global__ void __launch_bounds__(
         const int64_t to = (int64_t{end.image} * w.rows.count + end.first_row + of_warp) * stride +
                            int64_t{end.head} * kHopperDim;
         const float by_scale[2] = {w.scale, w.scale};
-        attention_cuda_detail::write_rows<T>(sums_1, by_scale,
-                                             static_cast<T*>(w.grad_first) + to, stride, count);
+        attention_cuda_detail::write_rows<T>(sums_1, by_scale, static_cast<T*>(w.grad_first) + to,
+                                             stride, count);
         if constexpr (kOfKeys) {
             const float ones[2] = {1.0f, 1.0f};
-            attention_cuda_detail::write_rows<T>(sums_2, ones,
-                                                 static_cast<T*>(w.grad_second) + to, stride,
-                                                 count);
+            attention_cuda_detail::write_rows<T>(sums_2, ones, static_cast<T*>(w.grad_second) + to,
+                                                 stride, count);
         }
     }
 }

@@ -169,8 +169,7 @@ __device__ __forceinline__ void end_rows(const AttentionParams& p, int64_t image
             lse[8 * half] = seen ? (rows.top[half] + log2f(sum)) * kLn2 : 0.0f;
         }
     }
-    T* out =
-        static_cast<T*>(p.out) + ((image * p.queries + query) * p.heads + head) * kHopperDim;
+    T* out = static_cast<T*>(p.out) + ((image * p.queries + query) * p.heads + head) * kHopperDim;
     write_rows<T>(rows.out, factor, out, p.heads * kHopperDim, p.queries - query);
 }
 
@@ -276,8 +275,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
         };
         const int block_queries = args.tiles_per_block * kHopperRows;
         const int first = static_cast<int>(block) * block_queries;
-        const int end = static_cast<int>(
-            p.queries - first < block_queries ? p.queries : first + block_queries);
+        const int end =
+            static_cast<int>(p.queries - first < block_queries ? p.queries : first + block_queries);
         load(first);
         // Whether all tiles are known to be there; before, they are waited for one by one.
         bool all_there = false;
@@ -341,8 +340,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
 // --- keys in stages ----------------------------------------------------------------------------
 
 // A block's warpgroups, two, own 64 queries each, and share the keys and values that pass, in
-// stages of 128 keys. While one is worked on, the next is there or nearly, and the one after that is
-// being copied into the place of the one before. Warpgroups wait for each other once a stage.
+// stages of 128 keys. While one is worked on, the next is there or nearly, and the one after that
+// is being copied into the place of the one before. Warpgroups wait for each other once a stage.
 template <class T, int kTail>
 __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
     attention_staged_kernel(const __grid_constant__ HopperArgs args) {
@@ -363,7 +362,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         unsigned char* stages = device::dynamic_shared();
         auto* biases = reinterpret_cast<float*>(stages + kHopperStages * 2 * kStageBytes);
 
-        // Starts the copies of keys `first` to `first` + 127, and returns the size of this thread's.
+        // Starts the copies of keys `first` to `first` + 127, and returns the size of this
+        // thread's.
         const auto start_stage = [&](int first, int stage) {
             unsigned char* to = stages + stage * 2 * kStageBytes;
             const int64_t of_image = device::forget_origin(static_cast<unsigned>(image));
@@ -511,9 +511,8 @@ cudaError_t launch_of(const HopperArgs& args, dim3 grid, int warpgroups, size_t 
 
 bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4 * kHopperKeys;
-    return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 &&
-           m.p.keys <= kMost && m.p.queries <= kMost && m.vector_q &&
-           m.vector_k && m.vector_v && m.vector_out &&
+    return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 && m.p.keys <= kMost &&
+           m.p.queries <= kMost && m.vector_q && m.vector_k && m.vector_v && m.vector_out &&
            device::takes_blocks_of(attention_resident_kernel<device::BFloat, kHopperKeys>,
                                    kWarpgroup);
 }

@@ -118,9 +118,9 @@ constexpr Tiles choose(int64_t batch_heads, int64_t queries, int padded, int mul
 // Channels of the heads it takes: rows of 128 bytes, which its tiles are made of.
 inline constexpr int kHopperDim = 64;
 
-// A warpgroup's product has 64 rows: queries. Keys pass 64 at a time, so that logits (32 registers),
-// weights (16), queries (16) and outputs (32) fit the 128 registers with which four warpgroups share
-// a multiprocessor; the last keys are cut to a multiple of 16.
+// A warpgroup's product has 64 rows: queries. Keys pass 64 at a time, so that logits (32
+// registers), weights (16), queries (16) and outputs (32) fit the 128 registers with which four
+// warpgroups share a multiprocessor; the last keys are cut to a multiple of 16.
 inline constexpr int kHopperRows = 64, kHopperKeys = 64;
 
 // Up to so many keys, all keys and values of a head lie in shared memory at once: they are read
@@ -261,7 +261,8 @@ constexpr BackwardCut cut_backward(int64_t heads, int64_t rows, int padded, int6
     return {static_cast<int>(warps), blocks, shared(warps)};
 }
 
-// --- backward on Hopper's warpgroups: attention_backward_hopper.cu --------------------------------
+// --- backward on Hopper's warpgroups: attention_backward_hopper.cu
+// --------------------------------
 
 // Warpgroups of a block, 64 rows each, that share the columns which pass. A row of queries takes
 // 128 registers, so four warpgroups share a multiprocessor, in two blocks. A row of keys, with two

@@ -1,7 +1,8 @@
 // Hopper's own instructions, on top of device.h: products of a warpgroup (wgmma) with operands in
 // shared memory, their descriptors and fences. They exist for sm_90a alone. A kernel that uses them
-// has its body inside `if constexpr (kHasWarpgroups)` and its bound on threads from warpgroup_bound;
-// before it is chosen, takes_blocks_of (launch.h) says whether this build has it for the device.
+// has its body inside `if constexpr (kHasWarpgroups)` and its bound on threads from
+// warpgroup_bound; before it is chosen, takes_blocks_of (launch.h) says whether this build has it
+// for the device.
 //
 // A warpgroup is four warps, 128 threads, the first a multiple of four: warp w owns rows 16 w to
 // 16 w + 15 of a product's 64. In registers, operands and results are laid out as mma_m16n8k16's.
@@ -27,10 +28,10 @@ inline constexpr int warpgroup_bound(int groups) {
 // --- tiles of 64 channels in shared memory
 // --------------------------------------------------------------------------------
 //
-// A row is 64 values of 16 bits, 128 bytes, in eight pieces of 16. Piece c of row r lies where piece
-// c ^ (r % 8) would: then the eight rows of a matrix of 8 x 8 meet no bank twice, read along or
-// across. The tile begins at a multiple of 1024 bytes. It is what a product can read in place, its
-// rows being either the columns of the product or the channels that are summed over.
+// A row is 64 values of 16 bits, 128 bytes, in eight pieces of 16. Piece c of row r lies where
+// piece c ^ (r % 8) would: then the eight rows of a matrix of 8 x 8 meet no bank twice, read along
+// or across. The tile begins at a multiple of 1024 bytes. It is what a product can read in place,
+// its rows being either the columns of the product or the channels that are summed over.
 inline constexpr int kTileRowBytes = 128;
 inline constexpr int kTileAlign = 1024;
 
@@ -119,28 +120,29 @@ enum class TileRows { kAreColumns, kAreSummed };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // The accumulators of asm operands %0 to %(count - 1), and what follows them.
-#define TOME_D8(d, i)                                                                         \
+#define TOME_D8(d, i)                                                                           \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
 #define TOME_D16(d) TOME_D8(d, 0), TOME_D8(d, 8)
 #define TOME_D32(d) TOME_D8(d, 0), TOME_D8(d, 8), TOME_D8(d, 16), TOME_D8(d, 24)
 #define TOME_TEXT16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define TOME_TEXT32                                                                            \
+#define TOME_TEXT32                                                                               \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 // a in registers
-#define TOME_PRODUCT_RS(type, columns, text, list, a0, a1, a2, a3, b_, add_, trans_)                \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                                     \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " text \
-                 ", {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", add, 1, 1, %" trans_ ";\n}\n"    \
-                 : list                                                                            \
+#define TOME_PRODUCT_RS(type, columns, text, list, a0, a1, a2, a3, b_, add_, trans_)             \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                                   \
+                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type      \
+                 " " text ", {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", add, 1, 1, %" trans_ \
+                 ";\n}\n"                                                                        \
+                 : list                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransB))
 // a in shared memory
-#define TOME_PRODUCT_SS(type, columns, text, list, a_, b_, add_, trans_a, trans_b)                  \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                                     \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " text \
-                 ", %" a_ ", %" b_ ", add, 1, 1, %" trans_a ", %" trans_b ";\n}\n"                  \
-                 : list                                                                            \
+#define TOME_PRODUCT_SS(type, columns, text, list, a_, b_, add_, trans_a, trans_b)          \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                              \
+                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+                 " " text ", %" a_ ", %" b_ ", add, 1, 1, %" trans_a ", %" trans_b ";\n}\n" \
+                 : list                                                                     \
                  : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB))
 #endif
 
@@ -155,9 +157,8 @@ __device__ __forceinline__ void product(float (&d)[kColumns / 2], const uint32_t
                                         uint64_t b, int add) {
     static_assert(kColumns == 32 || kColumns == 64);
 #ifdef TOME_EMULATION
-    tome_emulation::warpgroup_product(
-        d, kColumns, a, 0, false, b, kB == TileRows::kAreSummed, add != 0,
-        [](uint16_t bits) { return to_float(T{bits}); });
+    tome_emulation::warpgroup_product(d, kColumns, a, 0, false, b, kB == TileRows::kAreSummed,
+                                      add != 0, [](uint16_t bits) { return to_float(T{bits}); });
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr int kTransB = kB == TileRows::kAreSummed;
     if constexpr (kColumns == 64) {
@@ -186,9 +187,9 @@ template <class T, int kColumns, TileRows kA, TileRows kB>
 __device__ __forceinline__ void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int add) {
     static_assert(kColumns == 32 || kColumns == 64);
 #ifdef TOME_EMULATION
-    tome_emulation::warpgroup_product(
-        d, kColumns, nullptr, a, kA == TileRows::kAreSummed, b, kB == TileRows::kAreSummed, add != 0,
-        [](uint16_t bits) { return to_float(T{bits}); });
+    tome_emulation::warpgroup_product(d, kColumns, nullptr, a, kA == TileRows::kAreSummed, b,
+                                      kB == TileRows::kAreSummed, add != 0,
+                                      [](uint16_t bits) { return to_float(T{bits}); });
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr int kTransA = kA == TileRows::kAreSummed, kTransB = kB == TileRows::kAreSummed;
     if constexpr (kColumns == 64) {

@@ -7,8 +7,8 @@
 
 namespace tome::attention_cuda_detail {
 
-// Starts a block's copies of kRows rows of 64 channels, kThreads threads together: each an eighth of
-// every kThreads / 8-th row. Rows past the last become zeros.
+// Starts a block's copies of kRows rows of 64 channels, kThreads threads together: each an eighth
+// of every kThreads / 8-th row. Rows past the last become zeros.
 //   tile (kRows, 64) shared, out
 //   rows (count, 64) strided, every row at a multiple of 16 bytes
 //   anything: what isn't valid is not read, but must be an address of 16 bytes: this one
@@ -31,8 +31,8 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const T* rows, in
     }
 }
 
-// Four lanes hold of a row, side by side, two values of every eight: word n of a lane is the pair at
-// 8 n + 2 t. Afterwards lane t holds all of columns 8 t to 8 t + 7 in words 0 to 3.
+// Four lanes hold of a row, side by side, two values of every eight: word n of a lane is the pair
+// at 8 n + 2 t. Afterwards lane t holds all of columns 8 t to 8 t + 7 in words 0 to 3.
 __device__ __forceinline__ void gather_row(uint32_t (&x)[4]) {
     const unsigned t = threadIdx.x % 4u;
     // First lanes 1 apart exchange, then lanes 2 apart: a transposition of 4 x 4 words.
@@ -52,8 +52,8 @@ __device__ __forceinline__ void gather_row(uint32_t (&x)[4]) {
     exchange(x[1], x[3], 2);
 }
 
-// factor times a warp's 16 rows of a product's 64 columns, rounded, to memory. Factor 0 is of row g,
-// factor 1 of row g + 8, g = lane / 4.
+// factor times a warp's 16 rows of a product's 64 columns, rounded, to memory. Factor 0 is of row
+// g, factor 1 of row g + 8, g = lane / 4.
 //   to (count, 64), rows `stride` apart, each at a multiple of 16 bytes: the warp's first row
 template <class T>
 __device__ __forceinline__ void write_rows(const float (&d)[32], const float (&factor)[2], T* to,
