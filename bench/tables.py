@@ -150,6 +150,7 @@ GPU_ATTENTION = {
     "b64_n577": "B=64 H=16 N=577",
     "single": "B=1 H=12 N=197",
 }
+GPU_LARGE = {"n4096": "B=2 N=4096 D=320 r=2048", "n16384": "B=1 N=16384 D=320 r=8192"}
 GPU_MODELS = {
     "vit_b": ("vit_base_patch16_224", 13, 256),
     "vit_l": ("vit_large_patch16_224", 7, 256),
@@ -174,8 +175,11 @@ def gpu_us(result: dict[str, Any], row: str, *path: str) -> float | None:
     return value
 
 
-def figure(value: float | None, form: str = "{:.3g}") -> str:
-    return "-" if value is None else form.format(value)
+def figure(value: float | None) -> str:
+    """Three digits, or all before the point."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def times(a: float | None, b: float | None, form: str = "{:.2f}x") -> str:
@@ -210,6 +214,10 @@ def gpu_ops_table(result: dict[str, Any]) -> str:
             cells = ["match and merge" if name == "both" else name, shape, figure(ours)]
             cells += [figure(floor), times(ours, floor, "{:.2f}")]
             lines.append(f"| {' | '.join([*cells, figure(other), times(other, ours)])} |")
+    for key, shape in GPU_LARGE.items():
+        ours, other = (gpu_us(result, f"large:{key}", name) for name in ("match", "stock match"))
+        cells = ["match", shape, figure(ours), "-", "-", figure(other), times(other, ours)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -259,25 +267,43 @@ def gpu_models_table(result: dict[str, Any]) -> str:
             if ours is None:
                 continue
             rates = [None if us[n] is None else 1e6 * batch / us[n] for n in names[:4]]
-            cells = [model, str(r), str(batch), mode, *(figure(rate, "{:.4g}") for rate in rates)]
+            cells = [model, str(r), str(batch), mode, *map(figure, rates)]
             cells += [times(us["unmerged"], ours), times(us["unmerged, flash"], ours)]
             cells += [times(us["ceiling"], ours, "{:.3f}"), times(us["published"], ours)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def gpu_short_table(result: dict[str, Any]) -> str:
+    """The first screen's: what merging gives to a whole model, as CUDA graphs."""
+    lines = [
+        gpu_line(result, "images/s, medians, CUDA graphs"),
+        "",
+        "| speed-up | model | r | B | unpatched | tome_ext | over stock ToMe as published |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, (model, r, batch) in GPU_MODELS.items():
+        names = ("unmerged", "tome", "published")
+        plain, ours, published = (gpu_us(result, f"model:{key}", "graph", name) for name in names)
+        rates = [None if us is None else 1e6 * batch / us for us in (plain, ours)]
+        cells = [times(plain, ours), model, str(r), str(batch), *map(figure, rates)]
+        lines.append(f"| {' | '.join([*cells, times(published, ours)])} |")
+    return "\n".join(lines)
+
+
 # Where each table stands, and the figures it is made from. A block whose figures are not there,
 # which only those of GPUs may be, stays as it is.
 TABLES = [
+    ("README.md", "short_gpu", "gpu_h200.json", gpu_short_table),
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
     ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
     ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
-    ("docs/benchmarking.md", "models_gpu", "gpu_h100.json", gpu_models_table),
-    ("docs/benchmarking.md", "ops_gpu", "gpu_h100.json", gpu_ops_table),
-    ("docs/benchmarking.md", "attention_gpu", "gpu_h100.json", gpu_attention_table),
+    ("docs/benchmarking.md", "models_gpu", "gpu_h200.json", gpu_models_table),
+    ("docs/benchmarking.md", "ops_gpu", "gpu_h200.json", gpu_ops_table),
+    ("docs/benchmarking.md", "attention_gpu", "gpu_h200.json", gpu_attention_table),
 ]
 
 
