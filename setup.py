@@ -136,10 +136,15 @@ def arch_flags(archs: str) -> list[str]:
     9.0 is built as 9.0a: the chips are the same, and only the latter has the instructions that the
     kernels for Hopper are made of (device_hopper.h).
     """
-    found = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch) for arch in re.split("[; ]+", archs)]
+    names = [name for name in re.split("[; ]+", archs) if name]
+    found = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in names]
     flags = []
     for arch in found:
         if arch is None:
+            print(
+                f"tome_ext: TORCH_CUDA_ARCH_LIST={archs} names architectures by other than numbers: "
+                "they are built as torch knows them, 9.0 without the kernels that are Hopper's own"
+            )
             return []
         number = arch[1] + arch[2] + arch[3]
         native = "90a" if number == "90" else number
