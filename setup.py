@@ -142,7 +142,7 @@ def arch_flags(archs: str) -> list[str]:
     for arch in found:
         if arch is None:
             print(
-                f"tome_ext: TORCH_CUDA_ARCH_LIST={archs} names architectures by other than numbers: "
+                f"tome_ext: TORCH_CUDA_ARCH_LIST={archs} names architectures without numbers: "
                 "they are built as torch knows them, 9.0 without the kernels that are Hopper's own"
             )
             return []
