@@ -23,13 +23,6 @@ using attention_cuda_detail::kLog2E;
 using device::BFloat;
 using device::Half;
 
-// Two tensors of the same rows, (batch, heads, count, dim) strided.
-struct Pair {
-    const void *first, *second;
-    HeadStrides first_strides, second_strides;
-    int count;
-};
-
 struct Work {
     Pair rows, columns;  // queries: q, grad; keys: k, v; one is rows, the other columns
     int64_t heads;

@@ -36,13 +36,6 @@ constexpr int kSteps = kHopperDim / 16;
 constexpr int kColumns = kHopperKeys;
 constexpr int kTileBytes = kHopperRows * device::kTileRowBytes;
 
-// Two tensors of the same tokens, (batch, heads, count, 64) strided.
-struct Pair {
-    const void *first, *second;
-    HeadStrides first_strides, second_strides;
-    int count;
-};
-
 struct HopperWork {
     Pair rows, columns;  // queries: q, grad; keys: k, v; one is rows, the other columns
     unsigned heads, blocks_per_head;

@@ -8,6 +8,13 @@
 
 namespace tome::attention_backward_detail {
 
+// Two tensors of the same tokens, (batch, heads, count, dim) strided.
+struct Pair {
+    const void *first, *second;
+    HeadStrides first_strides, second_strides;
+    int count;
+};
+
 // float16 and bfloat16 on Hopper's warpgroups. Takes what hopper_takes says it does.
 //   delta (batch, heads, queries) workspace
 bool hopper_takes(const AttentionBackwardParams& p, const device::Chip& chip);

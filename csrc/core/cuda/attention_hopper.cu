@@ -173,6 +173,18 @@ __device__ __forceinline__ void end_rows(const AttentionParams& p, int64_t image
     write_rows<T>(rows.out, factor, out, p.heads * kHopperDim, p.queries - query);
 }
 
+// Which queries are a block's.
+struct Place {
+    unsigned image, head;
+    unsigned block;  // of the head's
+};
+
+__device__ __forceinline__ Place place_of(const HopperArgs& args, unsigned block) {
+    const unsigned head_of_all = block / args.m.query_tiles;
+    const auto heads = static_cast<unsigned>(args.m.p.heads);
+    return {head_of_all / heads, head_of_all % heads, block % args.m.query_tiles};
+}
+
 __device__ __forceinline__ int warp_of(unsigned thread) {
     return static_cast<int>(thread / device::kWarp);
 }
@@ -212,10 +224,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
     attention_resident_kernel(const __grid_constant__ HopperArgs args) {
     if constexpr (device::kHasWarpgroups) {
         const AttentionParams& p = args.m.p;
-        const unsigned head_of_all = blockIdx.x / args.m.query_tiles;
-        const unsigned block = blockIdx.x % args.m.query_tiles;
-        const int64_t image = head_of_all / static_cast<unsigned>(p.heads);
-        const int64_t head = head_of_all % static_cast<unsigned>(p.heads);
+        const Place place = place_of(args, blockIdx.x);
+        const int64_t image = place.image, head = place.head;
         const int keys = static_cast<int>(p.keys);
         const int padded = (keys + 15) / 16 * 16;
         const int last = (padded - kTail) / kHopperKeys;  // the last tile
@@ -260,21 +270,17 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
         const uint64_t k_operand = device::operand_of(k_tile);
         const uint64_t v_operand = device::operand_of(v_tile);
         const float* bias_0 = biases + threadIdx.x % 4u * 2;
-        // Kept in two registers, where pointers would take more.
-        const auto image_kept = static_cast<unsigned>(image);
-        const auto head_kept = static_cast<unsigned>(head);
-
         // The queries of the warp, loaded while those before are finished.
         uint32_t q_operand[kSteps][4];
         const auto load = [&](int query) {
             const int64_t own = query + warp_of(threadIdx.x) * 16;
-            const T* q = head_of<T>(p.q, p.q_strides, device::forget_origin(image_kept),
-                                    device::forget_origin(head_kept));
+            const T* q = head_of<T>(p.q, p.q_strides, device::forget_origin(place.image),
+                                    device::forget_origin(place.head));
             load_queries<T>(q + own * p.q_strides.token, p.q_strides.token, p.queries - own,
                             q_operand);
         };
         const int block_queries = args.tiles_per_block * kHopperRows;
-        const int first = static_cast<int>(block) * block_queries;
+        const int first = static_cast<int>(place.block) * block_queries;
         const int end =
             static_cast<int>(p.queries - first < block_queries ? p.queries : first + block_queries);
         load(first);
@@ -330,8 +336,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
             device::products_wait<0>();
             device::pin(rows.out);
             if (has_rows) {
-                end_rows<T>(p, device::forget_origin(image_kept), device::forget_origin(head_kept),
-                            own, rows);
+                end_rows<T>(p, device::forget_origin(place.image),
+                            device::forget_origin(place.head), own, rows);
             }
         }
     }
@@ -351,10 +357,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         constexpr int kStageBytes = kStageKeys * device::kTileRowBytes;  // of keys, or values
         static_assert(kStageKeys == 2 * kHopperKeys && kStageKeys <= kThreads);
         const AttentionParams& p = args.m.p;
-        const unsigned head_of_all = blockIdx.x / args.m.query_tiles;
-        const unsigned block = blockIdx.x % args.m.query_tiles;
-        const int64_t image = head_of_all / static_cast<unsigned>(p.heads);
-        const int64_t head = head_of_all % static_cast<unsigned>(p.heads);
+        const Place place = place_of(args, blockIdx.x);
+        const int64_t image = place.image, head = place.head;
         const int keys = static_cast<int>(p.keys);
         const int last = (keys - 1) / kHopperKeys;  // the last 64 keys
         const int thread = static_cast<int>(threadIdx.x);
@@ -366,8 +370,8 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         // thread's.
         const auto start_stage = [&](int first, int stage) {
             unsigned char* to = stages + stage * 2 * kStageBytes;
-            const int64_t of_image = device::forget_origin(static_cast<unsigned>(image));
-            const int64_t of_heads = device::forget_origin(static_cast<unsigned>(head));
+            const int64_t of_image = device::forget_origin(place.image);
+            const int64_t of_heads = device::forget_origin(place.head);
             const auto copy = [&](unsigned char* to, const void* data, const HeadStrides& s) {
                 copy_tile<T, kThreads, kStageKeys>(
                     to, head_of<T>(data, s, of_image, of_heads) + first * s.token, s.token,
@@ -390,7 +394,7 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         write_bias(0, 0, start_stage(0, 0));
         float next_size = kStageKeys < keys ? start_stage(kStageKeys, 1) : 1.0f;
 
-        const int64_t own = (int64_t{block} * 8 + warp_of(threadIdx.x)) * 16;
+        const int64_t own = (int64_t{place.block} * 8 + warp_of(threadIdx.x)) * 16;
         const bool has_rows = own < p.queries;
         uint32_t q_operand[kSteps][4];
         load_queries<T>(head_of<T>(p.q, p.q_strides, image, head) + own * p.q_strides.token,
@@ -470,12 +474,9 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         device::pin(rows.out);
         if (has_rows) {
             // Worked out again, not kept in registers all the while.
-            const unsigned self = device::forget_origin(blockIdx.x);
-            const unsigned of_all = self / args.m.query_tiles;
-            const int64_t query =
-                (int64_t{self % args.m.query_tiles} * 8 + warp_of(threadIdx.x)) * 16;
-            end_rows<T>(p, of_all / static_cast<unsigned>(p.heads),
-                        of_all % static_cast<unsigned>(p.heads), query, rows);
+            const Place end = place_of(args, device::forget_origin(blockIdx.x));
+            const int64_t query = (int64_t{end.block} * 8 + warp_of(threadIdx.x)) * 16;
+            end_rows<T>(p, end.image, end.head, query, rows);
         }
     }
 }

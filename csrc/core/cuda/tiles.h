@@ -1,7 +1,7 @@
 // Every choice of tile and launch of merge, merge_add_norm, plan and select, with its reason;
 // match_tiles.h has match's. Plain C++: tests/cpp covers it. The reasons come from counting bytes,
-// registers and blocks, and from what ptxas reports; none of these choices has been measured against
-// another on a GPU yet.
+// registers and blocks, and from what ptxas reports; none of these choices has been measured
+// against another on a GPU yet.
 #pragma once
 
 #include <cstdint>
