@@ -39,6 +39,13 @@ TORCH_TARGET = "0x020a000000000000"
 # The last one as PTX too, for newer GPUs. 7.5 is left to who asks for it: without mma of bfloat16,
 # attention takes nvcc three minutes, more than all the others together.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+NAMED_ARCHS = {
+    "Turing": ("7.5",),
+    "Ampere": ("8.0", "8.6"),
+    "Ada": ("8.9",),
+    "Hopper": ("9.0",),
+    "Blackwell": ("10.0", "12.0"),
+}
 PTX_TOO = ("10.0",)  # for 11.0, which runs code of neither 10.0 nor 12.0
 
 
@@ -131,27 +138,40 @@ def default_archs(home: Path) -> str:
 
 
 def arch_flags(archs: str) -> list[str]:
-    """What nvcc is told of TORCH_CUDA_ARCH_LIST; nothing where it names what torch alone knows.
+    """What nvcc is told of TORCH_CUDA_ARCH_LIST.
 
     9.0 is built as 9.0a: the chips are the same, and only the latter has the instructions that the
-    kernels for Hopper are made of (device_hopper.h).
+    kernels for Hopper are made of (device_hopper.h). All flags are ours: torch adds its own only
+    where none has "arch" in it, a folder's name included.
     """
-    names = [name for name in re.split("[; ]+", archs) if name]
-    found = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in names]
     flags = []
-    for arch in found:
+    names = [part for name in re.split(r"[;\s]+", archs) for part in archs_of(name) if part]
+    for name in names:
+        arch = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if arch is None:
-            print(
-                f"tome_ext: TORCH_CUDA_ARCH_LIST={archs} names architectures without numbers: "
-                "they are built as torch knows them, 9.0 without the kernels that are Hopper's own"
+            raise SystemExit(
+                f"tome_ext: TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0 or 9.0+PTX, "
+                f"{', '.join(NAMED_ARCHS)} or native, got {name!r}"
             )
-            return []
         number = arch[1] + arch[2] + arch[3]
         native = "90a" if number == "90" else number
         flags.append(f"-gencode=arch=compute_{native},code=sm_{native}")
         if arch[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return list(dict.fromkeys(flags))
+
+
+def archs_of(name: str) -> list[str]:
+    """What a name of torch's stands for; anything else as it is."""
+    if name == "native":
+        count = torch.cuda.device_count()
+        found = {torch.cuda.get_device_capability(i) for i in range(count)}
+        return [f"{major}.{minor}" for major, minor in sorted(found)]
+    plain = name.removesuffix("+PTX")
+    known = NAMED_ARCHS.get(plain)
+    if known is None:
+        return [name]
+    return [*known[:-1], f"{known[-1]}+PTX"]
 
 
 def cuda_toolkit() -> tuple[Path, Path] | None:

@@ -62,6 +62,13 @@ class Results:
         machines = [folder / "machine.json" for folder in folders]
         known = [json.loads(path.read_text()) for path in machines if path.is_file()]
         self.machine: dict[str, Any] = known[0] if known else {}
+        for other in known[1:]:
+            for key in ("device", "driver_version", "torch", "commit"):
+                if other.get(key) != self.machine.get(key):
+                    raise SystemExit(
+                        f"gpu_report.py: expected folders of one machine and one build, got {key} "
+                        f"{self.machine.get(key)} and {other.get(key)}"
+                    )
         self.checks = lines("check.jsonl")
         self.tests = lines("tests.jsonl")
         self.cpp = merged(lines("cpp.jsonl"))
@@ -239,7 +246,8 @@ def right(r: Results) -> list[str]:
             continue
         good = Counter(row.get("op", "?") for row in rows if row["ok"])
         each = ", ".join(f"{op} {count}" for op, count in sorted(good.items()))
-        lines.append(f"- {name}: {sum(good.values())} of {len(rows)} cases ({each})")
+        wanted = len(rows) + sum(row["cases"] for row in missing(r) if row["of"] == stage)
+        lines.append(f"- {name}: {sum(good.values())} of {wanted} cases ({each})")
         ties = [row for row in rows if row.get("ties")]
         if ties:
             lines.append(f"  - {len(ties)} of them decided near ties otherwise than the CPU")
@@ -256,6 +264,11 @@ def right(r: Results) -> list[str]:
         known = [row for row in rows if row["ok"] is not None]
         lines.append(f"- {tool}: {f'{clean} cases clean' if known else 'not run'}")
     return lines
+
+
+def missing(r: Results) -> list[dict[str, Any]]:
+    """A line for each stage that did not come to all of its cases."""
+    return [row for row in r.checks if row.get("stage") == "missing"]
 
 
 def outcomes_of(r: Results) -> dict[str, dict[str, Any]]:
@@ -300,6 +313,7 @@ def faults(r: Results) -> list[str]:
     for row in r.checks:
         if row.get("stage") == "sanitizer" and row["ok"] is False:
             lines.append(f"- {row['tool']}: {row.get('summary')}; see sanitizer.txt")
+    lines += [f"- {row['of']}: {row['why']}" for row in missing(r) if row["cases"] == 0]
     for name, row in (*r.figures.items(), *r.cpp.items()):
         if row.get("error") and row["error"] != NO_TIME:
             lines.append(f"- {name}: {row['error']}")
@@ -308,7 +322,7 @@ def faults(r: Results) -> list[str]:
 
 def not_run(r: Results) -> list[str]:
     """What says nothing, good or bad."""
-    out = []
+    out = [f"- {row['of']}: {row['cases']} cases, {row['why']}" for row in missing(r)]
     for row in r.checks:
         if row.get("stage") == "sanitizer" and row["ok"] is None:
             out.append(f"- {row.get('tool', 'compute-sanitizer')}: {row.get('why')}")

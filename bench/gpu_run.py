@@ -166,6 +166,7 @@ def build(run: Run) -> None:
     if args.wheel is None:
         raise SystemExit(f"gpu.sh: the wheel could not be built, see {run.out / 'log.txt'}")
     number = arch.split(";")[0].split("+")[0].replace(".", "")
+    number = "90a" if number == "90" else number  # as setup.py builds it
     nvcc = ["nvcc", "-std=c++20", "-O3", "--threads", "0"]
     nvcc += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
     nvcc += [f"-I{ROOT}/csrc/core/include", f"-I{ROOT}/csrc/core/cuda"]
@@ -362,6 +363,14 @@ class Checks:
             self.run.say(f"WRONG {json.dumps(row)[:300]}")
 
 
+def note_missing(run: Run, stage: str, names: list[str], rows: list[dict]) -> None:
+    """So that a part of the cases is not taken for all of them."""
+    if len(rows) < len(names) or not names:
+        why = "out of time" if names else "gpu_check lists no cases"
+        row = {"stage": "missing", "of": stage, "cases": len(names) - len(rows), "why": why}
+        run.append("check.jsonl", row)
+
+
 def check(run: Run, end: float) -> None:
     """All cases, the wrong ones in other ways, many repeats of some, and compute-sanitizer."""
     stages = run.args.stages
@@ -373,7 +382,9 @@ def check(run: Run, end: float) -> None:
     wrong: list[str] = []
     small = "emulator" if run.dry else "all"
     if "check" in stages:
-        rows = checks.all(checks.names(small), [], {})
+        names = checks.names(small)
+        rows = checks.all(names, [], {})
+        note_missing(run, "check", names, rows)
         wrong = [row["case"] for row in rows if not row["ok"]]
         run.say(f"check: {len(rows)} cases, {len(wrong)} wrong")
     for note in ({"TOME_OVERLAP": "0"}, {"CUDA_LAUNCH_BLOCKING": "1"}):
@@ -384,6 +395,7 @@ def check(run: Run, end: float) -> None:
         names = checks.names(small if run.dry else "repeats")[: 3 if run.dry else None]
         many = "5" if run.dry else "1000"
         rows = checks.all(names, ["--repeats", many], {"stage": "repeats"})
+        note_missing(run, "repeats", names, rows)
         run.say(f"{many} repeats: {sum(not r['ok'] for r in rows)} of {len(rows)} wrong")
     if "sanitizer" in stages:
         sanitizer(run, checks, end)
@@ -402,6 +414,8 @@ def sanitizer(run: Run, checks: Checks, end: float) -> None:
         options = ["--report-api-errors", "no"] if name == "memcheck" else []
         for part in range(0, len(names), 12):
             if time.monotonic() > end - 2:
+                row = {"stage": "missing", "of": name, "cases": len(names) - part}
+                run.append("check.jsonl", {**row, "why": "out of time"})
                 return run.say(f"{name}: {part} of {len(names)} cases, then the time was over")
             to = run.temporary / f"{name}-{part}.txt"
             command = [program, "--tool", name, *options, "--print-limit", "10"]
@@ -418,6 +432,8 @@ def sanitizer(run: Run, checks: Checks, end: float) -> None:
             ran = bool(summary) and (reached > 0 or status == 99)
             row = {"stage": "sanitizer", "tool": name, "part": part, "cases": reached}
             clean = re.search(r"SUMMARY: 0 (errors|hazards)", " ".join(summary)) is not None
+            # All cases of the part, and with right results.
+            clean = clean and status == 0 and reached == len(names[part : part + 12])
             row |= {"ok": clean if ran else None, "summary": " ".join(summary)[:200]}
             if not ran:
                 row["why"] = "out of time" if status is None else text.strip()[-300:]
@@ -452,8 +468,11 @@ def tests(run: Run, end: float) -> None:
         file.write(text[-6000:] + "\n")
     last = ([""] + text.strip().splitlines())[-1]
     run.say(f"tests: {'the time was over' if status is None else last}")
+    results = run.out / "tests.jsonl"
     if status is None:
         run.append("tests.jsonl", {"test": "pytest", "outcome": "stopped", "why": "out of time"})
+    elif not run.dry and not results.is_file():
+        run.append("tests.jsonl", {"test": "pytest", "outcome": "stopped", "why": last})
 
 
 def cpp(run: Run) -> None:

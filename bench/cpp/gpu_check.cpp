@@ -3,6 +3,8 @@
 //
 //   nvcc -std=c++20 -O3 -arch=native -Icsrc/core/include bench/cpp/gpu_check.cpp
 //       csrc/core/cpu/*.cpp csrc/core/cuda/*.cu -o gpu_check
+//                              on Hopper -gencode arch=compute_90a,code=sm_90a, or its own kernels
+//                              are not in it
 //   gpu_check [--list] [--set all|sanitizer|repeats|emulator] [--repeats N] [--case NAME]...
 //   gpu_check --self-test        shows that wrong results are found
 //

@@ -72,9 +72,20 @@ Outputs on_cuda(const Inputs& in, int64_t shift = 0) {
     Outputs to = poisoned(in);
     const Shape& s = in.shape;
     const int64_t before = tome_emulation::launches();
+    const int64_t products_before = tome_emulation::warpgroup_products();
     EXPECT_EQ(tome::attention_cuda(params_of(in, to, shift), nullptr), cudaSuccess)
         << tome_emulation::last_failure();
     EXPECT_EQ(tome_emulation::launches() - before, s.batch * s.heads * s.queries == 0 ? 0 : 1);
+    // Hopper's own kernels are the ones that are tested wherever they serve.
+    const auto fits = [&](const StridedTensor& t) {
+        return tome::attention_tiles::vectors_fit(
+            reinterpret_cast<uintptr_t>(t.memory.at(t.index(0, 0, 0, 0))), t.strides.batch,
+            t.strides.head, t.strides.token, s.dim, 2);
+    };
+    const bool hoppers = tome_emulation::options().capability == 90 && s.dim == 64 &&
+                         in.dtype != DType::kFloat32 && s.batch * s.heads * s.queries > 0 &&
+                         s.keys > 0 && fits(in.q) && fits(in.k) && fits(in.v) && shift % 8 == 0;
+    EXPECT_EQ(tome_emulation::warpgroup_products() > products_before, hoppers);
     expect_guards(to.out, kGuard - shift, to.out.count() - kGuard - shift);
     expect_guards(to.lse, kGuard, to.lse.count() - kGuard);
     return to;

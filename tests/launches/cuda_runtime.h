@@ -51,6 +51,7 @@ struct cudaLaunchConfig_t {
 };
 
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetLastError();
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);

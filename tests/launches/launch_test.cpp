@@ -38,6 +38,7 @@ struct Runtime {
     std::map<std::pair<const void*, int>, std::vector<int>> limits;  // as set, in order
     std::vector<Launch> launches;
     int questions = 0;  // calls but for cudaGetDevice and launches
+    int cleared = 0;    // errors taken back, so that nobody else finds them
 
     // Starts over, with kernels that launch.h hasn't seen.
     void reset() {
@@ -48,7 +49,7 @@ struct Runtime {
         get_device = get_chip = get_attributes = set_limit = get_driver = cudaSuccess;
         limits.clear();
         launches.clear();
-        questions = 0;
+        questions = cleared = 0;
     }
 };
 
@@ -84,6 +85,11 @@ cudaError_t cudaDriverGetVersion(int* version) {
     const std::lock_guard<std::mutex> lock(runtime.mutex);
     *version = runtime.driver;
     return answer(runtime.get_driver);
+}
+cudaError_t cudaGetLastError() {
+    const std::lock_guard<std::mutex> lock(runtime.mutex);
+    ++runtime.cleared;
+    return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     const std::lock_guard<std::mutex> lock(runtime.mutex);
@@ -284,6 +290,21 @@ TEST_F(Launches, ReturnErrorsAndTryAgain) {
               cudaErrorInvalidValue)
         << "the launch's own error";
     EXPECT_EQ(go(), cudaSuccess);
+}
+
+// A kernel of one chip's instructions has no body elsewhere, and is compiled for fewer threads.
+TEST_F(Launches, KnowWhichKernelsTheBuildHas) {
+    EXPECT_TRUE(takes_blocks_of(kernel<8>, 128));
+    runtime.max_threads = 32;
+    EXPECT_FALSE(takes_blocks_of(kernel<8, 1>, 128));
+    EXPECT_TRUE(takes_blocks_of(kernel<8, 1>, 32));
+    EXPECT_TRUE(takes_blocks_of(kernel<8>, 128)) << "asked once";
+    runtime.get_attributes = cudaErrorNoKernelImageForDevice;
+    EXPECT_FALSE(takes_blocks_of(kernel<8, 2>, 32));
+    EXPECT_EQ(runtime.cleared, 1);
+    runtime.get_attributes = cudaSuccess;
+    EXPECT_TRUE(takes_blocks_of(kernel<8, 2>, 32)) << "asked again";
+    EXPECT_TRUE(runtime.launches.empty());
 }
 
 TEST_F(Launches, ChooseByTheCurrentChip) {

@@ -658,6 +658,21 @@ def test_attention_is_captured_and_replayed() -> None:
 
 
 @on_gpu
+def test_hopper_runs_kernels_of_its_own() -> None:
+    q, k, v = (
+        torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        tome_ext.ops.attention(q, k, v).sum().backward()
+        torch.cuda.synchronize()
+    names = " ".join(event.name for event in profile.events())
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert ("attention_resident_kernel" in names) == hopper
+    assert ("attention_backward_hopper_kernel" in names) == hopper
+
+
+@on_gpu
 def test_attention_takes_no_memory_that_grows_with_pairs() -> None:
     q, k, v = (x.cuda() for x in packed_qkv(1, 4, 4096, 64, torch.bfloat16))
     torch.cuda.synchronize()

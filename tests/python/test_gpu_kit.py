@@ -59,7 +59,8 @@ def folder(tmp_path: Path) -> Path:
         {"stage": "sanitizer", "tool": "racecheck", "cases": 3, "ok": False, "summary": "1 hazard"},
         {"stage": "sanitizer", "tool": "synccheck", "cases": 0, "ok": None, "why": "not here"},
     ]
-    write(tmp_path, "check.jsonl", [good, bad, lost, again, *tools])
+    ended = {"stage": "missing", "of": "check", "cases": 4, "why": "out of time"}
+    write(tmp_path, "check.jsonl", [good, bad, lost, again, *tools, ended])
     write(
         tmp_path,
         "tests.jsonl",
@@ -107,13 +108,14 @@ def test_what_is_wrong_and_how_to_see_it_again(folder: Path) -> None:
     run, left_out = wrong.split("Not run:")
     assert "synccheck: not here" in left_out
     assert "model:vit_l: not run for want of time" in left_out
+    assert "- check: 4 cases, out of time" in left_out
     assert "fine" not in run
 
 
 def test_what_is_right(folder: Path) -> None:
     page = gpu_report.page(gpu_report.Results(folder))
     right = page[page.index("## What is right") : page.index("## Goals")]
-    assert "gpu_check: 1 of 3 cases (match 1)" in right
+    assert "gpu_check: 1 of 7 cases (match 1)" in right  # three of them reached
     assert "1 of them decided near ties otherwise" in right
     assert "gpu_check, 1000 repeats: not run" in right
     assert "pytest: 1 failed, 1 passed" in right
@@ -121,6 +123,24 @@ def test_what_is_right(folder: Path) -> None:
     assert "Some GPU, driver 1.2, torch 9.9" in page
     assert "layer:vit_b match: bench_cuda takes 1.29 of the time above" in page
     assert "layer:vit_b merge: bench_cuda" not in page
+
+
+def test_no_cases_at_all_are_wrong(folder: Path) -> None:
+    with (folder / "check.jsonl").open("a") as file:
+        line = {"stage": "missing", "of": "repeats", "cases": 0, "why": "gpu_check lists no cases"}
+        file.write(json.dumps(line) + "\n")
+    assert "- repeats: gpu_check lists no cases" in gpu_report.faults(gpu_report.Results(folder))
+
+
+def test_folders_of_different_builds_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    machine = json.loads((folder / "machine.json").read_text())
+    (other / "machine.json").write_text(json.dumps(machine))
+    gpu_report.Results(folder, other)
+    (other / "machine.json").write_text(json.dumps({**machine, "commit": "abc"}))
+    with pytest.raises(SystemExit, match="one machine and one build, got commit None and abc"):
+        gpu_report.Results(folder, other)
 
 
 def test_goals(folder: Path) -> None:
@@ -188,9 +208,7 @@ def test_tables_of_what_is_there(folder: Path) -> None:
     attention = tables.gpu_attention_table(result).splitlines()
     assert "| forward | B=256 H=12 N=197 | 110 | 200 | 100 | - | - | 1.10 |" in attention
     models = tables.gpu_models_table(result)
-    line = (
-        "| vit_base_patch16_224 | 13 | 256 | graph | - | - | 2.56e+07 | 2.844e+07 | - | - | 1.111 |"
-    )
+    line = "| vit_base_patch16_224 | 13 | 256 | graph | - | - | 25,600,000 | 28,444,444 | - | - | 1.111 |"
     assert line in models
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
@@ -38,11 +39,26 @@ def arch_flags(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
                 "-gencode=arch=compute_120,code=compute_120",
             ],
         ),
-        ("8.0;Hopper", []),  # torch's names: left to torch
+        # Names as torch has them: the newest of each as PTX too.
+        ("8.0;Hopper", [AMPERE, HOPPER, "-gencode=arch=compute_90,code=compute_90"]),
+        ("Hopper+PTX", [HOPPER, "-gencode=arch=compute_90,code=compute_90"]),
+        ("8.0\t9.0\n", [AMPERE, HOPPER]),
+        ("native", [AMPERE, HOPPER]),
         ("", []),
     ],
 )
 def test_archs_as_nvcc_is_told_them(
-    arch_flags: Callable[[str], list[str]], archs: str, flags: list[str]
+    arch_flags: Callable[[str], list[str]],
+    archs: str,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 0), (9, 0)][i])
     assert arch_flags(archs) == flags
+
+
+@pytest.mark.parametrize("archs", ["8.0, 9.0", "sm_90", "9", "Fermi"])
+def test_what_is_no_arch_is_refused(arch_flags: Callable[[str], list[str]], archs: str) -> None:
+    with pytest.raises(SystemExit, match=r"expected numbers such as 8\.0"):
+        arch_flags(archs)

@@ -346,8 +346,9 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
 // --- keys in stages ----------------------------------------------------------------------------
 
 // A block's warpgroups, two, own 64 queries each, and share the keys and values that pass, in
-// stages of 128 keys. While one is worked on, the next is there or nearly, and the one after that
-// is being copied into the place of the one before. Warpgroups wait for each other once a stage.
+// stages of 128 keys. While one is worked on, the next is being copied; the third place is that of
+// the stage before, whose last outputs are still being added when that copy starts. Warpgroups wait
+// for each other once a stage.
 template <class T, int kTail>
 __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
     attention_staged_kernel(const __grid_constant__ HopperArgs args) {

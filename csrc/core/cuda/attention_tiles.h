@@ -264,9 +264,9 @@ constexpr BackwardCut cut_backward(int64_t heads, int64_t rows, int padded, int6
 // --- backward on Hopper's warpgroups: attention_backward_hopper.cu
 // --------------------------------
 
-// Warpgroups of a block, 64 rows each, that share the columns which pass. A row of queries takes
-// 128 registers, so four warpgroups share a multiprocessor, in two blocks. A row of keys, with two
-// sums, takes 168: three.
+// Warpgroups of a block, 64 rows each, that share the columns which pass. A thread takes 128
+// registers for queries, so four warpgroups share a multiprocessor, in two blocks; for keys, with
+// two sums, it takes 168: three.
 TOME_HOST_DEVICE constexpr int hopper_backward_groups(bool of_keys) { return of_keys ? 1 : 2; }
 TOME_HOST_DEVICE constexpr int hopper_backward_blocks(bool of_keys) { return of_keys ? 3 : 2; }
 

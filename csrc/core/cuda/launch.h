@@ -107,7 +107,10 @@ class KnownKernels {
         Known known{kernel, device, nullptr, false, 0, {}};
         cudaError_t error = ask_chip(device, known.chip);
         if (error == cudaSuccess && kernel != nullptr) error = prepare(known);
-        if (error != cudaSuccess) return error;
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // or torch would take it for that of its next launch
+            return error;
+        }
         std::atomic<const Known*>& head = bucket(kernel, device);
         known.next = head.load(std::memory_order_relaxed);
         found = new Known(known);
