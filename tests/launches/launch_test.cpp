@@ -143,6 +143,7 @@ using tome::device::Chip;
 using tome::device::current_chip;
 using tome::device::launch;
 using tome::device::launch_overlapping;
+using tome::device::takes_blocks_of;
 
 struct Params {
     int value;
