@@ -145,12 +145,12 @@ void share_with_products();
 void products_begin();
 void products_wait();
 
-// One warp's 16 rows of d (64 x columns) += a (64 x 16) * b (16 x columns). Operands in shared
+// One warp's 16 rows of d (64 x 64) += a (64 x 16) * b (16 x 64). Operands in shared
 // memory are read as their descriptors say; `a` is in registers unless null. The result is in `d`
 // only after products_wait; until then there is NaN.
-void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shared,
-                       bool a_rows_summed, uint64_t b_shared, bool b_rows_summed, bool add,
-                       float (*to_float)(uint16_t), const Site& site = Site::current());
+void warpgroup_product(float* d, const uint32_t* a, uint64_t a_shared, bool a_rows_summed,
+                       uint64_t b_shared, bool b_rows_summed, bool add, float (*to_float)(uint16_t),
+                       const Site& site = Site::current());
 
 template <class T, class Pick>
 TOME_NO_HOOKS T shuffle(unsigned mask, const char* what, const Site& site, T value, int argument,

@@ -466,7 +466,7 @@ const unsigned char* operand_element(uint64_t operand, int line, int along) {
 }
 
 struct ProductIn {
-    int warp, columns;
+    int warp;
     uint32_t a[4];
     bool a_in_registers, a_rows_summed, b_rows_summed;
     uint64_t a_shared, b_shared;
@@ -477,7 +477,7 @@ struct ProductIn {
 void one_warps_product(const Lanes& lanes) {
     ++product_count;
     const ProductIn& first = *static_cast<const ProductIn*>(lanes.in[0]);
-    const int columns = first.columns;
+    constexpr int columns = 64;
     const auto read = [&](const unsigned char* from) {
         note_access(from, 2, Access::kRead);
         uint16_t bits;
@@ -535,9 +535,9 @@ void products_wait() {
     products.clear();
 }
 
-void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shared,
-                       bool a_rows_summed, uint64_t b_shared, bool b_rows_summed, bool add,
-                       float (*to_float)(uint16_t), const Site& site) {
+void warpgroup_product(float* d, const uint32_t* a, uint64_t a_shared, bool a_rows_summed,
+                       uint64_t b_shared, bool b_rows_summed, bool add, float (*to_float)(uint16_t),
+                       const Site& site) {
     for (int t = 0; t < threads; ++t) {
         if (fibers[static_cast<size_t>(t)].copies_unshared) {
             fail("a product may not see what thread %d has copied: no share_with_products", t);
@@ -545,15 +545,22 @@ void warpgroup_product(float* d, int columns, const uint32_t* a, uint64_t a_shar
     }
     if (blockDim.x % 128 != 0) fail("a product in a block of %u threads", blockDim.x);
     auto& products = fibers[static_cast<size_t>(current)].products;
-    const auto count = static_cast<size_t>(columns / 2);
+    constexpr size_t count = 32;  // of a lane: 16 rows by 64 columns of a warp's
     auto pending = std::find_if(products.begin(), products.end(),
                                 [&](const PendingProduct& product) { return product.to == d; });
     if (pending == products.end()) {
         products.push_back({d, std::vector<float>(d, d + count)});
         pending = products.end() - 1;
     }
-    ProductIn in{current / kWarp % 4, columns,  {},       a != nullptr, a_rows_summed,
-                 b_rows_summed,       a_shared, b_shared, {},           to_float};
+    ProductIn in{current / kWarp % 4,
+                 {},
+                 a != nullptr,
+                 a_rows_summed,
+                 b_rows_summed,
+                 a_shared,
+                 b_shared,
+                 {},
+                 to_float};
     if (a != nullptr) std::copy(a, a + 4, in.a);
     if (add) std::copy(pending->values.begin(), pending->values.end(), in.c);
     float out[32];

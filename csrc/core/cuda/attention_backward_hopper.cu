@@ -75,7 +75,7 @@ template <class T>
 __device__ __forceinline__ void start_logits(float (&s)[32], uint64_t rows, uint64_t columns) {
 #pragma unroll
     for (int d = 0; d < kSteps; ++d) {
-        device::product<T, kColumns, TileRows::kAreColumns, TileRows::kAreColumns>(
+        device::product<T, TileRows::kAreColumns, TileRows::kAreColumns>(
             s, rows + device::operand_channels(16 * d), columns + device::operand_channels(16 * d),
             d > 0);
     }
@@ -87,8 +87,8 @@ __device__ __forceinline__ void start_sums(float (&sums)[32], const uint32_t (&w
                                            uint64_t columns) {
 #pragma unroll
     for (int n = 0; n < kCount / 16; ++n) {
-        device::product<T, kHopperDim, TileRows::kAreSummed>(
-            sums, weights[n], columns + device::operand_rows(16 * n), 1);
+        device::product<T, TileRows::kAreSummed>(sums, weights[n],
+                                                 columns + device::operand_rows(16 * n), 1);
     }
 }
 

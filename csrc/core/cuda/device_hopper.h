@@ -119,91 +119,62 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
 enum class TileRows { kAreColumns, kAreSummed };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// The accumulators of asm operands %0 to %(count - 1), and what follows them.
+// The accumulators are asm's operands %0 to %31; then come a, b, whether to add, and how they lie.
 #define TOME_D8(d, i)                                                                           \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
-#define TOME_D16(d) TOME_D8(d, 0), TOME_D8(d, 8)
-#define TOME_D32(d) TOME_D8(d, 0), TOME_D8(d, 8), TOME_D8(d, 16), TOME_D8(d, 24)
-#define TOME_TEXT16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define TOME_TEXT32                                                                               \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define TOME_PRODUCT_BEGIN(type, add)                                                              \
+    "{\n.reg .pred add;\nsetp.ne.b32 add, %" add                                                   \
+    ", 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                              \
+    " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 // a in registers
-#define TOME_PRODUCT_RS(type, columns, text, list, a0, a1, a2, a3, b_, add_, trans_)             \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                                   \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type      \
-                 " " text ", {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", add, 1, 1, %" trans_ \
-                 ";\n}\n"                                                                        \
-                 : list                                                                          \
+#define TOME_PRODUCT_RS(type)                                                                     \
+    asm volatile(TOME_PRODUCT_BEGIN(type, "37") "{%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}\n" \
+                 : TOME_D8(d, 0), TOME_D8(d, 8), TOME_D8(d, 16), TOME_D8(d, 24)                   \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransB))
 // a in shared memory
-#define TOME_PRODUCT_SS(type, columns, text, list, a_, b_, add_, trans_a, trans_b)          \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_                              \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
-                 " " text ", %" a_ ", %" b_ ", add, 1, 1, %" trans_a ", %" trans_b ";\n}\n" \
-                 : list                                                                     \
+#define TOME_PRODUCT_SS(type)                                                         \
+    asm volatile(TOME_PRODUCT_BEGIN(type, "34") "%32, %33, add, 1, 1, %35, %36;\n}\n" \
+                 : TOME_D8(d, 0), TOME_D8(d, 8), TOME_D8(d, 16), TOME_D8(d, 24)       \
                  : "l"(a), "l"(b), "r"(add), "n"(kTransA), "n"(kTransB))
 #endif
 
-// d (64 x kColumns) += a (64 x 16) * b (16 x kColumns), or = where `add` is 0. Called by a whole
-// warpgroup.
+// d (64 x 64) += a (64 x 16) * b (16 x 64), or = where `add` is 0. Called by a whole warpgroup.
 //   d  as mma_m16n8k16's c, of each 8 columns: d[4 n] to d[4 n + 3] are columns 8 n to 8 n + 7
 //   a  as mma_m16n8k16's a
-//   b  operand_of a tile: rows are the product's columns, channels are summed over (kAreColumns);
-//      or 16 rows are summed over, channels are columns (kAreSummed: kColumns channels, at most 64)
-template <class T, int kColumns, TileRows kB>
-__device__ __forceinline__ void product(float (&d)[kColumns / 2], const uint32_t (&a)[4],
-                                        uint64_t b, int add) {
-    static_assert(kColumns == 32 || kColumns == 64);
+//   b  operand_of a tile: its 64 rows are the product's columns, channels are summed over
+//      (kAreColumns); or 16 rows are summed over, channels are columns (kAreSummed)
+template <class T, TileRows kB>
+__device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                        int add) {
 #ifdef TOME_EMULATION
-    tome_emulation::warpgroup_product(d, kColumns, a, 0, false, b, kB == TileRows::kAreSummed,
-                                      add != 0, [](uint16_t bits) { return to_float(T{bits}); });
+    tome_emulation::warpgroup_product(d, a, 0, false, b, kB == TileRows::kAreSummed, add != 0,
+                                      [](uint16_t bits) { return to_float(T{bits}); });
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr int kTransB = kB == TileRows::kAreSummed;
-    if constexpr (kColumns == 64) {
-        if constexpr (std::is_same_v<T, Half>) {
-            TOME_PRODUCT_RS("f16", "64", TOME_TEXT32, TOME_D32(d), "32", "33", "34", "35", "36",
-                            "37", "38");
-        } else {
-            TOME_PRODUCT_RS("bf16", "64", TOME_TEXT32, TOME_D32(d), "32", "33", "34", "35", "36",
-                            "37", "38");
-        }
+    if constexpr (std::is_same_v<T, Half>) {
+        TOME_PRODUCT_RS("f16");
     } else {
-        if constexpr (std::is_same_v<T, Half>) {
-            TOME_PRODUCT_RS("f16", "32", TOME_TEXT16, TOME_D16(d), "16", "17", "18", "19", "20",
-                            "21", "22");
-        } else {
-            TOME_PRODUCT_RS("bf16", "32", TOME_TEXT16, TOME_D16(d), "16", "17", "18", "19", "20",
-                            "21", "22");
-        }
+        TOME_PRODUCT_RS("bf16");
     }
 #endif
 }
 
 // The same with a in shared memory, operand_of a tile whose 64 rows are the product's
 // (kAreColumns), or whose 16 rows are summed over and channels are the product's rows (kAreSummed).
-template <class T, int kColumns, TileRows kA, TileRows kB>
-__device__ __forceinline__ void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b, int add) {
-    static_assert(kColumns == 32 || kColumns == 64);
+template <class T, TileRows kA, TileRows kB>
+__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, int add) {
 #ifdef TOME_EMULATION
-    tome_emulation::warpgroup_product(d, kColumns, nullptr, a, kA == TileRows::kAreSummed, b,
+    tome_emulation::warpgroup_product(d, nullptr, a, kA == TileRows::kAreSummed, b,
                                       kB == TileRows::kAreSummed, add != 0,
                                       [](uint16_t bits) { return to_float(T{bits}); });
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr int kTransA = kA == TileRows::kAreSummed, kTransB = kB == TileRows::kAreSummed;
-    if constexpr (kColumns == 64) {
-        if constexpr (std::is_same_v<T, Half>) {
-            TOME_PRODUCT_SS("f16", "64", TOME_TEXT32, TOME_D32(d), "32", "33", "34", "35", "36");
-        } else {
-            TOME_PRODUCT_SS("bf16", "64", TOME_TEXT32, TOME_D32(d), "32", "33", "34", "35", "36");
-        }
+    if constexpr (std::is_same_v<T, Half>) {
+        TOME_PRODUCT_SS("f16");
     } else {
-        if constexpr (std::is_same_v<T, Half>) {
-            TOME_PRODUCT_SS("f16", "32", TOME_TEXT16, TOME_D16(d), "16", "17", "18", "19", "20");
-        } else {
-            TOME_PRODUCT_SS("bf16", "32", TOME_TEXT16, TOME_D16(d), "16", "17", "18", "19", "20");
-        }
+        TOME_PRODUCT_SS("bf16");
     }
 #endif
 }
