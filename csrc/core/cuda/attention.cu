@@ -17,14 +17,6 @@ using attention_tiles::stage_elements;
 using attention_tiles::step_keys;
 using attention_tiles::tile_keys;
 
-// How far, in log2, a row's logits may rise above the maximum that its weights are relative to
-// before the row is scaled anew. Weights up to 2^8 are as exact as those up to 1, in any of the
-// types; and after the first keys hardly any row rises so far.
-constexpr float kRise = 8.0f;
-
-// A row's maximum before any: not -inf, from which a hidden key's -inf would be NaN away.
-constexpr float kLowest = -3.402823466e38f;
-
 // What a warp keeps of its 16 * kBlocks rows. With g = lane / 4 and t = lane % 4, a lane holds of
 // each 16 rows the rows g and g + 8, and of each 8 columns the columns 2t and 2t + 1.
 template <int kDim>

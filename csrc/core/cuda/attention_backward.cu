@@ -357,15 +357,8 @@ cudaError_t launch_one(Work w, int64_t batch, const device::Chip& chip, cudaStre
 template <class T, int kDim>
 cudaError_t launch_both(const AttentionBackwardParams& p, float* minus_delta,
                         const device::Chip& chip, cudaStream_t stream) {
-    const auto fit = [&](const void* data, const HeadStrides& s) {
-        return attention_tiles::vectors_fit(reinterpret_cast<uintptr_t>(data), s.batch, s.head,
-                                            s.token, p.dim, sizeof(T));
-    };
-    const HeadStrides of_heads{0, p.dim, p.heads * p.dim};  // out and the gradients
     Work w{};
-    w.vector = fit(p.q, p.q_strides) && fit(p.k, p.k_strides) && fit(p.v, p.v_strides) &&
-               fit(p.grad, p.grad_strides) && fit(p.out, of_heads) && fit(p.grad_q, of_heads) &&
-               fit(p.grad_k, of_heads) && fit(p.grad_v, of_heads);
+    w.vector = vectors_fit(p);
     w.heads = p.heads;
     w.dim = static_cast<int>(p.dim);
     w.scale = static_cast<float>(p.scale);
@@ -425,7 +418,7 @@ cudaError_t attention_backward_cuda(const AttentionBackwardParams& p, void* work
     if (error != cudaSuccess) return error;
     auto* minus_delta = static_cast<float*>(workspace);
     if (hopper_takes(p, chip)) {
-        return launch_attention_backward_hopper(p, minus_delta, chip, stream);
+        return launch_attention_backward_hopper(p, minus_delta, stream);
     }
     switch (p.dtype) {
         case DType::kFloat32:

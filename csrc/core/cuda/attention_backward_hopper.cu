@@ -399,20 +399,12 @@ bool hopper_takes(const AttentionBackwardParams& p, const device::Chip& chip) {
                                  kWarpgroup)) {
         return false;
     }
-    const auto fit = [&](const void* data, const HeadStrides& s) {
-        return attention_tiles::vectors_fit(reinterpret_cast<uintptr_t>(data), s.batch, s.head,
-                                            s.token, p.dim, element_size(p.dtype));
-    };
-    const HeadStrides of_heads{0, p.dim, p.heads * p.dim};  // out and the gradients
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4 * kHopperRows;
-    return p.queries <= kMost && p.keys <= kMost && fit(p.q, p.q_strides) &&
-           fit(p.k, p.k_strides) && fit(p.v, p.v_strides) && fit(p.grad, p.grad_strides) &&
-           fit(p.out, of_heads) && fit(p.grad_q, of_heads) && fit(p.grad_k, of_heads) &&
-           fit(p.grad_v, of_heads);
+    return p.queries <= kMost && p.keys <= kMost && vectors_fit(p);
 }
 
 cudaError_t launch_attention_backward_hopper(const AttentionBackwardParams& p, float* delta,
-                                             const device::Chip&, cudaStream_t stream) {
+                                             cudaStream_t stream) {
     HopperWork w{};
     w.heads = static_cast<unsigned>(p.heads);
     w.scale = static_cast<float>(p.scale);

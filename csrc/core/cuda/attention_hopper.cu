@@ -27,8 +27,6 @@ using attention_tiles::kHopperStages;
 using device::kWarpgroup;
 using device::TileRows;
 
-constexpr float kRise = 8.0f;  // as in attention.cu
-constexpr float kLowest = -3.402823466e38f;
 constexpr int kSteps = kHopperDim / 16;  // of a product over all channels
 
 // What a lane keeps of its rows g and g + 8 of the warp's 16 (g = lane / 4).

@@ -22,6 +22,14 @@ using device::kWarp;
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// How far, in log2, a row's logits may rise above the maximum that its weights are relative to
+// before the row is scaled anew. Weights up to 2^8 are as exact as those up to 1, in any of the
+// types; and after the first keys hardly any row rises so far.
+inline constexpr float kRise = 8.0f;
+
+// A row's maximum before any: not -inf, from which a hidden key's -inf would be NaN away.
+inline constexpr float kLowest = -3.402823466e38f;
+
 // --- global to shared --------------------------------------------------------------------------
 
 // How threads share the copying of a tile: a warp takes as many whole rows at once as it has lanes
