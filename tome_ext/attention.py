@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops
+from ._torch import any_autocast, in_transform
 from .ops import describe, device_kind
 from .plan import MergePlan
 from .reference import accumulate_dtype
@@ -27,6 +27,7 @@ __all__ = [
     "proportional_attention",
     "reduce_mask",
     "unsupported",
+    "visible_keys",
 ]
 
 OPERATOR = "tome::attention"
@@ -60,10 +61,7 @@ def unsupported(
 
 
 def _in_transform() -> bool:
-    """Whether derivatives are asked for in a way that operators outside torch cannot follow."""
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+    return not torch.compiler.is_compiling() and in_transform()
 
 
 def _operator_serves(
@@ -86,7 +84,7 @@ def _operator_serves(
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the time of the questions below
+    if not any_autocast():
         return False
     device = device_kind(x)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -134,6 +132,24 @@ def key_mask(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor | None:
     if shape[0] not in (1, batch) or shape[1:3] != (1, 1) or shape[3] not in (1, num_keys):
         return None
     return attn_mask.reshape(shape[0], shape[3]).expand(batch, num_keys)
+
+
+def visible_keys(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:
+    """The keys that a mask shows to at least one query of one head.
+
+    Args:
+        attn_mask: bool or float, broadcastable to (B, H, M, N).
+        batch: B.
+        num_keys: N.
+
+    Returns:
+        (B, N) bool. A float mask hides what it takes below half of its dtype's least value, as
+        libraries write it in place of -infinity.
+    """
+    if attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    return attn_mask.reshape(shape).any(2).any(1).expand(batch, num_keys)
 
 
 def log_size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _library, _onnx, reference
+from ._torch import below_autograd, without_autocast
 
 __all__ = [
     "attention",
@@ -67,9 +68,7 @@ def _operator(name: str, differentiable: bool = False) -> Callable[..., Any]:
                 return overload(*args, **kwargs)
             if torch.is_inference_mode_enabled():  # has left the autograd layer already
                 return overload(*args, **kwargs)
-            # Under no_grad torch would still go through its autograd layer for operators outside
-            # of it, which is written in Python and takes 5 to 10 us a call.
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return overload(*args, **kwargs)
 
         return call
@@ -359,7 +358,7 @@ def twin(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         # Kernels compute in the precision they promise, under autocast too.
-        with torch._C._DisableAutocast():
+        with without_autocast(args[0].device.type):
             return plain(*args)
 
     return call

@@ -6,14 +6,13 @@ import platform
 import time
 from collections.abc import Iterable
 from importlib import metadata
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import _library, ops
 from ._version import __version__
-from .patch._model import PatchedModel
+from .patch.common.patched_model import find_patched
 from .schedule import parse_r
 
 __all__ = ["benchmark", "info", "parse_r"]
@@ -96,22 +95,14 @@ def _progress(runs: int, verbose: bool) -> Iterable[int]:
     return progress
 
 
-def _unwrap(model: Any) -> Any:
-    """The model inside ``torch.compile``, ``DataParallel`` and their like."""
-    for name in ("_orig_mod", "module"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
-            return _unwrap(inner)
-    return model
-
-
 def info(model: nn.Module | None = None) -> dict[str, str]:
     """What is installed, built and in use, by name; for bug reports and ``tome-ext info``.
 
     Works when the compiled library is missing or broken, and then says why.
 
     Args:
-        model: a patched model, to be described too. "attention" says, block by block, what computes
+        model: a patched model, or a wrapper of one (compiled, parallel, PEFT's), to be described
+            too. "attention" says, block by block, what computes
             attention: ``tome::attention``, the model's own code (where nothing has merged), or
             ``scaled_dot_product_attention`` and in parentheses why. That is what the last forward
             did (but for one under ``torch.compile``); before the first, what its weights' device
@@ -123,9 +114,10 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
     Raises:
         ValueError: the model is not patched.
     """
-    model = _unwrap(model)
-    if model is not None and not isinstance(model, PatchedModel):
-        raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
+    patched = find_patched(model)
+    if model is not None and patched is None:
+        inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper says nothing
+        raise ValueError(f"model: expected a patched model, got {type(inner).__name__}")
     built = _library.build_info()
     devices = [f"cpu ({platform.machine()})"]
     if torch.cuda.is_available():
@@ -151,7 +143,7 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
         "attention kernels": ", ".join(kernels) or "none",
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
-        **({} if model is None else model._tome_report()),
+        **({} if patched is None else patched._tome_report()),
     }
 
 

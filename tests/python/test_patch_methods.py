@@ -118,7 +118,8 @@ def test_folding_residual_and_norm_in_changes_nothing(method: str) -> None:
 def test_a_rate_of_tome_is_the_r_that_leaves_as_many() -> None:
     model, x = tiny(), images()
     by_rate = tome_ext.patch.timm(model, keep_rate=0.7)(x)
-    assert [model._tome.kept(layer, n) for layer, n in enumerate((64, 45, 32))] == [45, 32, 23]
+    left = [model.tome.plan_after(layer + 1).num_output_tokens for layer in range(3)]
+    assert left == [1 + 45, 1 + 32, 1 + 23]
     model.r = [19, 13, 9]
     assert torch.equal(model(x), by_rate)
 

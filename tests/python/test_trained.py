@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tome_ext
-from tome_ext.patch import _step
+from tome_ext.patch.common import methods
 
 TRAINED_ACCURACY = 0.90  # at least; guessing reaches 0.10
 MERGING_LOSES = 0.05  # at most, of the accuracy without merging
@@ -95,7 +95,7 @@ def test_accuracy_stays_under_merging(monkeypatch: pytest.MonkeyPatch, single_th
             model.r = R
             merged = accuracy(model, test_split)
             assert model.tome.num_tokens == TOKENS_LEFT
-            monkeypatch.setattr(_step, "match", match_at_random)
+            monkeypatch.setattr(methods, "match", match_at_random)
             at_random = accuracy(model, test_split)
         assert merged >= plain - MERGING_LOSES
         assert at_random <= merged - RANDOM_LOSES_MORE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._command import CommandError, Reduction
-from ..patch._swap import Swapped, swap
+from ..patch.common.class_swap import Swapped, swap
 from ..schedule import parse_keep_rate, tokens_after
 
 __all__ = [

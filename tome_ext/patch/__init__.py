@@ -1,14 +1,123 @@
 """Patches that make models of other libraries merge tokens.
 
-``_engine``, ``_swap`` and ``_model`` are common and know no library; each library has one adapter
-(``_timm``: which models it takes; ``_timm_modules``: where their blocks, q/k/v and residual are). A
-library is imported only when its patch is called.
+``common`` is what every patch shares, and knows no library; each library has one file in ``hosts``,
+which says where its blocks are and what they are called; ``registry`` finds the library of a model.
+A library is imported only when a model of it is patched.
 """
 
 from __future__ import annotations
 
-from ._model import remove
-from ._timm import timm
-from ._tokens import Tokens
+from typing import Any
 
-__all__ = ["Tokens", "remove", "timm"]
+from torch import nn
+
+from ..schedule import KeepRate, Method, Schedule
+from .common.methods import make_method
+from .common.patched_model import patch_model, remove
+from .common.rules import Settings
+from .common.token_state import Tokens
+from .registry import HOSTS, Host, find_tower, register
+
+__all__ = ["Host", "Tokens", "auto", "register", "remove", "timm"]
+
+
+def auto(
+    model: nn.Module,
+    r: Schedule = 0,
+    prop_attn: bool = True,
+    trace_source: bool = False,
+    *,
+    method: Method = "tome",
+    keep_rate: KeepRate | None = None,
+    normalize_fused: bool = False,
+    fused_weight_grad: bool = False,
+    restore_tokens: bool = False,
+    host: str | None = None,
+) -> Any:
+    """Patch a Vision Transformer, so that its blocks go on with fewer tokens.
+
+    Each block reduces its tokens between attention and MLP, by one of three methods:
+
+    - "tome" merges similar tokens (Bolya et al., *Token Merging: Your ViT But Faster*, ICLR 2023;
+      arXiv 2210.09461); the metric is the mean of the keys over heads.
+    - "topk" keeps the patch tokens that the class token attends to most, on average over heads, and
+      drops the others. Those that stay keep their order.
+    - "evit" does so too, but fuses the others into one token, at the end: the sum of their
+      features, weighted by the class token's attention (Liang et al., *Not All Patches are What You
+      Need*, ICLR 2022; arXiv 2202.07800). In later blocks it is a patch token like any other.
+
+    The model is changed in place: it keeps its parameters, hooks, ``state_dict`` and the names of
+    its classes. With ``r=0`` it computes what it did before. ``model.r`` and ``model.keep_rate``
+    change later how many tokens go; a forward keeps to those that it began with.
+
+    The model returns merged tokens (B, M, C); ``model.tome`` has their sizes and their plan, and
+    ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
+    share their value and dropped ones are 0. Average pooling and attention pooling weight merged
+    tokens by size, as if over the original tokens; after pruning they are over the tokens that are
+    left. Tokens that a mask hides merge with none.
+
+    In blocks that reduce tokens, and in those behind them, no attention matrix is built, whatever
+    the model's settings say: ``torch.ops.tome.attention`` computes attention, or
+    ``F.scaled_dot_product_attention`` where that cannot (attention dropout while training, masks
+    that do more than hide keys); ``tome_ext.info(model)`` says which and why. Hooks on modules that
+    would see the matrix do not run there.
+
+    Args:
+        model: a model of a supported library, or one that contains exactly one such model. If it is
+            patched already, its settings are replaced.
+        r: tokens to remove per layer: an int, ``(r, inflection)`` or a list; see
+            :func:`tome_ext.schedule.parse_r`.
+        prop_attn: add log(size) of each key token to the logits (proportional attention). The
+            paper finds it better for models trained with labels, worse for MAE off the shelf. Only
+            "tome" has sizes.
+        trace_source: fill ``model._tome_info["source"]``, as code written for the published
+            patch expects. New code uses ``model.tome.plan``, which is there in any case.
+        method: "tome", "evit" or "topk", as above. The latter two need a class token.
+        keep_rate: instead of ``r``, the share of patch tokens to keep, rounded up: a float for the
+            layers after a quarter, a half and three quarters of the model (4, 7 and 10 of 12), or a
+            list with one per layer; see :func:`tome_ext.schedule.parse_keep_rate`. EViT's fused
+            token comes on top, whereas ``r`` counts it: there r + 1 tokens become one.
+        normalize_fused: of "evit", divide the weights by their sum, so that the fused token is a
+            mean. Published models are trained without.
+        fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
+            does in training. Costs a pass over the tokens in each block that fuses.
+        restore_tokens: return tokens at their full number, each merged one as often as it counts,
+            for whatever reads them as a grid.
+        host: the library, where it should not be found by the model's class: a name of
+            :data:`tome_ext.patch.registry.HOSTS`.
+
+    Returns:
+        The model. As a context manager it removes the patch at the end:
+        ``with tome_ext.patch.auto(model, r=8): ...``.
+
+    Raises:
+        ValueError: the model or a block is of a kind that is not supported (the message names
+            it), or a setting is wrong. Nothing is changed.
+        ImportError: the library is not installed, or too old.
+    """
+    if host is not None and host not in HOSTS:
+        raise ValueError(f"host: expected one of {sorted(HOSTS)}, got {host!r}")
+    settings = Settings(
+        make_method(method, prop_attn, normalize_fused, fused_weight_grad),
+        r,
+        keep_rate,
+        bool(trace_source),
+        bool(restore_tokens),
+    )
+    find = find_tower if host is None else HOSTS[host].find_tower
+    return patch_model(model, find, settings)
+
+
+def timm(
+    model: nn.Module,
+    r: Schedule = 0,
+    prop_attn: bool = True,
+    trace_source: bool = False,
+    **settings: Any,
+) -> Any:
+    """:func:`auto` for a model of timm (vit, deit, deit3, dinov2, siglip, clip, so150m, ...).
+
+    Takes a :class:`timm.models.VisionTransformer` or ``VisionTransformerDistilled`` whose blocks
+    are all ``vision_transformer.Block`` with ``Attention``.
+    """
+    return auto(model, r, prop_attn, trace_source, host="timm", **settings)

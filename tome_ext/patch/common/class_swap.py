@@ -1,8 +1,9 @@
 """Changing what a module does without changing the module: its class is swapped, and back.
 
 A swapped module keeps its parameters, buffers, hooks, name in the model and ``state_dict`` keys;
-only ``module.__class__`` becomes a subclass made of a mixin and the module's own class. Pickle and
-``deepcopy`` rebuild that subclass from its two parts.
+only ``module.__class__`` becomes a subclass made of a mixin and the module's own class. The
+subclass has the name of that class: libraries look modules up by it, and write it into files.
+Pickle and ``deepcopy`` rebuild the subclass from its two parts.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def _swapped_class(mixin: type, base: type) -> type:
     made = _classes.get((mixin, base))
     if made is None:
         made = type(
-            f"ToMe{base.__name__}",
+            base.__name__,
             (mixin, base),
             {
-                "__module__": mixin.__module__,
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
                 "__doc__": base.__doc__,
                 "_tome_mixin": mixin,
                 "_tome_base": base,

@@ -1,0 +1,1 @@
+"""What every patch shares. Nothing here knows a model library."""

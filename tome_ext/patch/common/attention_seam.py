@@ -1,0 +1,118 @@
+"""Where a library's attention is reached: what the common ways of computing it share.
+
+Attention that has q, k and v in hand calls :meth:`BlockCall.attend`. ``nn.MultiheadAttention`` is
+here, as a block's self-attention and as a pool over tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...attention import proportional_attention
+from .block_call import BlockCall
+from .class_swap import Swapped
+from .trail import Trail
+
+__all__ = ["TomeMultiheadAttention", "pool_multihead", "weighted_mean"]
+
+
+def heads_of(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) as (B, H, N, C / H), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Weights and biases of q, k and v."""
+    biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    if attn._qkv_same_embed_dim:
+        return attn.in_proj_weight.chunk(3), biases
+    return (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight), biases
+
+
+def check_multihead(attn: Any) -> str | None:
+    """What an nn.MultiheadAttention does that the patch cannot follow, in words; None if nothing."""
+    if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
+        return "keys of its own (add_bias_kv or add_zero_attn)"
+    return None
+
+
+class TomeMultiheadAttention(Swapped):
+    """``nn.MultiheadAttention`` as self-attention that weights keys by size."""
+
+    _tome: Trail
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        call: BlockCall | None = self._tome.call
+        if call is None:
+            out: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
+                query, key, value, *args, attn_mask=attn_mask, is_causal=is_causal, **kwargs
+            )
+            return out
+        if kwargs.get("need_weights", False):
+            raise ValueError(
+                f"need_weights: expected False in block {call.tokens.layer}, which builds no "
+                "attention matrix as tokens have merged; set r = 0 for the weights"
+            )
+        x = query if self.batch_first else query.transpose(0, 1)
+        if self._qkv_same_embed_dim and query is key and key is value:
+            packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            weights, biases = _projections(self)
+            each = (query, key, value)
+            q, k, v = (
+                heads_of(
+                    F.linear(y if self.batch_first else y.transpose(0, 1), w, b), self.num_heads
+                )
+                for y, w, b in zip(each, weights, biases, strict=True)
+            )
+        dropout = self.dropout if self.training else 0.0
+        y = call.attend(q, k, v, attn_mask, is_causal and attn_mask is None, dropout)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        return y if self.batch_first else y.transpose(0, 1), None
+
+
+def pool_multihead(
+    attn: Any, query: Tensor, x: Tensor, size: Tensor | None, value: Tensor | None = None
+) -> Tensor:
+    """``attn(query, x, x)`` of a batch-first nn.MultiheadAttention, counting tokens by size.
+
+    Args:
+        attn: nn.MultiheadAttention.
+        query: (B, Q, C).
+        x: (B, M, C) tokens.
+        size: (B, M) float32, or None for all 1.
+        value: (B, M, C) in place of x as values.
+
+    Returns:
+        (B, Q, C).
+    """
+    weights, biases = _projections(attn)
+    q, k, v = (
+        heads_of(F.linear(y, w, b), attn.num_heads)
+        for y, w, b in zip((query, x, x if value is None else value), weights, biases, strict=True)
+    )
+    dropout = attn.dropout if attn.training else 0.0
+    y = proportional_attention(q, k, v, size, dropout_p=dropout)
+    out: Tensor = attn.out_proj(y.transpose(1, 2).flatten(2))
+    return out
+
+
+def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
+    """The mean (B, C) of tokens x (B, M, C) over the original tokens that they stand for."""
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = size.to(work) / size.sum(1, keepdim=True, dtype=work)
+    return (x * weight.unsqueeze(-1)).sum(1).to(x.dtype)

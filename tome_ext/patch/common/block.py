@@ -1,0 +1,225 @@
+"""The block of any library: residual, merge and norm by the names of its modules.
+
+A block that reduces nothing runs its own forward; one that does is driven from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ... import ops
+from ..._torch import hooks_on_all_modules
+from ...attention import autocasts
+from .block_call import BlockCall
+from .class_swap import Swapped
+from .trail import AttentionKind, Trail
+
+__all__ = ["BlockNames", "TomeBlock"]
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What a class of blocks calls its parts, and in which order they work.
+
+    A part named None, or that a block does not have, does nothing.
+
+    Attributes:
+        norm1, attn, norm2, mlp: modules.
+        scale1, scale2: modules or parameters that multiply a branch (LayerScale).
+        drop1, drop2: modules that drop a branch, or features of it, while training.
+        scale_vector: attribute of the scale modules that holds their vector.
+        order: "pre" for ``x + branch(norm(x))``, "post" for ``x + norm(branch(x))``.
+        scale_classes: classes of scale modules that do nothing but multiply.
+        drop_classes: classes of drop modules that do nothing unless they train and drop.
+        norm_classes: classes of norms that compute ``F.layer_norm``.
+    """
+
+    norm1: str
+    attn: str
+    norm2: str
+    mlp: str
+    scale1: str | None = None
+    scale2: str | None = None
+    drop1: str | None = None
+    drop2: str | None = None
+    scale_vector: str = "gamma"
+    order: Literal["pre", "post"] = "pre"
+    scale_classes: tuple[type, ...] = ()
+    drop_classes: tuple[type, ...] = ()
+    norm_classes: tuple[type, ...] = (nn.LayerNorm,)
+
+
+class TomeBlock(Swapped):
+    """A transformer block that reduces its tokens between attention and MLP.
+
+    Attributes of an instance: ``_tome`` is the tower's trail, ``_tome_layer`` the block's number,
+    ``_tome_names`` what its parts are called.
+    """
+
+    _tome: Trail
+    _tome_layer: int
+    _tome_names: BlockNames
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trail: Trail = self._tome
+        call = trail.enter(self._tome_layer, x)
+        if not call.active:
+            out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        else:
+            args, kwargs = self._tome_arguments(call, args, kwargs)
+            if call.reduces:
+                out = self._tome_reduce(call, x, args, kwargs)
+            else:
+                trail.call = call
+                try:
+                    out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+                finally:
+                    trail.call = None
+                call.check_attended()
+        y = out[0] if isinstance(out, tuple) else out
+        if not call.reduces:
+            call.pass_on(y, call.tokens.size, None)
+        trail.leave(call, y)
+        return out
+
+    def _tome_attention_kind(self) -> AttentionKind:
+        """What is known about the block's attention before it runs."""
+        raise NotImplementedError
+
+    def _tome_arguments(
+        self, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block's further arguments, with what is per token carried to the present tokens."""
+        return args, kwargs
+
+    def _tome_attend(
+        self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The output of the block's attention for x (B, M, C)."""
+        trail: Trail = self._tome
+        trail.call = call
+        try:
+            out = self._modules[self._tome_names.attn](x, *args, **kwargs)
+        finally:
+            trail.call = None
+        return out[0] if isinstance(out, tuple) else out
+
+    def _tome_reduce(
+        self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block's forward, with a merge between attention and MLP."""
+        names: BlockNames = self._tome_names
+        modules = self._modules  # nn.Module's own lookup takes microseconds for each
+        if names.order == "post":
+            attended = modules[names.norm1](self._tome_attend(call, x, args, kwargs))
+            x = call.merge(x + finished(self, names.scale1, names.drop1, attended))
+            branch = modules[names.norm2](modules[names.mlp](x))
+        else:
+            attended = self._tome_attend(call, modules[names.norm1](x), args, kwargs)
+            x, normed = merged_and_normed(self, names, call, x, attended)
+            del attended  # or its memory would be held until the MLP is done
+            branch = modules[names.mlp](normed)
+        return x + finished(self, names.scale2, names.drop2, branch)
+
+
+def finished(block: Any, scale: str | None, drop: str | None, branch: Tensor) -> Tensor:
+    """A branch's output, scaled and dropped."""
+    modules = block._modules
+    if scale is not None:
+        module = modules.get(scale)
+        if module is not None:
+            branch = module(branch)
+        else:
+            vector = getattr(block, scale, None)
+            branch = branch if vector is None else vector * branch
+    if drop is not None:
+        module = modules.get(drop)
+        branch = branch if module is None else module(branch)
+    return branch
+
+
+def merged_and_normed(
+    block: Any, names: BlockNames, call: BlockCall, x: Tensor, attended: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
+    norm = block._modules[names.norm2]
+    if call.averages and is_plain_norm(names, norm) and not drops(block, names):
+        plain, vector = plain_scale(block, names)
+        if plain and not hooks_on_all_modules():
+            weight, bias = norm.weight, norm.bias
+            if fit(x, attended, vector, weight, bias):
+                return call.merge_add_norm(x, attended, vector, weight, bias, norm.eps)
+    x = call.merge(x + finished(block, names.scale1, names.drop1, attended))
+    return x, norm(x)
+
+
+# Whether modules between attention and MLP do what ``tome::merge_add_norm`` does. They do unless
+# one drops, is of another class or has hooks, which must see its input or output.
+
+
+def is_plain_norm(names: BlockNames, norm: Any) -> bool:
+    """Whether the norm computes a LayerNorm over channels, and nothing else."""
+    return (
+        type(norm) in names.norm_classes and len(norm.normalized_shape) == 1 and not observed(norm)
+    )
+
+
+def plain_scale(block: Any, names: BlockNames) -> tuple[bool, Tensor | None]:
+    """Whether the first scale only multiplies, and its vector if there is one."""
+    if names.scale1 is None:
+        return True, None
+    scale = block._modules.get(names.scale1)
+    if scale is None:
+        return True, getattr(block, names.scale1, None)
+    if observed(scale):
+        return False, None
+    if type(scale) is nn.Identity:
+        return True, None
+    if type(scale) in names.scale_classes:
+        return True, getattr(scale, names.scale_vector)
+    return False, None
+
+
+def drops(block: Any, names: BlockNames) -> bool:
+    """Whether the first drop module may change the branch, or has hooks that see it."""
+    drop = None if names.drop1 is None else block._modules.get(names.drop1)
+    if drop is None:
+        return False
+    if observed(drop):
+        return True
+    if type(drop) is nn.Identity:
+        return False
+    if type(drop) is nn.Dropout:
+        return drop.training and drop.p > 0
+    if type(drop) not in names.drop_classes:
+        return True
+    return bool(drop.training and drop.drop_prob)
+
+
+def observed(module: Any) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def fit(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether tensors may go to a kernel as they are.
+
+    Not if autocast or several dtypes are at work, whose conversions are torch's to choose.
+    """
+    if ops.device_kind(x) not in ops.kernel_devices or autocasts(x):
+        return False
+    dtype = x.dtype
+    for other in others:  # noqa: SIM110  (a generator takes as long as all the rest)
+        if other is not None and other.dtype != dtype:
+            return False
+    return True

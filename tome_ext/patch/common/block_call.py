@@ -1,0 +1,297 @@
+"""One call of one block: its attention, and what becomes of its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...attention import OPERATOR, attend, key_mask, reduce_mask, visible_keys
+from ...plan import MergePlan
+from . import positions
+from .token_state import Tokens, compose, composed
+
+__all__ = ["BlockCall", "attention_name"]
+
+STOCK_ATTENTION = "scaled_dot_product_attention"
+
+
+class BlockCall:
+    """One call of one block.
+
+    Attributes:
+        tokens: what is known about the tokens that enter; after a merge, about those that leave.
+        active: whether attention must be proportional or hand over its keys or scores, or masks
+            and tables be reduced; if not, the module's own attention is right as it is.
+        reduces: whether fewer tokens leave the block than enter it.
+        size: (B, M) float32 for proportional attention; None if it is off or all are 1.
+        ranks: what the block's plan is made of: the keys (B, H, M, D) of attention, or the class
+            token's attention (B, M).
+        attention: what computed attention, in words; None before.
+    """
+
+    __slots__ = (
+        "active",
+        "amount",
+        "attention",
+        "method",
+        "ranks",
+        "reduces",
+        "shown",
+        "size",
+        "tables",
+        "tokens",
+    )
+
+    def __init__(self, tokens: Tokens) -> None:
+        rules = tokens.rules
+        rule = rules.layers[tokens.layer]
+        self.tokens = tokens
+        self.method = method = rules.method
+        self.amount: int | None = None
+        if rule.reduces:
+            num_patches = tokens.num_tokens - rules.num_prefix_tokens
+            self.amount = method.amount(num_patches, rule.r, rule.rate)
+        self.reduces = self.amount is not None
+        self.active = self.reduces or tokens.reduced
+        self.size = tokens.size if method.proportional else None
+        self.ranks: Tensor | None = None
+        self.shown: Tensor | None = None  # (B, M) float32, 0 where a mask hides a token
+        self.tables = tokens.tables
+        self.attention: str | None = None
+
+    # --- what travels with the tokens -----------------------------------------------------------
+
+    def plan_so_far(self) -> MergePlan | None:
+        """The plan from the original tokens to these; carried along from here on."""
+        tokens = self.tokens
+        if not tokens.reduced:
+            return None
+        if tokens.composed is None:
+            self.tokens = tokens = tokens._replace(composed=composed(tokens.assigns))
+        assert tokens.composed is not None
+        return MergePlan.from_assign(tokens.composed, tokens.num_tokens)
+
+    def rotary(self, table: Tensor, own: bool = False) -> Tensor:
+        """The rotary table of the present tokens.
+
+        A merged token's position is the mean over the original tokens it stands for, brought back
+        to length 1.
+
+        Args:
+            table: (P, D) or (B, P, D) of the original patch tokens, those without the prefix: two
+                halves of D, the cosines and the sines in either order.
+            own: the table is this layer's own, or learned; else one serves all layers of a forward.
+
+        Returns:
+            The table as it came if nothing has merged; else (B, M - prefix, D).
+        """
+        prefix = self.tokens.rules.num_prefix_tokens
+        own = own or table.requires_grad
+        if not self.tokens.reduced:
+            if self.reduces and not own:
+                self.tables = (positions.for_all_tokens(table, self.tokens.batch_size, prefix),)
+            return table
+        if own:
+            plan = self.plan_so_far()
+            assert plan is not None
+            every = positions.for_all_tokens(table, self.tokens.batch_size, prefix)
+            carried = plan.merge(every)[0]
+        else:
+            if not self.tables:
+                raise RuntimeError(
+                    f"block {self.tokens.layer} was given a rotary table that the blocks before it "
+                    "were not; expected one in every block"
+                )
+            carried = self.tables[0]
+        return positions.of_length_1(carried[:, prefix:]).to(table.dtype)
+
+    def position_ids(self, coordinates: Tensor) -> Tensor | None:
+        """Which original token each present token takes its position from.
+
+        Args:
+            coordinates: (N, K) of the original tokens, prefix included.
+
+        Returns:
+            (B, M) int64: of the tokens that a token stands for, the one nearest to their centroid;
+            None if nothing has merged.
+        """
+        plan = self.plan_so_far()
+        return None if plan is None else positions.representatives(plan, coordinates)
+
+    def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+        """The caller's mask over original tokens, carried to the present ones.
+
+        ``q`` (B, H, M, D) are the queries. ``shown`` becomes which tokens it hides from all.
+        Where tokens have merged, ``size`` is changed: to None where the returned mask contains the
+        sizes, or to the visible sizes where the mask only hides keys, and none is returned.
+        """
+        if is_causal and attn_mask is not None:
+            raise ValueError("expected attn_mask or is_causal, got both")
+        plan = self.plan_so_far()
+        num_tokens = q.shape[-2] if plan is None else plan.num_tokens
+        if is_causal:
+            attn_mask = q.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+        assert attn_mask is not None
+        batch = q.shape[0]
+        keys = key_mask(attn_mask, batch, num_tokens)
+        reduced = None
+        if keys is None and plan is not None:
+            self.size = None
+            reduced = reduce_mask(attn_mask, plan, self.method.mask_reduction, q.dtype)
+        if not is_causal:
+            shown = visible_keys(attn_mask, batch, num_tokens) if keys is None else keys
+            self.shown = shown.to(torch.float32)
+            if plan is not None:
+                by = "amax" if self.method.mask_reduction == "amax" else "sum"
+                self.shown = plan.merge(self.shown.unsqueeze(-1), reduce=by)[0].squeeze(-1)
+        if plan is None:
+            return attn_mask
+        if keys is None:
+            return reduced
+        if self.method.mask_reduction == "mean":
+            weight = keys.to(torch.float32).unsqueeze(-1)
+            self.size = plan.merge(weight, reduce="mean")[0].squeeze(-1)
+        else:
+            self.size = self.shown
+        return None
+
+    # --- attention ------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        metric: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of an active block, which weights keys by size.
+
+        Its keys, or the class token's attention, become what the block's plan is made of.
+
+        Args:
+            q: (B, H, M, D) queries.
+            k: (B, H' M, D) keys, H' a divisor of H.
+            v: values, as k.
+            attn_mask: the caller's mask over the original tokens, broadcastable to (B, H, N, N).
+            is_causal: the mask is the lower triangle over the original tokens.
+            dropout_p: probability of dropping an attention weight.
+            scale: factor of the logits; None means ``D ** -0.5``.
+            metric: (B, H, M, D) in place of the keys as what tokens are matched by.
+
+        Returns:
+            (B, H, M, D).
+
+        Raises:
+            ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
+        """
+        if attn_mask is not None or is_causal:
+            attn_mask = self.mask(q, attn_mask, is_causal)
+        if k.shape[1] != q.shape[1]:  # grouped queries
+            metric = k if metric is None else metric
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        if self.reduces:
+            by = k if metric is None else metric
+            if self.method.needs_class_token:
+                by = k
+            self.ranks = self.method.rank(q, by, self.size, scale, attn_mask)
+        out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
+        self.attention = attention_name(reason)
+        return out
+
+    # --- merging --------------------------------------------------------------------------------
+
+    @property
+    def averages(self) -> bool:
+        """Whether the block's rows are weighted means, which :meth:`merge_add_norm` computes.
+
+        To be asked after attention.
+        """
+        return self.reduces and self.method.averages(self.ranks)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Reduce the tokens (B, M, C): merge or drop them as the method says."""
+        if not self.reduces:
+            self.pass_on(x, self.tokens.size, None)
+            return x
+        plan, ranks = self._plan()
+        merged, size = self.method.merge(x, ranks, plan, self.tokens.size)
+        self.pass_on(merged, size, plan)
+        return merged
+
+    def merge_add_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Of a block that averages: :meth:`merge` of ``x + scale * branch``, and its LayerNorm.
+
+        Args:
+            x: (B, M, C) tokens before attention.
+            branch: (B, M, C) output of attention.
+            scale: (C,) LayerScale of the branch, or None.
+            weight: (C,) of the LayerNorm, or None.
+            bias: (C,) of the LayerNorm, or None.
+            eps: of the LayerNorm.
+
+        Returns:
+            Both (B, M', C).
+        """
+        plan, ranks = self._plan()
+        size = self.method.weights(ranks, plan, self.tokens.size)
+        x, size, normed = plan.merge_add_norm(x, branch, size, scale, weight, bias, eps)
+        self.pass_on(x, self.method.sizes(size), plan)
+        return x, normed
+
+    def _plan(self) -> tuple[MergePlan, Tensor]:
+        """The plan of this block, and the ranks of attention, which it uses up."""
+        self.check_attended()
+        ranks, self.ranks = self.ranks, None
+        assert ranks is not None and self.amount is not None
+        prefix = self.tokens.rules.num_prefix_tokens
+        return self.method.plan(ranks, self.amount, prefix, self.shown), ranks
+
+    def check_attended(self) -> None:
+        """Refuse to go on if the attention of an active block did not come here."""
+        if self.attention is None or (self.reduces and self.ranks is None):
+            raise RuntimeError(
+                f"attention of block {self.tokens.layer} handed over no keys: expected the patched "
+                "attention module, it was replaced or bypassed after patching"
+            )
+
+    def pass_on(self, x: Tensor, size: Tensor | None, plan: MergePlan | None) -> None:
+        """Say that ``x`` (B, M', C) of these sizes leave the block, after ``plan`` if any."""
+        before = self.tokens
+        assign = None if plan is None else plan.assign
+        carried, total = self.tables, before.composed
+        if plan is not None:
+            if carried:
+                # The tables are means over the original tokens; so weights are their numbers.
+                carried = tuple(plan.merge(table, before.size)[0] for table in carried)
+            if total is not None:
+                total = compose(total, plan.assign)
+        shape = x.shape
+        self.tokens = Tokens(
+            before.layer + 1,
+            shape[0],
+            shape[1],
+            size,
+            (*before.assigns, assign),
+            before.reduced or plan is not None,
+            before.rules,
+            before.owner,
+            total,
+            carried,
+        )
+
+
+def attention_name(reason: str | None) -> str:
+    """What computes attention, given why it is not the operator."""
+    return OPERATOR if reason is None else f"{STOCK_ATTENTION} ({reason})"

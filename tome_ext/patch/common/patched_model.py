@@ -1,0 +1,257 @@
+"""What a user holds: settings, what the last forward did, removal. And how a model is patched.
+
+The user's model (``model.r``, ``model.tome``) and the tower whose tokens merge can be different
+modules, as in CLIP. Both are of classes that derive from :class:`PatchedModel`, and share a trail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...schedule import KeepRate, Method, Schedule
+from .block import TomeBlock
+from .class_swap import Swapped, is_outermost, restore, swap
+from .rules import Settings, make_rules
+from .token_state import Tokens
+from .trail import Trail
+
+__all__ = ["PatchedModel", "Tower", "find_patched", "patch_model", "remove"]
+
+
+@dataclass
+class Tower:
+    """What a host says of a model it can patch.
+
+    Attributes:
+        module: the module that returns the tokens.
+        mixin: the class that it gets.
+        blocks: its blocks in order, each with the class that it gets.
+        others: further modules, their classes and attributes (``_tome...``) of their own.
+        num_prefix_tokens: leading tokens that never merge.
+        class_token: whether the first of them is a class token.
+        block_attributes: attributes (``_tome...``) of every block.
+        info: further entries of ``_tome_info``, for code written for the published patch.
+    """
+
+    module: nn.Module
+    mixin: type[PatchedModel]
+    blocks: list[tuple[nn.Module, type[TomeBlock]]]
+    num_prefix_tokens: int
+    class_token: bool
+    others: list[tuple[nn.Module, type[Swapped], dict[str, Any]]] = field(default_factory=list)
+    block_attributes: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class PatchedModel(Swapped):
+    """A patched model, or the tower inside one."""
+
+    _tome: Trail
+    _tome_class_token: bool
+    _tome_extra_info: dict[str, Any]
+    _tome_part: bool  # whether it is the tower of another patched model
+
+    @property
+    def r(self) -> Schedule:
+        """Tokens to remove per layer: an int, ``(r, inflection)`` or a list.
+
+        Setting it takes effect with the next forward; see :func:`tome_ext.schedule.parse_r`.
+        """
+        return self._tome.rules.settings.r
+
+    @r.setter
+    def r(self, r: Schedule) -> None:
+        _set(self._tome, r=r, keep_rate=None)
+
+    @property
+    def keep_rate(self) -> KeepRate | None:
+        """Share of patch tokens that layers keep, a float or a list; None if ``r`` counts them.
+
+        Setting it takes effect with the next forward and puts ``r`` aside, as setting ``r`` does
+        with it; see :func:`tome_ext.schedule.parse_keep_rate`.
+        """
+        return self._tome.rules.settings.keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, keep_rate: KeepRate | None) -> None:
+        _set(self._tome, r=0, keep_rate=keep_rate)
+
+    @property
+    def method(self) -> Method:
+        """How tokens are reduced: "tome", "evit" or "topk"; patch again to change it."""
+        return self._tome.rules.method.name
+
+    @property
+    def tome(self) -> Tokens | None:
+        """The tokens that the last forward of this thread ended with; None before the first.
+
+        ``model.tome.size`` are their sizes, and ``model.tome.unmerge(features)`` spreads features
+        (B, M, C) over the original tokens (B, N, C); ``model.tome.plan`` is the plan that does so.
+        Sizes and plan are None if nothing merged; the sizes are None for the methods that prune,
+        too.
+        """
+        return self._tome.current
+
+    def _tome_report(self) -> dict[str, str]:
+        """The model's lines of :func:`tome_ext.info`."""
+        trail = self._tome
+        rules = trail.rules
+        spans: list[tuple[int, int, str]] = []
+        for layer, block in enumerate(_blocks(self)):
+            what = trail.attention_of(layer, block._tome_attention_kind())
+            first = spans.pop()[0] if spans and spans[-1][2] == what else layer
+            spans.append((first, layer, what))
+        rate = self.keep_rate
+        amount = {"r": str(self.r)} if rate is None else {"keep rate": str(rate)}
+        return {
+            "model": f"{self._tome_base.__name__}, {len(rules.layers)} blocks",
+            "method": rules.method.name,
+            **amount,
+            "proportional attention": "on" if rules.method.proportional else "off",
+            "attention": "; ".join(f"{_name(first, last)}: {what}" for first, last, what in spans),
+        }
+
+    @property
+    def _tome_info(self) -> dict[str, Any]:
+        """What the published patch keeps in ``model._tome_info``; sizes as (B, M, 1)."""
+        tokens, rules = self._tome.current, self._tome.rules
+        size = None if tokens is None or tokens.size is None else tokens.size.unsqueeze(-1)
+        plan = tokens.plan if rules.settings.trace_source and tokens is not None else None
+        source = None
+        if plan is not None:
+            rows = torch.arange(plan.num_output_tokens, device=plan.assign.device)
+            source = (plan.assign.unsqueeze(1) == rows[:, None]).to(torch.float32)
+        return {
+            "r": [rule.r for rule in rules.layers],
+            "size": size,
+            "source": source,
+            "trace_source": rules.settings.trace_source,
+            "prop_attn": rules.method.proportional,
+            **self._tome_extra_info,
+        }
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Nothing to do if the body has removed the patch itself.
+        if isinstance(self, nn.Module) and isinstance(self, PatchedModel):
+            remove(self)
+
+
+def _set(trail: Trail, **changes: Any) -> None:
+    rules = trail.rules
+    settings = replace(rules.settings, **changes)
+    trail.rules = make_rules(settings, len(rules.layers), rules.num_prefix_tokens)
+
+
+def _blocks(model: Any) -> list[TomeBlock]:
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, TomeBlock) and module._tome is model._tome
+    ]
+    return sorted(blocks, key=lambda block: block._tome_layer)
+
+
+def _name(first: int, last: int) -> str:
+    return f"block {first}" if first == last else f"blocks {first}-{last}"
+
+
+def find_patched(model: nn.Module | None) -> Any:
+    """The patched model in ``model``, which may be a wrapper of one; None if there is none."""
+    if model is None or isinstance(model, PatchedModel):
+        return model
+    return next((part for part in model.modules() if isinstance(part, PatchedModel)), None)
+
+
+def patch_model(
+    model: nn.Module, find_tower: Callable[[nn.Module], Tower], settings: Settings
+) -> Any:
+    """Patch a model, or give a patched one other settings.
+
+    Args:
+        model: what the user holds.
+        find_tower: a host's; raises ValueError for a model that it does not support.
+        settings: see :func:`tome_ext.patch.auto`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: from ``find_tower``, or a setting is wrong. Nothing is changed.
+    """
+    if isinstance(model, PatchedModel):
+        trail = model._tome
+        _check_method(settings, model._tome_class_token)
+        trail.rules = make_rules(settings, len(trail.rules.layers), trail.rules.num_prefix_tokens)
+        return model
+    tower = find_tower(model)
+    _check_method(settings, tower.class_token)
+    trail = Trail(make_rules(settings, len(tower.blocks), tower.num_prefix_tokens))
+    held = {
+        "_tome": trail,
+        "_tome_class_token": tower.class_token,
+        "_tome_extra_info": tower.info,
+    }
+    # Everything has been checked: from here on nothing may fail.
+    for module, mixin, attributes in tower.others:
+        swap(module, mixin, _tome=trail, **attributes)
+    for layer, (block, block_mixin) in enumerate(tower.blocks):
+        swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
+    swap(tower.module, tower.mixin, _tome_part=tower.module is not model, **held)
+    if tower.module is not model:
+        swap(model, PatchedModel, _tome_part=False, **held)
+    return model
+
+
+def _check_method(settings: Settings, class_token: bool) -> None:
+    if settings.method.needs_class_token and not class_token:
+        raise ValueError(
+            f"method: {settings.method.name!r} ranks tokens by the class token's attention, and "
+            "this model has no class token; expected one that has, or method='tome'"
+        )
+
+
+def remove(model: nn.Module) -> None:
+    """Take a patch off a model: its modules are exactly what they were before.
+
+    Args:
+        model: a model that a function of :mod:`tome_ext.patch` has patched.
+
+    Raises:
+        ValueError: the model is not patched, or is the tower of a larger patched model.
+        RuntimeError: the ``forward`` of a module was replaced after patching, so that the module
+            would go on calling the patched one; or its class was, as ``fully_shard`` does. Nothing
+            is changed.
+    """
+    if not isinstance(model, PatchedModel):
+        raise ValueError(f"model: expected a patched model, got {type(model).__name__}")
+    assert isinstance(model, nn.Module)
+    if model._tome_part:
+        raise ValueError(
+            f"model: expected the model that was patched, got its tower, {type(model).__name__}"
+        )
+    swapped = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Swapped)
+    ]
+    for name, module in swapped:
+        if "forward" in vars(module):
+            raise RuntimeError(
+                f"{name or 'the model'} ({type(module).__name__}): its forward was replaced after "
+                "patching; take that replacement off first"
+            )
+        if not is_outermost(module):
+            raise RuntimeError(
+                f"{name or 'the model'}: its class was changed after patching: expected the one "
+                f"that the patch made of {module._tome_base.__name__}, got "
+                f"{type(module).__name__}; a sharded model keeps its patch, set r = 0 to switch "
+                "merging off"
+            )
+    for _, module in swapped:
+        restore(module)

@@ -1,0 +1,38 @@
+"""What no library's model may be: refused for every host alike, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+__all__ = ["check_blocks", "check_not_sharded", "class_name"]
+
+
+def class_name(module: nn.Module) -> str:
+    """A module's class with its module, as errors name it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model that fully_shard has changed already."""
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            f"model: expected a model that is not sharded yet, got {class_name(model)}; patch "
+            "first, then call fully_shard"
+        )
+
+
+def check_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], attentions: Sequence[nn.Module]
+) -> None:
+    """Refuse models without blocks, blocks used twice, and forwards that were replaced."""
+    name = class_name(model)
+    if not blocks:
+        raise ValueError(f"model: expected at least one block, got {name} with none")
+    for layer, (block, attn) in enumerate(zip(blocks, attentions, strict=True)):
+        found = f"{name} with a {type(block).__qualname__} as block {layer}"
+        if "forward" in vars(block) or "forward" in vars(attn):
+            raise ValueError(f"model: got {found}, whose forward or whose attention's is replaced")
+        if any(block is other for other in blocks[:layer]):
+            raise ValueError(f"model: expected blocks of their own, got {found}, which came before")

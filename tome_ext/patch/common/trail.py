@@ -1,0 +1,203 @@
+"""How knowledge of tokens travels from block to block, and to the head.
+
+It is recorded on the storage of the tokens that a block returns, where the next block finds it,
+also when gradient checkpointing calls that block again during the backward pass, long after the
+forward. And the last state of a forward is kept per thread, for hosts that replace the tensor
+between two blocks, and to look at.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..._torch import in_backward, record_on_storage
+from ...attention import unsupported
+from ...ops import describe
+from .block_call import BlockCall, attention_name
+from .rules import Rules
+from .token_state import RECORD, Tokens, recorded
+
+__all__ = ["AttentionKind", "Trail", "attention_kind"]
+
+OWN_ATTENTION = "the model's own, as nothing has merged"
+
+
+class AttentionKind(NamedTuple):
+    """What is known about a layer's attention before it runs."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    dropout_p: float
+
+
+def attention_kind(attn: nn.Module, head_dim: int, dropout_p: float) -> AttentionKind:
+    """Of an attention module; by its first parameter, or float32 on the CPU if it has none."""
+    # A dynamically quantised module keeps no parameters, and computes in float32.
+    weight = next((p for p in attn.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return AttentionKind("cpu", torch.float32, head_dim, dropout_p)
+    return AttentionKind(weight.device.type, weight.dtype, head_dim, dropout_p)
+
+
+class Trail:
+    """State of one patched tower, shared by its modules.
+
+    Attributes:
+        rules: what forwards that begin from now on do; replaced as a whole.
+        local: per thread: the call of a block that runs now, and the tokens that its last forward
+            and recomputation ended with.
+        used: per layer, by what its last call computed attention; None if not called since the
+            rules were made.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.local = threading.local()
+        self.rules = rules
+
+    @property
+    def rules(self) -> Rules:
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: Rules) -> None:
+        self._rules = rules
+        self.used: list[str | None] = [None] * len(rules.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What forwards left belongs to this object, not to copies.
+        return {"rules": self._rules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["rules"])  # type: ignore[misc]
+
+    # --- tokens ---------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> Tokens | None:
+        """The tokens after the last block that ran in this thread; None before the first."""
+        return getattr(self.local, _slot(), None)
+
+    @property
+    def call(self) -> BlockCall | None:
+        """The call of a block whose attention this thread runs; None outside of one."""
+        return getattr(self.local, "call", None)
+
+    @call.setter
+    def call(self, call: BlockCall | None) -> None:
+        self.local.call = call
+
+    def enter(self, layer: int, x: Tensor) -> BlockCall:
+        """Begin a block: find what is known about its tokens ``x`` (B, M, C)."""
+        return BlockCall(self._first(x) if layer == 0 else self._find(layer, x))
+
+    def leave(self, call: BlockCall, x: Tensor) -> None:
+        """End a block, which returns ``x`` (B, M, C)."""
+        tokens = call.tokens
+        setattr(self.local, _slot(), tokens)
+        if not torch.compiler.is_compiling():
+            self.used[tokens.layer - 1] = call.attention
+            record_on_storage(x, RECORD, tokens)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The tokens x (B, M, C) that a tower returns, after its last norm.
+
+        Spread over the original tokens if the user wants them so; else what is known of the last
+        block's tokens is said of them.
+        """
+        tokens = self.current
+        if tokens is None or not tokens.fit(x):
+            return x
+        if tokens.rules.settings.restore_tokens and tokens.reduced:
+            x = tokens.unmerge(x)
+            tokens = tokens._replace(num_tokens=x.shape[1], size=None, assigns=(), reduced=False)
+        if not torch.compiler.is_compiling():
+            record_on_storage(x, RECORD, tokens)
+        return x
+
+    def size_of(self, x: Tensor) -> Tensor | None:
+        """Sizes (B, M) of the tokens ``x`` (B, M, C) that a forward returned; None for all 1.
+
+        Raises:
+            RuntimeError: it is not known what ``x`` are.
+        """
+        compiling = torch.compiler.is_compiling()
+        tokens = self.current if compiling else recorded(x)
+        if tokens is not None and tokens.fit(x):
+            return tokens.size
+        if self._rules.idle or not self._rules.method.sized:
+            return None
+        last = self.current
+        found = "none" if last is None else f"{(last.batch_size, last.num_tokens)}"
+        raise RuntimeError(
+            "the sizes of these tokens are not known: expected what this model's tower returned, "
+            f"(batch, tokens) of this thread's last forward = {found}, got {describe(x)}; if x was "
+            "made from that (a clone, a cast, the output of a compiled function), say so with "
+            "x = model.tome.attach(x), where model.tome is read right after that forward"
+        )
+
+    def _fresh(self, layer: int, x: Tensor) -> Tokens:
+        return Tokens(
+            layer, x.shape[0], x.shape[1], None, (None,) * layer, False, self._rules, self
+        )
+
+    def _first(self, x: Tensor) -> Tokens:
+        if torch.compiler.is_compiling():
+            return self._fresh(0, x)
+        if in_backward():
+            # The rules may have changed since the forward that this repeats.
+            tokens = recorded(x)
+            if tokens is not None and tokens.owner is self and tokens.layer == 0:
+                return tokens
+        tokens = self._fresh(0, x)
+        if torch.is_grad_enabled() or x.requires_grad:
+            record_on_storage(x, RECORD, tokens)
+        return tokens
+
+    def _find(self, layer: int, x: Tensor) -> Tokens:
+        tokens = None if torch.compiler.is_compiling() else recorded(x)
+        if tokens is not None and tokens.owner is not self:
+            tokens = None
+        if tokens is not None and tokens.layer == layer and tokens.fit(x):
+            return tokens
+        if tokens is None or not tokens.reduced:
+            # As no layer before this one reduces tokens, any block may be the first to be called.
+            if layer <= self._rules.first_layer:
+                return self._fresh(layer, x)
+            tokens = self.current if tokens is None else tokens
+        if tokens is None or tokens.layer != layer or not tokens.fit(x):
+            found = (
+                "none"
+                if tokens is None
+                else (f"{(tokens.batch_size, tokens.num_tokens)} for block {tokens.layer}")
+            )
+            raise RuntimeError(
+                f"block {layer} was called without the blocks before it, so the sizes of its "
+                f"tokens are not known: expected what block {layer - 1} returned, got "
+                f"{describe(x)}; tokens known to this thread: {found}"
+            )
+        return tokens
+
+    # --- report ---------------------------------------------------------------------------------
+
+    def attention_of(self, layer: int, kind: AttentionKind) -> str:
+        """What computes a layer's attention: what did in its last call, else what will."""
+        used = self.used[layer]
+        if used is not None:
+            return used
+        if layer < self._rules.first_layer:
+            return OWN_ATTENTION
+        sizes = self._rules.method.proportional and layer > self._rules.first_layer
+        return attention_name(unsupported(*kind, sized=sizes))
+
+
+def _slot() -> str:
+    # Neither a recomputation during the backward pass nor a trace for export, whose tensors hold no
+    # data, may disturb what the last forward left. torch.compile writes real tensors there.
+    if torch.compiler.is_compiling():
+        return "forward" if torch.compiler.is_dynamo_compiling() else "export"
+    return "recomputation" if in_backward() else "forward"
