@@ -178,9 +178,10 @@ class TimmModel(PatchedModel):
         return self._tome.finish(x)
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-        size = self._tome.size_of(x)
         kind = self.global_pool if pool_type is None else pool_type
-        if size is None or (self.attn_pool is None and kind not in ("avg", "avgmax")):
+        counts = self.attn_pool is not None or kind in ("avg", "avgmax")
+        size = self._tome.size_of(x) if counts else None
+        if size is None:
             return super().pool(x, pool_type)  # type: ignore[misc]
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         x, size = x[:, first:], size[:, first:]
