@@ -254,7 +254,8 @@ class BlockCall:
         """The plan of this block, and the ranks of attention, which it uses up."""
         self.check_attended()
         ranks, self.ranks = self.ranks, None
-        assert ranks is not None and self.amount is not None
+        assert ranks is not None
+        assert self.amount is not None
         prefix = self.tokens.rules.num_prefix_tokens
         return self.method.plan(ranks, self.amount, prefix, self.shown), ranks
 

@@ -6,6 +6,7 @@ modules, as in CLIP. Both are of classes that derive from :class:`PatchedModel`,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -204,6 +205,7 @@ def patch_model(
         swap(module, mixin, _tome=trail, **attributes)
     for layer, (block, block_mixin) in enumerate(tower.blocks):
         swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
+        trail.blocks[layer] = weakref.ref(block)
     swap(tower.module, tower.mixin, _tome_part=tower.module is not model, **held)
     if tower.module is not model:
         swap(model, PatchedModel, _tome_part=False, **held)

@@ -9,6 +9,7 @@ between two blocks, and to look at.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,13 @@ class Trail:
             and recomputation ended with.
         used: per layer, by what its last call computed attention; None if not called since the
             rules were made.
+        blocks: weak references to the tower's blocks, which each block makes when it is copied.
     """
 
     def __init__(self, rules: Rules) -> None:
         self.local = threading.local()
         self.rules = rules
+        self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
 
     @property
     def rules(self) -> Rules:
@@ -74,6 +77,17 @@ class Trail:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["rules"])  # type: ignore[misc]
+
+    def following(self, layer: int, block: object) -> Any:
+        """The block behind ``block``, number ``layer``; None if it is the last or not known.
+
+        Not known to replicas of a block, which share this trail but not their weights.
+        """
+        mine = self.blocks[layer]
+        if mine is None or mine() is not block or layer + 1 == len(self._rules.layers):
+            return None
+        after = self.blocks[layer + 1]
+        return None if after is None else after()
 
     # --- tokens ---------------------------------------------------------------------------------
 
