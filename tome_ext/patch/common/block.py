@@ -132,7 +132,7 @@ class TomeBlock(Swapped):
             del attended  # or its memory would be held until the MLP is done
             branch = modules[names.mlp](normed)
             del normed
-            if not torch.is_grad_enabled():
+            if call.tokens.rules.settings.inference and not torch.is_grad_enabled():
                 out = added_and_normed(self, names, call, x, branch)
                 if out is not None:
                     return out
@@ -168,7 +168,8 @@ def added_and_normed(
 ) -> Tensor | None:
     """The block's output, whose norm is left for the following block; None if that may not be.
 
-    Not where gradients are wanted: a checkpointed block is called again without the one before.
+    Only where the user has said that no gradients will be wanted: a checkpointed block is called
+    again without the one before it, and must find the same norm to the bit, or ties turn.
     """
     # torch.compile fuses them itself, and a traced program may run with gradients.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():

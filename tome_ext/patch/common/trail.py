@@ -19,12 +19,25 @@ from ..._torch import in_backward, record_on_storage
 from ...attention import unsupported
 from ...ops import describe
 from .block_call import BlockCall, attention_name
+from .class_swap import Swapped
 from .rules import Rules
 from .token_state import RECORD, Tokens, recorded
 
-__all__ = ["AttentionKind", "Trail", "attention_kind"]
+__all__ = ["AttentionKind", "TokenNorm", "Trail", "attention_kind"]
 
 OWN_ATTENTION = "the model's own, as nothing has merged"
+
+
+class TokenNorm(Swapped):
+    """A tower's last norm, whose output are the tokens that came in."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            tokens = recorded(x)
+            if tokens is not None and tokens.fit(y):
+                record_on_storage(y, RECORD, tokens)
+        return y
 
 
 class AttentionKind(NamedTuple):

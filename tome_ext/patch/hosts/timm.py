@@ -20,7 +20,7 @@ from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.patched_model import PatchedModel, Tower
 from ..common.refusals import check_blocks, check_not_sharded, class_name
-from ..common.trail import AttentionKind, Trail, attention_kind
+from ..common.trail import AttentionKind, TokenNorm, Trail, attention_kind
 
 __all__ = ["find_tower"]
 
@@ -61,7 +61,10 @@ def find_tower(model: Any) -> Tower:
         module=model,
         mixin=TimmModel,
         blocks=[(block, TimmBlock) for block in blocks],
-        others=[(block.attn, TimmAttention, {}) for block in blocks],
+        others=[
+            *((block.attn, TimmAttention, {}) for block in blocks),
+            *([(model.norm, TokenNorm, {})] if type(model.norm) is not nn.Identity else []),
+        ],
         num_prefix_tokens=int(model.num_prefix_tokens),
         class_token=model.cls_token is not None,
         block_attributes={"_tome_names": BLOCK},
