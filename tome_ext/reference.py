@@ -109,14 +109,17 @@ def unit_rows(metric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(norm > 0, metric / norm, 0.0), finite
 
 
-def match_sets(metric: Tensor, a: Tensor, b: Tensor, r: int) -> Tensor:
+def match_sets(
+    metric: Tensor, a: Tensor, b: Tensor, r: int | Tensor, visible: Tensor | None = None
+) -> Tensor:
     """Match the tokens of set A to set B and return which B token each A token joins.
 
     Args:
         metric: (B, N, D) or (B, H, N, D).
         a: (B, Na) int64, the tokens that may be merged away.
         b: (B, Nb) int64, the tokens they may be merged into.
-        r: how many of A are merged, 0 <= r <= Na.
+        r: how many of A are merged, 0 <= r <= Na; or (B, 1), how many of each image.
+        visible: (B, N) bool, the tokens that take part, r of set A or more; None means all.
 
     Returns:
         (B, N) int64: for every token the token it joins, itself if it stays.
@@ -124,21 +127,29 @@ def match_sets(metric: Tensor, a: Tensor, b: Tensor, r: int) -> Tensor:
     rows, finite = unit_rows(metric)
     batch, num_tokens = finite.shape
     own = torch.arange(num_tokens, device=metric.device).expand(batch, -1)
-    if r <= 0 or a.shape[1] == 0 or b.shape[1] == 0:
+    if a.shape[1] == 0 or b.shape[1] == 0:
         return own.clone()
+    visible = torch.ones_like(finite) if visible is None else visible
+    usable = finite & visible
     at, bt = (x.unsqueeze(-1).expand(-1, -1, rows.shape[-1]) for x in (a, b))
     scores = rows.gather(1, at) @ rows.gather(1, bt).transpose(1, 2)
-    usable = finite.gather(1, a).unsqueeze(2) & finite.gather(1, b).unsqueeze(1)
-    scores = torch.where(usable, scores, float("-inf"))
+    pairs = usable.gather(1, a).unsqueeze(2) & usable.gather(1, b).unsqueeze(1)
+    scores = torch.where(pairs, scores, float("-inf"))
     best = scores.amax(2)
     # The lowest index among equals: argmax and a stable sort do not promise it on every device.
-    nearest = (scores == best.unsqueeze(2)).to(torch.int8).argmax(2)
-    chosen = best.sort(dim=1, descending=True, stable=True)[1][:, :r]
-    joins = own.clone()
-    return joins.scatter_(1, a.gather(1, chosen), b.gather(1, nearest.gather(1, chosen)))
+    # Where nothing may be chosen, that is the first one that is visible.
+    highest = (scores == best.unsqueeze(2)) & visible.gather(1, b).unsqueeze(1)
+    nearest = highest.to(torch.int8).argmax(2)
+    order = best.sort(dim=1, descending=True, stable=True)[1]
+    hidden = ~visible.gather(1, a)
+    order = order.gather(1, hidden.gather(1, order).sort(dim=1, stable=True)[1])
+    merges = order.argsort(dim=1) < r
+    return own.scatter(1, a, torch.where(merges, b.gather(1, nearest), a))
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, num_prefix_tokens: int = 0, *, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
     shown = _checks.describe(metric)
     ranks = metric.dim() in (3, 4)
@@ -148,21 +159,28 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, T
     _checks.expect(has_heads, "metric", "at least one head", shown)
     _checks.prefix(num_prefix_tokens)
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
+    if weight is not None:
+        _checks.table(weight, "weight", batch, num_tokens, "N", torch.float32)
+        _checks.one_device(metric, "metric", weight, "weight")
     r = cut_r(num_tokens, r, num_prefix_tokens)
     if _mode.shapes_only:
         return _new_plan(metric, num_tokens, num_tokens - r)
-    prefix = min(num_prefix_tokens, num_tokens)
     index = torch.arange(num_tokens, device=device)
     if r == 0:
         return (index.to(torch.int32).repeat(batch, 1), *_group(index.repeat(batch, 1), num_tokens))
-    a, b = (index[(index % 2 == side) & (index >= prefix)].expand(batch, -1) for side in (0, 1))
-    joins = match_sets(metric, a, b, r)
+    is_prefix, is_b = index < num_prefix_tokens, index % 2 == 1
+    a, b = (index[(is_b == side) & ~is_prefix].expand(batch, -1) for side in (False, True))
+    visible = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
+    if weight is not None:
+        visible = (weight != 0) | is_prefix
+    counts = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
+    joins = match_sets(metric, a, b, torch.minimum(*counts).clamp_max(r), visible)
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
-    stays = joins == index
-    group = torch.where(index < prefix, 0, 1 + index % 2)
+    stays = (joins == index) & visible
+    group = torch.where(is_prefix, 0, 1 + is_b.to(torch.int64))
     place = torch.where(stays, group * num_tokens + index, 3 * num_tokens)
     rank = place.argsort(dim=1).argsort(dim=1)  # a staying token's output row
-    assign = rank.gather(1, joins)
+    assign = torch.where(visible, rank.gather(1, joins), -1)
     return (assign.to(torch.int32), *_group(assign, num_tokens - r))
 
 

@@ -111,7 +111,8 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 
 }  // namespace
 
-void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens) {
+void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
+                     OptionalTensor given_weight) {
     STD_TORCH_CHECK(given.dim() == 3 || given.dim() == 4,
                     "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
     params.dtype = float_dtype(given, "metric");
@@ -122,6 +123,11 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens) {
     STD_TORCH_CHECK(given.size(n) <= INT32_MAX, "metric: expected at most 2^31 - 1 tokens, got ",
                     describe(given));
     check_prefix(num_prefix_tokens);
+    if (given_weight.has_value()) {
+        check_table(*given_weight, "weight", given.size(0), given.size(n), "N", ScalarType::Float);
+        check_same_device(given, "metric", *given_weight, "weight");
+    }
+    weight = optional_contiguous(given_weight);
     metric = with_contiguous_last_dim(given);
     params.metric = metric.const_data_ptr();
     params.batch = metric.size(0);
@@ -133,6 +139,7 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens) {
     params.stride_token = metric.stride(n);
     params.r = r;
     params.num_prefix_tokens = num_prefix_tokens;
+    params.weight = optional_data<float>(weight);
     const int64_t rows = params.tokens - cut_r(params.tokens, r, num_prefix_tokens);
     allocate_plan(*this, metric, rows);
 }

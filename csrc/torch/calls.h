@@ -22,12 +22,13 @@ using OptionalTensor = std::optional<Tensor>;
 struct MatchCall {
     static constexpr const char* kName = "match";
     static constexpr const char* kSchema =
-        "(Tensor metric, int r, int num_prefix_tokens=0) -> (Tensor assign, Tensor members, Tensor "
-        "offsets)";
+        "(Tensor metric, int r, int num_prefix_tokens=0, *, Tensor? weight=None) -> (Tensor "
+        "assign, Tensor members, Tensor offsets)";
     MatchParams params{};
     Tensor metric, assign, members, offsets;
+    OptionalTensor weight;
 
-    void take(Tensor metric, int64_t r, int64_t num_prefix_tokens);
+    void take(Tensor metric, int64_t r, int64_t num_prefix_tokens, OptionalTensor weight);
     std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
 };
 

@@ -23,6 +23,7 @@ def samples():
         metric = torch.randn(2, 3, 21, 8).to(dtype)
         yield OPS.match.default, (metric, 4, 1)
         yield OPS.match.default, (metric[:, 0], 0, 0)
+        yield OPS.match.default, (metric, 4, 1), {"weight": (torch.rand(2, 21) > 0.5).float()}
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
         if dtype != torch.bfloat16:
@@ -61,11 +62,14 @@ def attention_samples(dtype):
 
 # Named by number: the tensors in the arguments are random.
 @pytest.mark.parametrize(
-    ("op", "args"),
-    [pytest.param(*each, id=f"{each[0]}-{i}") for i, each in enumerate(samples())],
+    ("op", "args", "kwargs"),
+    [
+        pytest.param(op, args, *(kwargs or [{}]), id=f"{op}-{i}")
+        for i, (op, args, *kwargs) in enumerate(samples())
+    ],
 )
-def test_opcheck(op, args):
-    torch.library.opcheck(op, args)
+def test_opcheck(op, args, kwargs):
+    torch.library.opcheck(op, args, kwargs)
 
 
 def test_deterministic_algorithms_change_nothing():
@@ -159,6 +163,11 @@ BAD_CALLS = [
     ("match", INT[..., None], 1),
     ("match", X[:, None][:, :0], 1),
     ("match", X, 1, -1),
+    ("match", X, 1, {"weight": SIZE[:, :8]}),
+    ("match", X, 1, {"weight": SIZE[:1]}),
+    ("match", X[:, None], 1, {"weight": SIZE[0]}),
+    ("match", X, 0, {"weight": SIZE.half()}),
+    ("match", X, 1, {"weight": SIZE.bool()}),
     ("select", X, 1),
     ("select", X[..., 0].half(), 1),
     ("select", X[..., 0], -1),
