@@ -55,7 +55,8 @@ def auto(
     ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
     share their value and dropped ones are 0. Average pooling and attention pooling weight merged
     tokens by size, as if over the original tokens; after pruning they are over the tokens that are
-    left. Tokens that a mask hides merge with none.
+    left. Tokens that a mask hides merge with none, and are dropped by the first layer that merges:
+    a model that averages over hidden tokens too no longer does.
 
     In blocks that reduce tokens, and in those behind them, no attention matrix is built, whatever
     the model's settings say: ``torch.ops.tome.attention`` computes attention, or
