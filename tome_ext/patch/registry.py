@@ -77,7 +77,7 @@ HOSTS: dict[str, Host] = {
         "torchvision", "torchvision", "tome_ext.patch.hosts.torchvision", "torchvision >= 0.15"
     ),
     "open_clip": Host(
-        "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 2.30"
+        "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 3.0"
     ),
 }
 

@@ -17,7 +17,14 @@ from .block_call import BlockCall
 from .class_swap import Swapped
 from .trail import Trail
 
-__all__ = ["TomeMultiheadAttention", "check_multihead", "pool_multihead", "weighted_mean"]
+__all__ = [
+    "TomeMultiheadAttention",
+    "check_multihead",
+    "heads_of",
+    "pool_multihead",
+    "shown",
+    "weighted_mean",
+]
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
@@ -91,13 +98,13 @@ class TomeMultiheadAttention(Swapped):
             )
         dropout = self.dropout if self.training else 0.0
         # is_causal only says what the mask is, which has to be there.
-        mask = _shown(attn_mask, key_padding_mask, self.num_heads, q.dtype)
+        mask = shown(attn_mask, key_padding_mask, self.num_heads, q.dtype)
         y = call.attend(q, k, v, mask, dropout_p=dropout)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         return y if self.batch_first else y.transpose(0, 1), None
 
 
-def _shown(
+def shown(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_heads: int, dtype: torch.dtype
 ) -> Tensor | None:
     """The masks of nn.MultiheadAttention as one of ``F.scaled_dot_product_attention``.
