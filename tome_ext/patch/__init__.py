@@ -18,7 +18,16 @@ from .common.rules import Settings
 from .common.token_state import Tokens
 from .registry import HOSTS, Host, find_tower, register
 
-__all__ = ["Host", "Tokens", "auto", "register", "remove", "timm"]
+__all__ = [
+    "Host",
+    "Tokens",
+    "auto",
+    "open_clip",
+    "register",
+    "remove",
+    "timm",
+    "torchvision",
+]
 
 
 def auto(
@@ -129,3 +138,17 @@ def timm(
     are all ``vision_transformer.Block`` with ``Attention``.
     """
     return auto(model, r, prop_attn, trace_source, host="timm", **settings)
+
+
+def torchvision(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **settings: Any) -> Any:
+    """:func:`auto` for torchvision's ``VisionTransformer`` (vit_b_16, ..., SWAG's weights)."""
+    return auto(model, r, prop_attn, host="torchvision", **settings)
+
+
+def open_clip(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **settings: Any) -> Any:
+    """:func:`auto` for a model of OpenCLIP, or its image tower; the text tower is left alone.
+
+    Takes ``CLIP``, ``CustomTextCLIP`` and ``CoCa`` whose ``visual`` is a ``VisionTransformer``, or
+    a ``TimmModel`` around a model that :func:`timm` takes.
+    """
+    return auto(model, r, prop_attn, host="open_clip", **settings)

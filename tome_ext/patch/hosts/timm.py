@@ -20,6 +20,7 @@ from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.patched_model import PatchedModel, Tower
 from ..common.refusals import check_blocks, check_not_sharded, class_name
+from ..common.token_state import taken_layers
 from ..common.trail import AttentionKind, TokenNorm, Trail, attention_kind
 
 __all__ = ["find_tower"]
@@ -162,15 +163,6 @@ class TimmBlock(TomeBlock):
 
     def _tome_attention_kind(self: Any) -> AttentionKind:
         return attention_kind(self.attn, self.attn.head_dim, dropout_of(self.attn))
-
-
-def taken_layers(num_layers: int, indices: int | list[int] | None) -> list[int]:
-    """The layers whose tokens timm's forward_intermediates takes, in the order it returns them."""
-    if indices is None:
-        return list(range(num_layers))
-    if isinstance(indices, int):
-        return list(range(num_layers - indices, num_layers))
-    return sorted({index % num_layers for index in indices})
 
 
 class TimmModel(PatchedModel):
