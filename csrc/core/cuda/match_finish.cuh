@@ -190,7 +190,7 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     const auto whole = [](int count) { return (count + 3) / 4 * 4; };  // vectors of four
     for (int i = thread; i < whole(num_a); i += kThreads) {
         const Packed best = i < num_a ? best_of(i) : 0;
-        small.scores[i] = static_cast<uint32_t>(best >> 32);
+        small.scores[i] = static_cast<uint32_t>(best >> 32) + 1;  // from 1: one below exists
         // 0 is "nothing may be chosen", and then the first of B.
         small.nearest[i] = best == 0 ? 0 : static_cast<int32_t>(~static_cast<uint32_t>(best));
     }
@@ -198,26 +198,42 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     for (int n = thread; n < prefix; n += kThreads) assign[n] = members[n] = offsets[n] = n;
     __syncthreads();
 
-    int lanes = 1;  // that count for one token
-    while (lanes < device::kWarp && 2 * lanes * num_a <= kThreads) lanes *= 2;
+    // Eight lanes share out the scores, and each compares what it loads for four tokens: else a loop
+    // of loads, each waited for, takes as long as all the rest of match.
+    constexpr int kLanes = 8, kAtOnce = 4;
     const auto* scores = reinterpret_cast<const uint4*>(small.scores);
-    for (int base = 0; base < num_a; base += kThreads / lanes) {
-        const int i = base + thread / lanes;
-        const uint32_t mine = small.scores[i < num_a ? i : 0];
-        int before = 0;
-        for (int four = thread % lanes; four < whole(num_a) / 4; four += lanes) {
+    for (int base = 0; base < num_a; base += kAtOnce * (kThreads / kLanes)) {
+        int token[kAtOnce], before[kAtOnce] = {};
+        uint32_t mine[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            token[k] = base + k * (kThreads / kLanes) + thread / kLanes;
+            mine[k] = small.scores[token[k] < num_a ? token[k] : 0];
+        }
+#pragma unroll 2
+        for (int four = thread % kLanes; four < whole(num_a) / 4; four += kLanes) {
             const uint4 others = scores[four];
             const uint32_t other[4] = {others.x, others.y, others.z, others.w};
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                before += other[j] > mine || (other[j] == mine && 4 * four + j < i);
+            for (int k = 0; k < kAtOnce; ++k) {
+                // Of vectors before the token's own, equal scores too.
+                const uint32_t limit = mine[k] - (four < token[k] / 4 ? 1 : 0);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) before[k] += other[j] > limit;
             }
         }
-        for (int by = lanes / 2; by > 0; by /= 2) {
-            before += __shfl_xor_sync(device::kFullMask, before, by);
+        for (int by = kLanes / 2; by > 0; by /= 2) {
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                before[k] += __shfl_xor_sync(device::kFullMask, before[k], by);
+            }
         }
-        if (i < num_a && thread % lanes == 0 && before < r) {
-            atomicOr(&state.merged[i / 32], 1u << (i % 32));
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int i = token[k];
+            if (i >= num_a || thread % kLanes != k) continue;  // a lane for each
+            for (int j = i / 4 * 4; j < i; ++j) before[k] += small.scores[j] == mine[k];
+            if (before[k] < r) atomicOr(&state.merged[i / 32], 1u << (i % 32));
         }
     }
     __syncthreads();
