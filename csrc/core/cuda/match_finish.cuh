@@ -162,6 +162,21 @@ __device__ __forceinline__ void write_assign(const MatchArgs& m, const Packed* b
     }
 }
 
+// count += value > limit, in two instructions; the compiler takes three, each waiting for the last.
+__device__ __forceinline__ void count_above(uint32_t value, uint32_t limit, int& count) {
+#ifdef TOME_EMULATION
+    count += value > limit;
+#else
+    asm("{\n"
+        ".reg .pred above;\n"
+        "setp.gt.u32 above, %1, %2;\n"
+        "@above add.s32 %0, %0, 1;\n"
+        "}"
+        : "+r"(count)
+        : "r"(value), "r"(limit));
+#endif
+}
+
 // Up to kCountingRank A tokens: the whole plan by counting, in three steps with a barrier between,
 // and nothing that one thread does for all.
 //
@@ -198,8 +213,8 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     for (int n = thread; n < prefix; n += kThreads) assign[n] = members[n] = offsets[n] = n;
     __syncthreads();
 
-    // Eight lanes share out the scores, and each compares what it loads for four tokens: else a loop
-    // of loads, each waited for, takes as long as all the rest of match.
+    // Eight lanes share out the scores, and each compares what it loads for four tokens: else a
+    // loop of loads, each waited for, takes as long as all the rest of match.
     constexpr int kLanes = 8, kAtOnce = 4;
     const auto* scores = reinterpret_cast<const uint4*>(small.scores);
     for (int base = 0; base < num_a; base += kAtOnce * (kThreads / kLanes)) {
@@ -219,7 +234,7 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
                 // Of vectors before the token's own, equal scores too.
                 const uint32_t limit = mine[k] - (four < token[k] / 4 ? 1 : 0);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) before[k] += other[j] > limit;
+                for (int j = 0; j < 4; ++j) count_above(other[j], limit, before[k]);
             }
         }
         for (int by = kLanes / 2; by > 0; by /= 2) {
@@ -232,7 +247,9 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
         for (int k = 0; k < kAtOnce; ++k) {
             const int i = token[k];
             if (i >= num_a || thread % kLanes != k) continue;  // a lane for each
-            for (int j = i / 4 * 4; j < i; ++j) before[k] += small.scores[j] == mine[k];
+            const uint4 own = scores[i / 4];
+            before[k] += (i % 4 > 0 && own.x == mine[k]) + (i % 4 > 1 && own.y == mine[k]) +
+                         (i % 4 > 2 && own.z == mine[k]);
             if (before[k] < r) atomicOr(&state.merged[i / 32], 1u << (i % 32));
         }
     }
@@ -267,8 +284,8 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
             const uint32_t other[4] = {others.x, others.y, others.z, others.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                row_begin += other[j] < key;
-                before += other[j] < own;
+                count_above(key, other[j], row_begin);
+                count_above(own, other[j], before);
             }
         }
         const int nearest = static_cast<int>(key >> 16), index = static_cast<int>(key & 0xffff);
@@ -288,28 +305,43 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     if (thread == 0) offsets[m.p.tokens - m.r] = static_cast<int32_t>(m.p.tokens);
 }
 
+// Groups the tokens of an image whose assign is written.
+__device__ __forceinline__ void group_tokens(const MatchArgs& m, int64_t image,
+                                             unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t tokens = m.p.tokens, rows = tokens - m.r;
+    const int32_t* assign = m.p.assign + image * tokens;
+    int32_t* members = m.p.members + image * tokens;
+    int32_t* offsets = m.p.offsets + image * (rows + 1);
+    unsigned char* free = shared + sizeof(FinishShared);
+    const int64_t bytes = m.tiles.shared_bytes - int64_t{sizeof(FinishShared)};
+    const int warps = device::warps_that_place(tokens, rows, kThreads / device::kWarp, bytes);
+    if (warps > 1) {
+        device::plan_image_by_warps(assign, tokens, rows, members, offsets, warps,
+                                    reinterpret_cast<uint16_t*>(free), state.scratch);
+    } else {
+        int32_t* cursor = rows * 4 <= bytes ? reinterpret_cast<int32_t*>(free) : offsets + 1;
+        device::plan_image(assign, tokens, rows, members, offsets, cursor, state.scratch);
+    }
+}
+
 // One block, after last_block_of_image said so.
 template <class T>
 __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
                                              unsigned char* shared) {
     auto& state = *reinterpret_cast<FinishShared*>(shared);
-    const int64_t num_a = m.sets.num_a, tokens = m.p.tokens, rows = tokens - m.r;
+    const int64_t num_a = m.sets.num_a;
     const Packed* best = m.best + image * num_a;
     if (sizeof(T) == 4 && num_a <= kCountingRank) {
         finish_small_image(m, image, shared, [&](int64_t i) { return best[i]; });
         return;
     }
-    int32_t* assign = m.p.assign + image * tokens;
     const Cut cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, m.r, state)
                                    : cut_by_radix(best, num_a, m.r, state);
-    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch, assign);
+    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch,
+                    m.p.assign + image * m.p.tokens);
     __syncthreads();
-    int32_t* offsets = m.p.offsets + image * (rows + 1);
-    const bool fits = int64_t{sizeof(FinishShared)} + rows * 4 <= m.tiles.shared_bytes;
-    int32_t* cursor =
-        fits ? reinterpret_cast<int32_t*>(shared + sizeof(FinishShared)) : offsets + 1;
-    device::plan_image(assign, tokens, rows, m.p.members + image * tokens, offsets, cursor,
-                       state.scratch);
+    group_tokens(m, image, shared);
 }
 
 }  // namespace tome::match_cuda_detail
