@@ -17,7 +17,7 @@ from .block_call import BlockCall
 from .class_swap import Swapped
 from .trail import Trail
 
-__all__ = ["TomeMultiheadAttention", "pool_multihead", "weighted_mean"]
+__all__ = ["SizedCall", "TomeMultiheadAttention", "pool_multihead", "weighted_mean"]
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
@@ -34,7 +34,7 @@ def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple
 
 
 def check_multihead(attn: Any) -> str | None:
-    """What an nn.MultiheadAttention does that the patch cannot follow, in words; None if nothing."""
+    """What an nn.MultiheadAttention does that the patch cannot follow, in words, or None."""
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
         return "keys of its own (add_bias_kv or add_zero_attn)"
     return None
@@ -109,6 +109,31 @@ def pool_multihead(
     y = proportional_attention(q, k, v, size, dropout_p=dropout)
     out: Tensor = attn.out_proj(y.transpose(1, 2).flatten(2))
     return out
+
+
+class SizedCall:
+    """Stands for a block's call in attention behind the tower, which only counts its keys.
+
+    Attributes:
+        size: (B, M) float32, how often each key counts.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: Tensor) -> None:
+        self.size = size
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """As :meth:`BlockCall.attend`; ``attn_mask`` is over the present tokens."""
+        return proportional_attention(q, k, v, self.size, attn_mask, scale, dropout_p)
 
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:

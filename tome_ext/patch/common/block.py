@@ -6,7 +6,7 @@ A block that reduces nothing runs its own forward; one that does is driven from 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -28,8 +28,9 @@ class BlockNames:
 
     Attributes:
         norm1, attn, norm2, mlp: modules.
+        dropout1, dropout2: modules that drop features of a branch before it is scaled.
         scale1, scale2: modules or parameters that multiply a branch (LayerScale).
-        drop1, drop2: modules that drop a branch, or features of it, while training.
+        drop1, drop2: modules that drop a scaled branch, or features of it, while training.
         scale_vector: attribute of the scale modules that holds their vector.
         order: "pre" for ``x + branch(norm(x))``, "post" for ``x + norm(branch(x))``.
         scale_classes: classes of scale modules that do nothing but multiply.
@@ -41,6 +42,8 @@ class BlockNames:
     attn: str
     norm2: str
     mlp: str
+    dropout1: str | None = None
+    dropout2: str | None = None
     scale1: str | None = None
     scale2: str | None = None
     drop1: str | None = None
@@ -56,8 +59,11 @@ class TomeBlock(Swapped):
     """A transformer block that reduces its tokens between attention and MLP.
 
     Attributes of an instance: ``_tome`` is the tower's trail, ``_tome_layer`` the block's number,
-    ``_tome_names`` what its parts are called.
+    ``_tome_names`` what its parts are called. Of a class: ``_tome_drives`` says that its own
+    forward serves only where no tokens have merged yet.
     """
+
+    _tome_drives: ClassVar[bool] = False
 
     _tome: Trail
     _tome_layer: int
@@ -70,7 +76,7 @@ class TomeBlock(Swapped):
             out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         else:
             args, kwargs = self._tome_arguments(call, args, kwargs)
-            if call.reduces:
+            if call.reduces or self._tome_drives:
                 out = self._tome_reduce(call, x, args, kwargs)
             else:
                 trail.call = call
@@ -80,7 +86,7 @@ class TomeBlock(Swapped):
                     trail.call = None
                 call.check_attended()
         y = out[0] if isinstance(out, tuple) else out
-        if not call.reduces:
+        if call.tokens.layer == self._tome_layer:
             call.pass_on(y, call.tokens.size, None)
         trail.leave(call, y)
         return out
@@ -107,6 +113,12 @@ class TomeBlock(Swapped):
             trail.call = None
         return out[0] if isinstance(out, tuple) else out
 
+    def _tome_branch(self: Any, x: Tensor, normed: Tensor) -> Tensor:
+        """The block's output, from its tokens x (B, M, C) after attention, and their norm."""
+        names: BlockNames = self._tome_names
+        branch = self._modules[names.mlp](normed)
+        return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
+
     def _tome_reduce(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -115,19 +127,24 @@ class TomeBlock(Swapped):
         modules = self._modules  # nn.Module's own lookup takes microseconds for each
         if names.order == "post":
             attended = modules[names.norm1](self._tome_attend(call, x, args, kwargs))
-            x = call.merge(x + finished(self, names.scale1, names.drop1, attended))
+            attended = finished(self, names.dropout1, names.scale1, names.drop1, attended)
+            x = call.merge(x + attended)
             branch = modules[names.norm2](modules[names.mlp](x))
-        else:
-            attended = self._tome_attend(call, modules[names.norm1](x), args, kwargs)
-            x, normed = merged_and_normed(self, names, call, x, attended)
-            del attended  # or its memory would be held until the MLP is done
-            branch = modules[names.mlp](normed)
-        return x + finished(self, names.scale2, names.drop2, branch)
+            return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
+        attended = self._tome_attend(call, modules[names.norm1](x), args, kwargs)
+        x, normed = merged_and_normed(self, names, call, x, attended)
+        del attended  # or its memory would be held until the MLP is done
+        return self._tome_branch(x, normed)
 
 
-def finished(block: Any, scale: str | None, drop: str | None, branch: Tensor) -> Tensor:
+def finished(
+    block: Any, dropout: str | None, scale: str | None, drop: str | None, branch: Tensor
+) -> Tensor:
     """A branch's output, scaled and dropped."""
     modules = block._modules
+    if dropout is not None:
+        module = modules.get(dropout)
+        branch = branch if module is None else module(branch)
     if scale is not None:
         module = modules.get(scale)
         if module is not None:
@@ -152,7 +169,8 @@ def merged_and_normed(
             weight, bias = norm.weight, norm.bias
             if fit(x, attended, vector, weight, bias):
                 return call.merge_add_norm(x, attended, vector, weight, bias, norm.eps)
-    x = call.merge(x + finished(block, names.scale1, names.drop1, attended))
+    attended = finished(block, names.dropout1, names.scale1, names.drop1, attended)
+    x = call.merge(x + attended)
     return x, norm(x)
 
 
@@ -173,7 +191,10 @@ def plain_scale(block: Any, names: BlockNames) -> tuple[bool, Tensor | None]:
         return True, None
     scale = block._modules.get(names.scale1)
     if scale is None:
-        return True, getattr(block, names.scale1, None)
+        vector = getattr(block, names.scale1, None)
+        if isinstance(vector, Tensor):
+            return True, vector
+        return vector is None or vector == 1, None
     if observed(scale):
         return False, None
     if type(scale) is nn.Identity:
@@ -184,8 +205,13 @@ def plain_scale(block: Any, names: BlockNames) -> tuple[bool, Tensor | None]:
 
 
 def drops(block: Any, names: BlockNames) -> bool:
-    """Whether the first drop module may change the branch, or has hooks that see it."""
-    drop = None if names.drop1 is None else block._modules.get(names.drop1)
+    """Whether a module of the first branch may drop some of it, or has hooks that see it."""
+    return may_drop(block, names, names.drop1) or may_drop(block, names, names.dropout1)
+
+
+def may_drop(block: Any, names: BlockNames, name: str | None) -> bool:
+    """Whether the module of that name drops, or has hooks; no module does neither."""
+    drop = None if name is None else block._modules.get(name)
     if drop is None:
         return False
     if observed(drop):

@@ -15,7 +15,7 @@ __all__ = ["LayerRule", "Rules", "Settings", "make_rules"]
 class Settings:
     """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given."""
 
-    method: Method = ToMe()
+    method: Method = ToMe()  # noqa: RUF009  (frozen)
     r: Schedule = 0
     keep_rate: KeepRate | None = None
     trace_source: bool = False

@@ -55,7 +55,7 @@ BLOCK = BlockNames(
 
 
 def find_tower(model: Any) -> Tower:
-    """What a timm model is made of; a ValueError that names what is wrong if it is not supported."""
+    """What a timm model is made of; a ValueError that names what is wrong if unsupported."""
     blocks = _check(model)
     return Tower(
         module=model,
