@@ -57,6 +57,9 @@ class Host:
 
 HOSTS: dict[str, Host] = {
     "timm": Host("timm", "timm", "tome_ext.patch.hosts.timm", "timm >= 1.0.20"),
+    "transformers": Host(
+        "transformers", "transformers", "tome_ext.patch.hosts.transformers", "transformers >= 5"
+    ),
 }
 
 
