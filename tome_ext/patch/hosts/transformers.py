@@ -11,9 +11,10 @@ unpickled.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ from ..common.trail import AttentionKind, Reader, Trail, attention_kind
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_tower"]
 
 IMPLEMENTATION = "tome_ext"  # what the attention of an active block is called in Transformers
-SHOWN = "tome_shown"  # keyword that carries a padding mask (B, N) to the attention modules
+# Keyword that carries the padding mask (B, N) that the user gave, or False for none, to the
+# attention modules.
+SHOWN = "tome_shown"
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -84,13 +87,14 @@ class MaskedAttention(TomeAttention):
         hidden_states: Tensor,
         attention_mask: Any = None,
         *args: Any,
-        tome_shown: Tensor | None = None,
+        tome_shown: Tensor | Literal[False] | None = None,
         **kwargs: Any,
     ) -> Any:
         if tome_shown is not None and attention_mask is not None and self._tome.call is not None:
             # Whatever form the model's implementation takes masks in (a float or bool matrix, a
-            # BlockMask), that of keys is exact and keeps attention on the operator.
-            attention_mask = tome_shown[:, None, None, :] != 0
+            # BlockMask), that of keys is exact and keeps attention on the operator. Without a
+            # padding mask there may still be one that hides nothing, as when exporting.
+            attention_mask = None if tome_shown is False else tome_shown[:, None, None, :] != 0
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, *args, **kwargs
         )
@@ -349,7 +353,7 @@ class CrossPoolLayer(PoolLayer):
 class TransformersTower(PatchedModel):
     """A vision tower. What it returns knows of merged tokens, or is at full length."""
 
-    _tome_mask: str | None  # argument that is a padding mask (B, N)
+    _tome_mask: tuple[str, int] | None  # argument that is a padding mask (B, N), and its place
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -370,9 +374,11 @@ class TransformersTower(PatchedModel):
         if rules.idle:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         refuse_attentions(self, kwargs)
-        shown = None if self._tome_mask is None else kwargs.get(self._tome_mask)
-        if isinstance(shown, Tensor) and shown.dim() == 2:
-            kwargs[SHOWN] = shown
+        if self._tome_mask is not None:
+            name, index = self._tome_mask
+            mask = args[index] if index < len(args) else kwargs.get(name)
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+                kwargs[SHOWN] = False if mask is None else mask
         as_dict = kwargs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
@@ -853,7 +859,7 @@ def _tower(model: Any, module: Any, family: Family, reader: Reader) -> Tower:
     return Tower(
         module=module,
         mixin=family.tower_mixin,
-        module_attributes={"_tome_mask": family.mask},
+        module_attributes={"_tome_mask": mask_argument(module, family)},
         blocks=[(block, family.layer_mixin) for block in blocks],
         others=[*((attn, family.attention_mixin, {}) for _, attn in attentions), *pools],
         num_prefix_tokens=prefix,
@@ -862,6 +868,13 @@ def _tower(model: Any, module: Any, family: Family, reader: Reader) -> Tower:
         info={"class_token": family.prefix > 0, "distill_token": family.prefix > 1},
         reader=reader,
     )
+
+
+def mask_argument(module: Any, family: Family) -> tuple[str, int] | None:
+    """The tower's padding mask: name and place among its arguments."""
+    if family.mask is None:
+        return None
+    return family.mask, list(inspect.signature(module.forward).parameters).index(family.mask)
 
 
 def block_names(block: Any, names: dict[str, Any]) -> BlockNames:
