@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,7 @@ class Calls(TorchDispatchMode):
 
 def count(model: Any, x: Tensor) -> tuple[int, int]:
     """How many blocks of a forward fold their neighbours into the merge, and how many do not."""
-    with Calls() as calls:
+    with Calls() as calls, torch.enable_grad():
         model(x)
     return calls.count.get(FOLDED, 0), calls.count.get(PLAIN, 0)
 
@@ -144,3 +146,108 @@ def test_a_hook_sees_the_norm_it_would_see_unpatched() -> None:
         block.norm2.register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
     assert [tuple(output.shape) for output in seen] == [(2, 57, 32), (2, 49, 32), (2, 41, 32)]
+
+
+# --- the end of a block and the next one's norm --------------------------------------------------
+
+
+def norms(model: Any, x: Tensor) -> int:
+    """How many norms a forward without gradients computes on their own."""
+    with Calls() as calls, torch.no_grad():
+        model(x)
+    return calls.count.get("aten.native_layer_norm.default", 0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_blocks_for_inference_leave_the_next_norm_and_compute_the_same(
+    name: str, mode: Callable[[], Any]
+) -> None:
+    model = tiny(**VARIANTS[name]).double()
+    tome_ext.patch.timm(model, r=[9, 4, 7][: len(model.blocks)], inference=True)
+    x = images(dtype=torch.float64)
+    expected = model(x)
+    with mode():
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+        assert torch.equal(model(x), model(x))
+
+
+def test_how_many_norms_are_left() -> None:
+    model, x = tiny(), images()
+    every = norms(model, x)
+    assert every == 2 * 3 + 1
+    tome_ext.patch.timm(model, r=[9, 4, 7])
+    assert norms(model, x) == 3 + 1
+    tome_ext.patch.timm(model, r=[9, 4, 7], inference=True)
+    assert norms(model, x) == 2  # the first block's, and that behind the last
+    # A block that reduces nothing runs its own forward, and so does the one before it.
+    model.r = [9, 0, 7]
+    assert norms(model, x) == 1 + 2 + 1 + 1
+    model.r = 8
+    with torch.enable_grad(), Calls() as calls:
+        model(x)
+    assert calls.count["aten.native_layer_norm.default"] == 3 + 1
+
+
+def observe_block(model: Any) -> None:
+    model.blocks[0].register_forward_hook(lambda module, args, output: None)
+
+
+def observe_next(model: Any) -> None:
+    model.blocks[1].register_forward_pre_hook(lambda module, args: None)
+
+
+def observe_next_norm(model: Any) -> None:
+    model.blocks[1].norm1.register_forward_hook(lambda module, args, output: None)
+
+
+def scale_differently(model: Any) -> None:
+    model.blocks[0].ls2 = nn.Linear(32, 32)
+
+
+def norm_differently(model: Any) -> None:
+    model.blocks[1].norm1 = LayerNormFp32(32)
+
+
+@pytest.mark.parametrize(
+    ("change", "alone"),
+    [
+        (observe_block, 1),
+        (observe_next, 2),  # on either side of the block
+        (observe_next_norm, 1),
+        (scale_differently, 1),
+        (norm_differently, 1),
+    ],
+)
+def test_blocks_do_not_leave_a_norm_that_someone_else_must_see(
+    change: Callable[[Any], None], alone: int
+) -> None:
+    model = tome_ext.patch.timm(tiny(init_values=0.5), r=8, inference=True)
+    assert norms(model, images()) == 2
+    change(model)
+    assert norms(model, images()) == 2 + alone
+
+
+def test_tokens_that_are_replaced_between_blocks_are_normed_anew() -> None:
+    model = tome_ext.patch.timm(tiny().double(), r=8, inference=True)
+    tokens = images(dtype=torch.float64)
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(tokens))
+        after = model.blocks[0](x)
+        other = 2 * after
+        model.blocks[0](x)
+        replaced = model.blocks[1](model.tome.attach(other))
+    with torch.enable_grad():
+        model.blocks[0](x)
+        expected = model.blocks[1](model.tome.attach(other.clone()))
+    torch.testing.assert_close(replaced, expected, rtol=0, atol=1e-12)
+
+
+def test_copies_leave_norms_as_their_original_does() -> None:
+    model = tome_ext.patch.timm(tiny(), r=8, inference=True)
+    assert norms(copy.deepcopy(model), images()) == 2
+    assert norms(pickle.loads(pickle.dumps(model)), images()) == 2
+    replica = model.blocks[0]._replicate_for_data_parallel()
+    with Calls() as calls, torch.no_grad():
+        replica(torch.randn(2, 65, 32))
+    assert calls.count["tome.merge_add_norm.default"] == 1

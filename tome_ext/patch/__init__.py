@@ -32,6 +32,7 @@ def auto(
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
     restore_tokens: bool = False,
+    inference: bool = False,
     host: str | None = None,
 ) -> Any:
     """Patch a Vision Transformer, so that its blocks go on with fewer tokens.
@@ -83,6 +84,11 @@ def auto(
             does in training. Costs a pass over the tokens in each block that fuses.
         restore_tokens: return tokens at their full number, each merged one as often as it counts,
             for whatever reads them as a grid.
+        inference: promise that the model is only run without gradients. Each block then computes
+            the first norm of the next one together with its own last sum, in one pass over the
+            tokens instead of three, where nothing observes or changes the modules in between. The
+            results differ in rounding from those with gradients, which are still right if they are
+            asked for after all.
         host: the library, where it should not be found by the model's class: a name of
             :data:`tome_ext.patch.registry.HOSTS`.
 
@@ -103,6 +109,7 @@ def auto(
         keep_rate,
         bool(trace_source),
         bool(restore_tokens),
+        bool(inference),
     )
     find = find_tower if host is None else HOSTS[host].find_tower
     return patch_model(model, find, settings)

@@ -272,28 +272,118 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     if (thread == 0) offsets[m.p.tokens - m.r] = static_cast<int32_t>(m.p.tokens);
 }
 
+// Groups the tokens of an image whose assign is written.
+__device__ __forceinline__ void group_tokens(const MatchArgs& m, int64_t image,
+                                             unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t tokens = m.p.tokens, rows = tokens - m.r;
+    int32_t* offsets = m.p.offsets + image * (rows + 1);
+    const bool fits = int64_t{sizeof(FinishShared)} + rows * 4 <= m.tiles.shared_bytes;
+    int32_t* cursor =
+        fits ? reinterpret_cast<int32_t*>(shared + sizeof(FinishShared)) : offsets + 1;
+    device::plan_image(m.p.assign + image * tokens, tokens, rows, m.p.members + image * tokens,
+                       offsets, cursor, state.scratch);
+}
+
+// How many rows of a set take part. Every thread of the block gets the same answer.
+template <class Set>
+__device__ __forceinline__ int64_t count_visible(const Set& set, int64_t count, int* scratch) {
+    int mine = 0, total = 0;
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) mine += set.takes_part(i);
+    device::block_exclusive_sum(mine, &total, scratch);
+    return total;
+}
+
+// As finish_image, where tokens may be hidden: ranks, rows and the cut of r are of what is visible,
+// and the rows left at the end stay empty. See MatchParams.
+template <class T>
+__device__ __forceinline__ void finish_visible_image(const MatchArgs& m, int64_t image,
+                                                     unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t thread = threadIdx.x, prefix = m.p.num_prefix_tokens, tokens = m.p.tokens;
+    const int64_t num_a = m.sets.num_a, num_b = m.sets.num_b;
+    const VisibleRows a(m, image, true, 0), b(m, image, false, 0);
+    Packed* best = m.best + image * num_a;
+    int32_t* columns = sizeof(T) == 8 ? m.columns + image * num_a : nullptr;
+    int32_t* assign = m.p.assign + image * tokens;
+
+    const int64_t visible_a = count_visible(a, num_a, state.scratch);
+    const int64_t visible_b = count_visible(b, num_b, state.scratch);
+    const int64_t least = visible_a < visible_b ? visible_a : visible_b;  // see visible_r
+    const int64_t r = m.r < least ? m.r : least;
+
+    // A visible token for which nothing may be chosen has the first visible one of B, and a score
+    // below all others: 1, where hidden ones keep 0.
+    if (thread == 0) state.bin = 0xffffffffu;
+    __syncthreads();
+    for (int64_t j = thread; j < num_b; j += kThreads) {
+        if (!b.takes_part(j)) continue;
+        atomicMin(&state.bin, static_cast<uint32_t>(j));
+        break;
+    }
+    for (int64_t n = thread; n < tokens; n += kThreads) {
+        assign[n] = n < prefix ? static_cast<int32_t>(n) : -1;
+    }
+    __syncthreads();
+    const uint32_t first_b = state.bin;
+    for (int64_t i = thread; i < num_a; i += kThreads) {
+        if (best[i] != 0 || !a.takes_part(i)) continue;
+        if constexpr (sizeof(T) == 8) {
+            best[i] = 1;
+            columns[i] = static_cast<int32_t>(first_b);
+        } else {
+            best[i] = Packed{1} << 32 | ~first_b;
+        }
+    }
+    __syncthreads();
+    Cut cut{~Packed{0}, 0};  // includes none
+    if (r > 0) {
+        cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, r, state)
+                             : cut_by_radix(best, num_a, r, state);
+    }
+
+    // Output rows: prefix | visible A tokens that stay | visible B tokens | empty ones.
+    int64_t row = prefix;
+    const auto give_rows = [&](const VisibleRows& set, int64_t count, const auto& stays) {
+        for (int64_t base = 0; base < count; base += kThreads) {
+            const int64_t i = base + thread;
+            const bool mine = i < count && set.takes_part(i) && stays(i);
+            int total = 0;
+            const int before = device::block_exclusive_sum(mine, &total, state.scratch);
+            if (mine) assign[set.token(i)] = static_cast<int32_t>(row + before);
+            row += total;
+        }
+    };
+    give_rows(a, num_a, [&](int64_t i) { return !cut.includes(score_of<T>(best[i]), i); });
+    give_rows(b, num_b, [](int64_t) { return true; });
+    __syncthreads();  // rows of B before they are looked up
+    for (int64_t i = thread; i < num_a; i += kThreads) {
+        if (!cut.includes(score_of<T>(best[i]), i)) continue;
+        const int64_t nearest =
+            sizeof(T) == 8 ? int64_t{columns[i]} : int64_t{~static_cast<uint32_t>(best[i])};
+        assign[a.token(i)] = assign[b.token(nearest)];
+    }
+    __syncthreads();
+    group_tokens(m, image, shared);
+}
+
 // One block, after last_block_of_image said so.
 template <class T>
 __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
                                              unsigned char* shared) {
     auto& state = *reinterpret_cast<FinishShared*>(shared);
-    const int64_t num_a = m.sets.num_a, tokens = m.p.tokens, rows = tokens - m.r;
+    const int64_t num_a = m.sets.num_a;
     const Packed* best = m.best + image * num_a;
     if (sizeof(T) == 4 && num_a <= kCountingRank) {
         finish_small_image(m, image, shared, [&](int64_t i) { return best[i]; });
         return;
     }
-    int32_t* assign = m.p.assign + image * tokens;
     const Cut cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, m.r, state)
                                    : cut_by_radix(best, num_a, m.r, state);
-    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch, assign);
+    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch,
+                    m.p.assign + image * m.p.tokens);
     __syncthreads();
-    int32_t* offsets = m.p.offsets + image * (rows + 1);
-    const bool fits = int64_t{sizeof(FinishShared)} + rows * 4 <= m.tiles.shared_bytes;
-    int32_t* cursor =
-        fits ? reinterpret_cast<int32_t*>(shared + sizeof(FinishShared)) : offsets + 1;
-    device::plan_image(assign, tokens, rows, m.p.members + image * tokens, offsets, cursor,
-                       state.scratch);
+    group_tokens(m, image, shared);
 }
 
 }  // namespace tome::match_cuda_detail

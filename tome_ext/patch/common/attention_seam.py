@@ -34,7 +34,7 @@ def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple
 
 
 def check_multihead(attn: Any) -> str | None:
-    """What an nn.MultiheadAttention does that the patch cannot follow, in words, or None."""
+    """What an nn.MultiheadAttention does that the patch cannot follow, in words, if anything."""
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
         return "keys of its own (add_bias_kv or add_zero_attn)"
     return None

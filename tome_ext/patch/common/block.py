@@ -5,13 +5,15 @@ A block that reduces nothing runs its own forward; one that does is driven from 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ..._torch import hooks_on_all_modules
+from ..._torch import hooks_on_all_modules, record_on_storage, recorded_on_storage
 from ...attention import autocasts
 from .block_call import BlockCall
 from .class_swap import Swapped
@@ -91,6 +93,10 @@ class TomeBlock(Swapped):
         trail.leave(call, y)
         return out
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._tome.blocks[self._tome_layer] = weakref.ref(self)
+
     def _tome_attention_kind(self) -> AttentionKind:
         """What is known about the block's attention before it runs."""
         raise NotImplementedError
@@ -113,11 +119,9 @@ class TomeBlock(Swapped):
             trail.call = None
         return out[0] if isinstance(out, tuple) else out
 
-    def _tome_branch(self: Any, x: Tensor, normed: Tensor) -> Tensor:
-        """The block's output, from its tokens x (B, M, C) after attention, and their norm."""
-        names: BlockNames = self._tome_names
-        branch = self._modules[names.mlp](normed)
-        return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
+    def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
+        """The output of the block's MLP for normed tokens (B, M, C), without the residual."""
+        return self._modules[self._tome_names.mlp](normed)
 
     def _tome_reduce(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,11 +134,20 @@ class TomeBlock(Swapped):
             attended = finished(self, names.dropout1, names.scale1, names.drop1, attended)
             x = call.merge(x + attended)
             branch = modules[names.norm2](modules[names.mlp](x))
-            return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
-        attended = self._tome_attend(call, modules[names.norm1](x), args, kwargs)
-        x, normed = merged_and_normed(self, names, call, x, attended)
-        del attended  # or its memory would be held until the MLP is done
-        return self._tome_branch(x, normed)
+        else:
+            normed = take_norm(x)
+            if normed is None:
+                normed = modules[names.norm1](x)
+            attended = self._tome_attend(call, normed, args, kwargs)
+            x, normed = merged_and_normed(self, names, call, x, attended)
+            del attended  # or its memory would be held until the MLP is done
+            branch = self._tome_mlp(normed)
+            del normed
+            if call.tokens.rules.settings.inference and not torch.is_grad_enabled():
+                out = added_and_normed(self, names, call, x, branch)
+                if out is not None:
+                    return out
+        return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
 
 
 def finished(
@@ -158,13 +171,92 @@ def finished(
     return branch
 
 
+# What the end of a block and the beginning of the next can do in one pass: x + scale * branch, and
+# the next block's norm of it. The norm waits on the storage of x, so that it goes with x.
+
+MOST_IDENTITIES = 64
+_identities: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+NORM = "_tome_norm"  # attribute of a storage: (weak reference to x, norm of x)
+
+
+def added_and_normed(
+    block: Any, names: BlockNames, call: BlockCall, x: Tensor, branch: Tensor
+) -> Tensor | None:
+    """The block's output, whose norm is left for the following block; None if that may not be.
+
+    Only where the user has said that no gradients will be wanted: a checkpointed block is called
+    again without the one before it, and must find the same norm to the bit, or ties turn.
+    """
+    # torch.compile fuses them itself, and a traced program may run with gradients.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    following = block._tome.following(block._tome_layer, block)
+    tokens = call.tokens  # which have left the merge
+    if following is None or not tokens.rules.layers[tokens.layer].reduces:
+        return None
+    next_names: BlockNames = following._tome_names
+    norm = following._modules[next_names.norm1]
+    if (
+        next_names.order != "pre"
+        or not is_plain_norm(next_names, norm)
+        or drops(block, names.drop2, names)
+        or drops(block, names.dropout2, names)
+        or observed(block)
+        or observed(following)
+        or hooks_on_all_modules()
+    ):
+        return None
+    plain, vector = plain_scale(block, names.scale2, names)
+    weight, bias = norm.weight, norm.bias
+    if not plain or not fit(x, branch, vector, weight, bias):
+        return None
+    members, offsets = identity_plan(x.shape[0], x.shape[1], x.device)
+    x, _, normed = ops.merge_add_norm(
+        x, branch, None, members, offsets, vector, weight, bias, norm.eps
+    )
+    record_on_storage(x, NORM, (weakref.ref(x), normed))
+    return x
+
+
+def identity_plan(batch: int, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Members and offsets of the plan that leaves tokens (batch, num_tokens, C) as they are."""
+    key = (batch, num_tokens, device)
+    plan = _identities.get(key)
+    if plan is None:
+        offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
+        plan = offsets[:-1].repeat(batch, 1), offsets.repeat(batch, 1)
+        # A graph that is being captured fills its tensors when it runs, and not before.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if len(_identities) == MOST_IDENTITIES:
+                _identities.clear()
+            _identities[key] = plan
+    return plan
+
+
+def take_norm(x: Tensor) -> Tensor | None:
+    """The norm of x that the block before has left, once."""
+    if torch.compiler.is_compiling():
+        return None
+    left = recorded_on_storage(x, NORM)
+    if left is None:
+        return None
+    record_on_storage(x, NORM, None)
+    normed: Tensor = left[1]
+    return normed if left[0]() is x else None
+
+
 def merged_and_normed(
     block: Any, names: BlockNames, call: BlockCall, x: Tensor, attended: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
     norm = block._modules[names.norm2]
-    if call.averages and is_plain_norm(names, norm) and not drops(block, names):
-        plain, vector = plain_scale(block, names)
+    if (
+        call.averages
+        and is_plain_norm(names, norm)
+        and not drops(block, names.drop1, names)
+        and not drops(block, names.dropout1, names)
+    ):
+        plain, vector = plain_scale(block, names.scale1, names)
         if plain and not hooks_on_all_modules():
             weight, bias = norm.weight, norm.bias
             if fit(x, attended, vector, weight, bias):
@@ -185,13 +277,13 @@ def is_plain_norm(names: BlockNames, norm: Any) -> bool:
     )
 
 
-def plain_scale(block: Any, names: BlockNames) -> tuple[bool, Tensor | None]:
-    """Whether the first scale only multiplies, and its vector if there is one."""
-    if names.scale1 is None:
+def plain_scale(block: Any, name: str | None, names: BlockNames) -> tuple[bool, Tensor | None]:
+    """Whether the scale of that name only multiplies, and its vector if there is one."""
+    if name is None:
         return True, None
-    scale = block._modules.get(names.scale1)
+    scale = block._modules.get(name)
     if scale is None:
-        vector = getattr(block, names.scale1, None)
+        vector = getattr(block, name, None)
         if isinstance(vector, Tensor):
             return True, vector
         return vector is None or vector == 1, None
@@ -204,13 +296,8 @@ def plain_scale(block: Any, names: BlockNames) -> tuple[bool, Tensor | None]:
     return False, None
 
 
-def drops(block: Any, names: BlockNames) -> bool:
-    """Whether a module of the first branch may drop some of it, or has hooks that see it."""
-    return may_drop(block, names, names.drop1) or may_drop(block, names, names.dropout1)
-
-
-def may_drop(block: Any, names: BlockNames, name: str | None) -> bool:
-    """Whether the module of that name drops, or has hooks; no module does neither."""
+def drops(block: Any, name: str | None, names: BlockNames) -> bool:
+    """Whether the drop module of that name may change the branch, or has hooks that see it."""
     drop = None if name is None else block._modules.get(name)
     if drop is None:
         return False

@@ -6,6 +6,7 @@ modules, as in CLIP. Both are of classes that derive from :class:`PatchedModel`,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -208,6 +209,7 @@ def patch_model(
         swap(module, mixin, _tome=trail, **attributes)
     for layer, (block, block_mixin) in enumerate(tower.blocks):
         swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
+        trail.blocks[layer] = weakref.ref(block)
     part = tower.module is not model
     swap(tower.module, tower.mixin, _tome_part=part, **held, **tower.module_attributes)
     if tower.module is not model:

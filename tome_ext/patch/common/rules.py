@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ...schedule import KeepRate, Schedule, parse_keep_rate, parse_r
@@ -15,11 +15,12 @@ __all__ = ["LayerRule", "Rules", "Settings", "make_rules"]
 class Settings:
     """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given."""
 
-    method: Method = ToMe()  # noqa: RUF009  (frozen)
+    method: Method = field(default_factory=ToMe)
     r: Schedule = 0
     keep_rate: KeepRate | None = None
     trace_source: bool = False
     restore_tokens: bool = False
+    inference: bool = False
 
 
 class LayerRule(NamedTuple):

@@ -9,6 +9,7 @@ between two blocks, and to look at.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,14 +19,27 @@ from ..._torch import in_backward, record_on_storage
 from ...attention import unsupported
 from ...ops import describe
 from .block_call import BlockCall, attention_name
+from .class_swap import Swapped
 from .rules import Rules
 from .token_state import RECORD, Tokens, recorded
 
-__all__ = ["AttentionKind", "Reader", "Trail", "attention_kind"]
+__all__ = ["AttentionKind", "Reader", "TokenNorm", "Trail", "attention_kind"]
 
 Reader = Literal["tokens", "mean", "grid"]
 
 OWN_ATTENTION = "the model's own, as nothing has merged"
+
+
+class TokenNorm(Swapped):
+    """A tower's last norm, whose output are the tokens that came in."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            tokens = recorded(x)
+            if tokens is not None and tokens.fit(y):
+                record_on_storage(y, RECORD, tokens)
+        return y
 
 
 class AttentionKind(NamedTuple):
@@ -57,12 +71,14 @@ class Trail:
             and recomputation ended with.
         used: per layer, by what its last call computed attention; None if not called since the
             rules were made.
+        blocks: weak references to the tower's blocks, which each block makes when it is copied.
     """
 
     def __init__(self, rules: Rules, reader: Reader = "tokens") -> None:
         self.local = threading.local()
         self.reader = reader
         self.rules = rules
+        self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
 
     @property
     def rules(self) -> Rules:
@@ -79,6 +95,17 @@ class Trail:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def following(self, layer: int, block: object) -> Any:
+        """The block behind ``block``, number ``layer``; None if it is the last or not known.
+
+        Not known to replicas of a block, which share this trail but not their weights.
+        """
+        mine = self.blocks[layer]
+        if mine is None or mine() is not block or layer + 1 == len(self._rules.layers):
+            return None
+        after = self.blocks[layer + 1]
+        return None if after is None else after()
 
     # --- tokens ---------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.patched_model import PatchedModel, Tower
 from ..common.refusals import check_blocks, check_not_sharded, class_name
-from ..common.trail import AttentionKind, Trail, attention_kind
+from ..common.trail import AttentionKind, TokenNorm, Trail, attention_kind
 
 __all__ = ["find_tower"]
 
@@ -55,13 +55,16 @@ BLOCK = BlockNames(
 
 
 def find_tower(model: Any) -> Tower:
-    """What a timm model is made of; a ValueError that names what is wrong if unsupported."""
+    """What a timm model is made of; a ValueError that says what is not supported."""
     blocks = _check(model)
     return Tower(
         module=model,
         mixin=TimmModel,
         blocks=[(block, TimmBlock) for block in blocks],
-        others=[(block.attn, TimmAttention, {}) for block in blocks],
+        others=[
+            *((block.attn, TimmAttention, {}) for block in blocks),
+            *([(model.norm, TokenNorm, {})] if type(model.norm) is not nn.Identity else []),
+        ],
         num_prefix_tokens=int(model.num_prefix_tokens),
         class_token=model.cls_token is not None,
         block_attributes={"_tome_names": BLOCK},

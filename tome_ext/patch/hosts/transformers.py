@@ -184,8 +184,10 @@ class RotaryLayer(Layer):
 class VideoMAELayer(Layer):
     """Its MLP is in two modules, the second of which adds the residual."""
 
-    def _tome_branch(self: Any, x: Tensor, normed: Tensor) -> Tensor:
-        out: Tensor = self.output(self.intermediate(normed), x)
+    def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
+        # Not the residual itself: what adds it later may do so together with the next norm.
+        nothing = normed.new_zeros(())
+        out: Tensor = self.output(self.intermediate(normed), nothing)
         return out
 
 
