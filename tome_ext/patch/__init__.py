@@ -27,6 +27,7 @@ __all__ = [
     "remove",
     "timm",
     "torchvision",
+    "transformers",
 ]
 
 
@@ -152,3 +153,25 @@ def open_clip(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **setti
     a ``TimmModel`` around a model that :func:`timm` takes.
     """
     return auto(model, r, prop_attn, host="open_clip", **settings)
+
+
+def transformers(
+    model: nn.Module,
+    r: Schedule = 0,
+    prop_attn: bool = True,
+    trace_source: bool = False,
+    **settings: Any,
+) -> Any:
+    """:func:`auto` for a model of Hugging Face's Transformers.
+
+    Takes a vision tower (:data:`tome_ext.patch.hosts.transformers.FAMILIES` lists them) by itself,
+    with a head, or inside a larger model. A tower by itself, or under a head that reads its class
+    token or its pool, returns merged tokens and hidden states, each of the length it has at that
+    layer: ``model.tome.unmerge(hidden_states[k], k)`` spreads one. Under anything else, as a
+    backbone, a depth estimator or a language model, both come back at full length, as with
+    ``restore_tokens=True``.
+
+    Any ``attn_implementation`` serves, also one set later; it computes the attention of blocks
+    before the first that merges. ``output_attentions`` needs ``r = 0``.
+    """
+    return auto(model, r, prop_attn, trace_source, host="transformers", **settings)
