@@ -66,7 +66,8 @@ class Library:
         prefix: of its models' names.
         package: what must be there to import, ``install`` what pip calls it.
         near: names like a wrong one; raises for names that are none. None if any may be right.
-        load: ``load(name, pretrained, img_size)`` for features.
+        load: ``load(name, pretrained, img_size, head)`` for features, or with the classifier that
+            the library gives the model by default.
         classify: ``classify(name, classes, checkpoint, img_size)`` for logits of these classes.
     """
 
@@ -74,7 +75,7 @@ class Library:
     package: str
     install: str
     names: Callable[[], list[str]] | None
-    load: Callable[[str, bool, int | None], Model]
+    load: Callable[[str, bool, int | None, bool], Model]
     classify: Callable[[str, list[str], Path | None, int | None], Model]
 
     def require(self) -> None:
@@ -108,7 +109,9 @@ def split(spec: str) -> tuple[Library, str]:
     return library, name
 
 
-def features(spec: str, *, pretrained: bool = False, img_size: int | None = None) -> Model:
+def features(
+    spec: str, *, pretrained: bool = False, img_size: int | None = None, head: bool = False
+) -> Model:
     """A model that returns pooled features.
 
     Args:
@@ -116,6 +119,7 @@ def features(spec: str, *, pretrained: bool = False, img_size: int | None = None
         pretrained: with its weights where they can be had, else random ones: the same each time,
             and ``missing`` says why.
         img_size: side of the input in pixels; None means the model's own.
+        head: with the classifier that the library gives it by default.
 
     Raises:
         CommandError: no such model, or it can't be made.
@@ -125,13 +129,13 @@ def features(spec: str, *, pretrained: bool = False, img_size: int | None = None
     if pretrained:
         missing = prefer_cache_without_network()
         try:
-            return _named(spec, _random(library.load, name, True, img_size))
+            return _named(spec, _random(library.load, name, True, img_size, head))
         except Exception as error:
             # Whatever keeps the weights away (no network, none published, a full disk), one can go
             # on without them; a model that can't be made at all fails again here.
             missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
     try:
-        model = _random(library.load, name, False, img_size)
+        model = _random(library.load, name, False, img_size, head)
     except CommandError:
         raise
     except Exception as error:  # libraries and models raise all kinds
@@ -304,11 +308,13 @@ def _timm_model(module: Any, img_size: int | None, classes: int = 0) -> Model:
     return Model("", module, shape, tuple(ratio), data, classes, own == tuple(data["input_size"]))
 
 
-def _timm_load(name: str, pretrained: bool, img_size: int | None) -> Model:
+def _timm_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
     import timm
 
-    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    module = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if not head:
+        options["num_classes"] = 0
+    module = timm.create_model(name, pretrained=pretrained, **options)
     return _timm_model(module, img_size)
 
 
@@ -375,9 +381,9 @@ def _torchvision_make(
     return Model("", module, (3, side, side), (patch, patch), data, number, side == crop)
 
 
-def _torchvision_load(name: str, pretrained: bool, img_size: int | None) -> Model:
+def _torchvision_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
     model = _torchvision_make(name, pretrained, img_size)
-    if hasattr(model.module, "heads"):
+    if not head and hasattr(model.module, "heads"):
         model.module.heads = nn.Identity()
     return replace(model, classes=0)
 
@@ -455,7 +461,7 @@ def _open_clip_model(
     return Model(full, module, (3, height, width), tuple(patch), data, classes)
 
 
-def _open_clip_load(name: str, pretrained: bool, img_size: int | None) -> Model:
+def _open_clip_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
     import open_clip
     from open_clip.model import _build_vision_tower
 
@@ -646,7 +652,7 @@ def _hf_model(module: Any, name: str, config: Any, classes: int = 0) -> Model:
     return Model("", wrapped, shape, (height, width), _hf_data(name, shape), classes)
 
 
-def _hf_load(name: str, pretrained: bool, img_size: int | None) -> Model:
+def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
     from huggingface_hub import constants
     from transformers import AutoModel
 

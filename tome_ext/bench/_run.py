@@ -101,7 +101,7 @@ def run(options: Options) -> list[Row]:
     )
     with bar, on_device(device):
         for name, dtype in itertools.product(options.models, options.dtypes):
-            model = _models.features(name, img_size=options.image_size)
+            model = _models.features(name, img_size=options.image_size, head=True)
             model.module.to(device, getattr(torch, dtype))
             # Methods one after the other, each with its batch sizes and amounts.
             by_method = itertools.groupby(options.reductions, lambda each: each.method)
@@ -149,7 +149,7 @@ def check(options: Options, device: torch.device) -> None:
     for name in options.models:
         _models.split(name)
     for name in options.models:
-        model = _models.features(name, img_size=options.image_size)
+        model = _models.features(name, img_size=options.image_size, head=True)
         check_patch(model.module, options.reductions)
         sides = model.shape[-2:]
         if any(side % pixels for side, pixels in zip(sides, model.patch, strict=True)):
