@@ -41,6 +41,7 @@ class Case:
         implementations: names for ``set_attn_implementation`` that the model has.
         exports: whether torch.export takes the unpatched model.
         options: keyword arguments of the patch.
+        attention: what ``info`` says of attention once tokens have merged.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     implementations: tuple[str, ...] = ()
     exports: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    attention: str = "tome::attention"
 
     def __str__(self) -> str:
         return self.name

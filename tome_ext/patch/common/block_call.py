@@ -167,6 +167,7 @@ class BlockCall:
         dropout_p: float = 0.0,
         scale: float | None = None,
         metric: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attention of an active block, which weights keys by size.
 
@@ -181,15 +182,22 @@ class BlockCall:
             dropout_p: probability of dropping an attention weight.
             scale: factor of the logits; None means ``D ** -0.5``.
             metric: (B, H, M, D) in place of the keys as what tokens are matched by.
+            bias: float, added to the logits of the present tokens, broadcastable to (B, H, M, M);
+                in place of a mask.
 
         Returns:
             (B, H, M, D).
 
         Raises:
-            ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
+            ValueError: more than one of mask, bias and ``is_causal`` are given, or the mask's shape
+                is wrong.
         """
         if attn_mask is not None or is_causal:
+            if bias is not None:
+                raise ValueError("expected a mask or a bias, got both")
             attn_mask = self.mask(q, attn_mask, is_causal)
+        elif bias is not None:
+            attn_mask = bias
         if k.shape[1] != q.shape[1]:  # grouped queries
             metric = k if metric is None else metric
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
