@@ -334,27 +334,28 @@ __device__ __forceinline__ int64_t count_visible(const Set& set, int64_t count, 
     return total;
 }
 
-// As finish_image, where tokens may be hidden: ranks, rows and the cut of r are of what is visible,
-// and the rows left at the end stay empty. See MatchParams.
+// As finish_image, for listed sets: ranks, rows and the cut of r are of what is visible, and the
+// rows left at the end stay empty. See MatchParams.
 template <class T>
-__device__ __forceinline__ void finish_visible_image(const MatchArgs& m, int64_t image,
-                                                     unsigned char* shared) {
+__device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t image,
+                                                    unsigned char* shared) {
     auto& state = *reinterpret_cast<FinishShared*>(shared);
     const int64_t thread = threadIdx.x, prefix = m.p.num_prefix_tokens, tokens = m.p.tokens;
     const int64_t num_a = m.sets.num_a, num_b = m.sets.num_b;
-    const VisibleRows a(m, image, true, 0), b(m, image, false, 0);
+    const ListedRows a(m, image, true, 0), b(m, image, false, 0);
     Packed* best = m.best + image * num_a;
     int32_t* columns = sizeof(T) == 8 ? m.columns + image * num_a : nullptr;
     int32_t* assign = m.p.assign + image * tokens;
 
     const int64_t visible_a = count_visible(a, num_a, state.scratch);
     const int64_t visible_b = count_visible(b, num_b, state.scratch);
-    const int64_t least = visible_a < visible_b ? visible_a : visible_b;  // see visible_r
-    const int64_t r = m.r < least ? m.r : least;
+    const int64_t hidden = num_a + num_b - visible_a - visible_b;
+    const int64_t r = visible_r(m.r, visible_a, visible_b, hidden, m.p.targets != nullptr);
+    const bool first_stands = visible_b == 0 && r > 0;
 
-    // A visible token for which nothing may be chosen has the first visible one of B, and a score
-    // below all others: 1, where hidden ones keep 0.
-    if (thread == 0) state.bin = 0xffffffffu;
+    // A visible token for which nothing may be chosen has the first visible one of B, or the one
+    // that stands in, and a score below all others: 1, where hidden ones keep 0.
+    if (thread == 0) state.bin = first_stands ? 0u : 0xffffffffu;
     __syncthreads();
     for (int64_t j = thread; j < num_b; j += kThreads) {
         if (!b.takes_part(j)) continue;
@@ -384,18 +385,19 @@ __device__ __forceinline__ void finish_visible_image(const MatchArgs& m, int64_t
 
     // Output rows: prefix | visible A tokens that stay | visible B tokens | empty ones.
     int64_t row = prefix;
-    const auto give_rows = [&](const VisibleRows& set, int64_t count, const auto& stays) {
+    const auto give_rows = [&](const ListedRows& set, int64_t count, const auto& stays) {
         for (int64_t base = 0; base < count; base += kThreads) {
             const int64_t i = base + thread;
-            const bool mine = i < count && set.takes_part(i) && stays(i);
+            const bool mine = i < count && stays(i);
             int total = 0;
             const int before = device::block_exclusive_sum(mine, &total, state.scratch);
             if (mine) assign[set.token(i)] = static_cast<int32_t>(row + before);
             row += total;
         }
     };
-    give_rows(a, num_a, [&](int64_t i) { return !cut.includes(score_of<T>(best[i]), i); });
-    give_rows(b, num_b, [](int64_t) { return true; });
+    give_rows(a, num_a,
+              [&](int64_t i) { return a.takes_part(i) && !cut.includes(score_of<T>(best[i]), i); });
+    give_rows(b, num_b, [&](int64_t j) { return b.takes_part(j) || (first_stands && j == 0); });
     __syncthreads();  // rows of B before they are looked up
     for (int64_t i = thread; i < num_a; i += kThreads) {
         if (!cut.includes(score_of<T>(best[i]), i)) continue;

@@ -206,15 +206,15 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
 }
 
-// num_a and num_b are 1 or more; `hides`: tokens may be hidden.
+// num_a and num_b are 1 or more; `listed`: the sets are, see MatchArgs.
 constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_b, int64_t dim,
-                       int64_t element_bytes, const Device& device, bool hides = false) {
+                       int64_t element_bytes, const Device& device, bool listed = false) {
     // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
     if (element_bytes == 8) return plain(num_a, 8);
     if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
 
-    // One of the two forms is enough for hidden tokens: each is a dozen kernels.
-    if (hides) return staged(batch, num_a, num_b, dim, device);
+    // One of the two forms is enough for listed sets: each is a dozen kernels.
+    if (listed) return staged(batch, num_a, num_b, dim, device);
 
     // Staged rows take 4 bytes a channel: at most half of what the keys do in all heads. Of fewer
     // heads the keys themselves are as quickly read again, unless very often, and take no further
