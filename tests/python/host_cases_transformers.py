@@ -249,7 +249,7 @@ CASES = [
     _case(
         "BEiT", hf.BeitForImageClassification, hf.BeitConfig, BEIT, 1,
         attention="does more than hide keys",
-    ),  # fmt: skip
+    ),
     _case(
         "InternVL", hf.InternVLVisionModel, hf.InternVLVisionConfig,
         {**IMAGE, "image_size": [SIDE * PATCH] * 2, "patch_size": [PATCH] * 2}, 1, _class_token,
