@@ -86,13 +86,15 @@ void check_status(const Status& status) {
          std::to_string(status.index) + ", value " + std::to_string(status.value));
 }
 
-const float* data_or_null(const std::optional<Floats>& size, int64_t batch, int64_t tokens) {
+const float* data_or_null(const std::optional<Floats>& size, const char* name, int64_t batch,
+                          int64_t tokens) {
     if (!size) return nullptr;
-    check_shape(*size, "size", {batch, tokens});
+    check_shape(*size, name, {batch, tokens});
     return size->data();
 }
 
-py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens, int threads) {
+py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens,
+                const std::optional<Floats>& weight, int threads) {
     check_rank(metric, "metric", 3, 4);
     const int64_t n = metric.ndim() - 2;
     tome::MatchParams p{};
@@ -107,6 +109,7 @@ py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens, i
     p.stride_token = stride(metric, n);
     p.r = r;
     p.num_prefix_tokens = num_prefix_tokens;
+    p.weight = data_or_null(weight, "weight", p.batch, p.tokens);
     const int64_t rows = p.tokens - tome::cut_r(p.tokens, r, num_prefix_tokens);
     Ints assign({p.batch, p.tokens}), members({p.batch, p.tokens}), offsets({p.batch, rows + 1});
     p.assign = assign.mutable_data();
@@ -143,7 +146,7 @@ py::tuple merge(const py::array& x, const Ints& members, const Ints& offsets,
     p.stride_token = stride(x, 1);
     check_shape(members, "members", {p.batch, p.tokens});
     check_shape(offsets, "offsets", {p.batch, p.rows + 1});
-    p.size = data_or_null(size, p.batch, p.tokens);
+    p.size = data_or_null(size, "size", p.batch, p.tokens);
     p.members = members.data();
     p.offsets = offsets.data();
     p.reduce = parse_reduce(reduce);
@@ -172,7 +175,7 @@ py::array merge_backward(const py::array& grad, const Ints& members, const Ints&
     p.stride_row = stride(grad, 1);
     check_shape(members, "members", {p.batch, p.tokens});
     check_shape(offsets, "offsets", {p.batch, p.rows + 1});
-    p.size = data_or_null(size, p.batch, p.tokens);
+    p.size = data_or_null(size, "size", p.batch, p.tokens);
     p.members = members.data();
     p.offsets = offsets.data();
     p.reduce = parse_reduce(reduce);
@@ -221,7 +224,7 @@ PYBIND11_MODULE(_tome_core, m) {
 
     m.def("cut_r", &tome::cut_r, py::arg("tokens"), py::arg("r"), py::arg("num_prefix_tokens"));
     m.def("match", &match, py::arg("metric"), py::arg("r"), py::arg("num_prefix_tokens") = 0,
-          py::arg("threads") = 1);
+          py::arg("weight") = py::none(), py::arg("threads") = 1);
     m.def("plan", &plan, py::arg("assign"), py::arg("rows"), py::arg("threads") = 1);
     m.def("merge", &merge, py::arg("x"), py::arg("members"), py::arg("offsets"),
           py::arg("size") = py::none(), py::arg("reduce") = "mean", py::arg("threads") = 1);

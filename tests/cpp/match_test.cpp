@@ -1,6 +1,7 @@
 // match(): against an oracle in double precision that follows the method's description.
 
 #include <algorithm>
+#include <numeric>
 
 #include "helpers.h"
 
@@ -17,7 +18,11 @@ struct Metric {
     Shape shape;
     const void* data;
     int64_t stride_batch, stride_head, stride_token;
+    const float* weight = nullptr;  // (batch, tokens)
 
+    bool hides(int64_t b, int64_t n) const {
+        return weight != nullptr && weight[b * shape.tokens + n] == 0;
+    }
     double at(int64_t b, int64_t h, int64_t n, int64_t d) const {
         return load(dtype, data, b * stride_batch + h * stride_head + n * stride_token + d);
     }
@@ -33,10 +38,10 @@ Plan run_match(const Metric& m, int64_t r, int64_t prefix, const Threads& thread
     plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.members.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), -77);
-    tome::match(
-        {m.data, m.dtype, s.batch, s.heads, s.tokens, s.dim, m.stride_batch, m.stride_head,
-         m.stride_token, r, prefix, plan.assign.data(), plan.members.data(), plan.offsets.data()},
-        threads);
+    tome::match({m.data, m.dtype, s.batch, s.heads, s.tokens, s.dim, m.stride_batch, m.stride_head,
+                 m.stride_token, r, prefix, plan.assign.data(), plan.members.data(),
+                 plan.offsets.data(), m.weight},
+                threads);
     return plan;
 }
 
@@ -44,6 +49,8 @@ struct Oracle {
     Plan plan;
     double margin = kInf;  // how far the nearest decision is from going the other way
 };
+
+constexpr int64_t kDropped = -1;
 
 // One image of the oracle: which token every token joins.
 std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t prefix,
@@ -54,7 +61,11 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
     std::vector<int64_t> joins, set_a, set_b;
     for (int64_t n = 0; n < s.tokens; ++n) {
         joins.push_back(n);
-        if (n >= prefix) (n % 2 == 0 ? set_a : set_b).push_back(n);
+        if (n >= prefix && m.hides(b, n)) {
+            joins[n] = kDropped;
+        } else if (n >= prefix) {
+            (n % 2 == 0 ? set_a : set_b).push_back(n);
+        }
         double squares = 0;
         for (int64_t d = 0; d < s.dim; ++d) {
             double mean = 0;
@@ -65,6 +76,7 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
         }
         for (double& value : unit[n]) value = squares > 0 ? value / std::sqrt(squares) : 0.0;
     }
+    r = std::min({r, int64_t(set_a.size()), int64_t(set_b.size())});
     struct Best {
         double score;
         int64_t from, to;
@@ -97,7 +109,9 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
     Oracle out;
     std::vector<int32_t> assign(static_cast<size_t>(s.batch * s.tokens));
     for (int64_t b = 0; b < s.batch; ++b) {
-        const std::vector<int64_t> joins = oracle_joins(m, b, r, prefix, out.margin);
+        std::vector<int64_t> joins(static_cast<size_t>(s.tokens));
+        std::iota(joins.begin(), joins.end(), 0);
+        if (r > 0) joins = oracle_joins(m, b, r, prefix, out.margin);
         int32_t* row_of = assign.data() + b * s.tokens;
         int32_t row = 0;
         // Rows: prefix, A tokens that stay, B tokens. Without merging: the identity.
@@ -107,17 +121,22 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
                 if (of == group && joins[n] == n) row_of[n] = row++;
             }
         }
-        for (int64_t n = 0; n < s.tokens; ++n) row_of[n] = row_of[joins[n]];
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            row_of[n] = joins[n] == kDropped ? -1 : row_of[joins[n]];
+        }
     }
     out.plan = plan_of(assign, s.batch, s.tokens, s.tokens - r);
     return out;
 }
 
 // Random tokens whose every decision is clear by far more than float32 rounding.
-Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix) {
+Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix,
+               const float* weight = nullptr) {
     for (unsigned seed = 1; seed < 200; ++seed) {
         Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
-        if (oracle_match(contiguous(x, s), r, prefix).margin > 3e-6) return x;
+        Metric m = contiguous(x, s);
+        m.weight = weight;
+        if (oracle_match(m, r, prefix).margin > 3e-6) return x;
     }
     throw std::runtime_error("no tie-free data for this shape");
 }
@@ -284,6 +303,92 @@ TEST_P(MatchTest, CutsRAndTakesDegenerateShapes) {
                         });
                     }
                 }
+            }
+        }
+    }
+}
+
+// Weights of every kind of image: none hidden, some, all but one, one set, all.
+std::vector<float> some_weights(const Shape& s, unsigned seed) {
+    std::mt19937 engine(seed);
+    std::vector<float> out;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const auto one = int64_t(engine() % uint64_t(std::max<int64_t>(1, s.tokens)));
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            const bool seen[] = {true,
+                                 engine() % 3 != 0,
+                                 engine() % 3 == 0,
+                                 n == one,
+                                 n % 2 == 0,
+                                 n % 2 == 1,
+                                 false,
+                                 n < one};
+            out.push_back(seen[b % 8] ? float(1 + engine() % 3) : n % 3 == 0 ? -0.0f : 0.0f);
+        }
+    }
+    return out;
+}
+
+TEST_P(MatchTest, HiddenTokensTakeNoPart) {
+    for (const auto& [shape, r, prefix] : {Case{{8, 1, 50, 33}, 8, 2},
+                                           {{8, 3, 31, 16}, 15, 0},
+                                           {{8, 1, 64, 20}, 100, 1},
+                                           {{8, 1, 7, 4}, 2, 1},
+                                           {{8, 2, 90, 5}, 1, 3}}) {
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, r " << r);
+        const std::vector<float> weight = some_weights(shape, 17);
+        Array x = tie_free(GetParam(), shape, r, prefix, weight.data());
+        const auto view = [&] {
+            Metric m = contiguous(x, shape);
+            m.weight = weight.data();
+            return m;
+        };
+        const Plan want = oracle_match(view(), r, prefix).plan;
+        for_each_isa([&] {
+            EXPECT_EQ(run_match(view(), r, prefix, Threads::serial()), want);
+            EXPECT_EQ(run_match(view(), r, prefix, pool()), want);
+            Metric all = contiguous(x, shape);
+            const std::vector<float> ones(weight.size(), 1.0f);
+            all.weight = ones.data();
+            EXPECT_EQ(run_match(all, r, prefix, pool()),
+                      run_match(contiguous(x, shape), r, prefix, pool()));
+        });
+        // What they hold changes nothing.
+        for (int64_t b = 0; b < shape.batch; ++b) {
+            for (int64_t n = prefix; n < shape.tokens; ++n) {
+                if (!view().hides(b, n)) continue;
+                for (int64_t h = 0; h < shape.heads; ++h) {
+                    x.set(((b * shape.heads + h) * shape.tokens + n) * shape.dim, kNaN);
+                }
+            }
+        }
+        for_each_isa([&] { EXPECT_EQ(run_match(view(), r, prefix, pool()), want); });
+    }
+}
+
+TEST_P(MatchTest, PaddedImagesGiveWhatTheyGiveAlone) {
+    const Shape padded{1, 2, 60, 24};
+    const Array x = random_array(GetParam(), padded.heads * padded.tokens * padded.dim, 3);
+    for (int64_t tokens : {1, 2, 5, 30, 41, 59, 60}) {
+        for (int64_t r : {1, 9, 20, 30}) {
+            for (int64_t prefix : {0, 1, 2}) {
+                if (tokens < prefix) continue;
+                std::vector<float> weight(60, 0.0f);
+                std::fill_n(weight.begin(), tokens, 1.0f);
+                Metric m = contiguous(x, padded), alone = m;
+                m.weight = weight.data();
+                alone.shape.tokens = tokens;
+                const Plan got = run_match(m, r, prefix, pool());
+                const Plan want = run_match(alone, r, prefix, pool());
+                SCOPED_TRACE(::testing::Message()
+                             << tokens << " tokens, r " << r << ", " << prefix);
+                EXPECT_TRUE(std::equal(want.assign.begin(), want.assign.end(), got.assign.begin()));
+                EXPECT_TRUE(
+                    std::equal(want.members.begin(), want.members.end(), got.members.begin()));
+                for (size_t n = size_t(tokens); n < 60; ++n) EXPECT_EQ(got.assign[n], -1);
+                const int64_t rows = std::min(want.rows, got.rows);
+                for (int64_t m = 0; m <= rows; ++m) EXPECT_EQ(got.offsets[m], want.offsets[m]);
+                for (int64_t m = rows; m <= got.rows; ++m) EXPECT_EQ(got.offsets[m], tokens);
             }
         }
     }

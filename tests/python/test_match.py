@@ -215,6 +215,101 @@ def test_half_types_are_scored_in_float32():
         )
 
 
+def hide(metric: torch.Tensor, weight: torch.Tensor, prefix: int, seed: int) -> torch.Tensor:
+    """The metric with something else in its hidden tokens: NaN, or random numbers."""
+    hidden = weight == 0
+    hidden[:, :prefix] = False
+    hidden = hidden[..., None] if metric.dim() == 3 else hidden[:, None, :, None]
+    other = torch.randn(metric.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(hidden, float("nan") if seed % 2 else other.to(metric.dtype), metric)
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    r=st.integers(-2, 30),
+    prefix=st.integers(0, 4),
+    heads=st.integers(0, 2),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_hidden_tokens_take_no_part(batch, tokens, r, prefix, heads, density, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, 7) if heads else (batch, tokens, 7)
+    metric = torch.randn(shape, generator=generator).to(dtype)
+    seen = torch.rand(batch, tokens, generator=generator) < density
+    weight = torch.where(seen, torch.randint(1, 5, (batch, tokens), generator=generator), 0).float()
+    plan = tome_ext.match(metric, r, prefix, weight=weight)
+    removed = max(0, min(r, max(0, tokens - prefix) // 2))
+    check_plan(*plan, tokens, tokens - removed)
+    for ours, twin in zip(plan, reference.match(metric, r, prefix, weight=weight), strict=True):
+        assert torch.equal(ours, twin)
+    expected, gap = match_plan(metric, r, prefix, weight)
+    if gap > 1e-5:
+        assert plan.assign.tolist() == expected
+    # What hidden tokens hold changes nothing, however it comes.
+    strange = hide(metric, weight, prefix, seed)
+    wide = torch.stack((weight, weight), 2)[..., 0]
+    for ours, other in zip(plan, tome_ext.match(strange, r, prefix, weight=wide), strict=True):
+        assert torch.equal(ours, other)
+    # No size is lost, and rows are of one kind.
+    ones = torch.ones(batch, tokens, 1)
+    merged, size = plan.merge(ones, weight)
+    assert torch.equal(size.sum(1), weight.sum(1))
+    if removed:
+        alive = (plan.offsets.diff(dim=1) > 0)[:, prefix:]
+        assert torch.equal(size[:, prefix:] > 0, alive)
+        assert torch.equal(alive, alive.sort(dim=1, descending=True)[0])  # empty ones last
+        assert torch.equal(plan.unmerge(merged)[:, prefix:, 0] > 0, weight[:, prefix:] > 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_that_hides_nothing_changes_nothing(shape, dtype):
+    batch, heads, tokens, dim, r, prefix = shape
+    metric = torch.randn(batch, heads, tokens, dim).to(dtype)
+    weight = torch.rand(batch, tokens) + 0.5
+    weight[:, :prefix] = 0  # no prefix is hidden
+    for ours, other in zip(
+        tome_ext.match(metric, r, prefix, weight=weight),
+        tome_ext.match(metric, r, prefix),
+        strict=True,
+    ):
+        assert torch.equal(ours, other)
+
+
+def test_compiles_with_weights_into_one_graph():
+    def merge(x, weight):
+        plan = tome_ext.match(x, 6, 1, weight=weight)
+        return plan.merge(x, weight)
+
+    x, weight = torch.randn(3, 20, 8), (torch.rand(3, 20) > 0.4).float()
+    compiled = torch.compile(merge, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ours, expected in zip(compiled(x, weight), merge(x, weight), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 24), min_size=1, max_size=4),
+    r=st.integers(1, 14),
+    prefix=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_padded_images_have_the_plans_they_have_alone(lengths, r, prefix, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 24
+    metric = torch.randn(len(lengths), tokens, 6, generator=generator)
+    weight = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).float()
+    padded = tome_ext.match(metric, r, prefix, weight=weight)
+    for image, length in enumerate(lengths):
+        alone = tome_ext.match(metric[image : image + 1, :length], r, prefix)
+        assert torch.equal(padded.assign[image, :length], alone.assign[0])
+        assert (padded.assign[image, length:] == -1).all()
+        filled = padded.offsets[image].clamp_max(length).unique()
+        assert torch.equal(filled, alone.offsets[0])
+
+
 @given(
     batch=st.integers(0, 3),
     tokens=st.integers(0, 40),
@@ -226,7 +321,7 @@ def test_plan_from_any_assignment(batch, tokens, rows, seed):
     assign = torch.randint(-1, max(rows, 0), (batch, tokens), generator=generator)
     plan = tome_ext.MergePlan.from_assign(assign, rows)
     check_plan(*plan, tokens, rows)
-    for ours, twin in zip(plan[1:], reference.plan(assign, rows), strict=True):
+    for ours, twin in zip(plan[1:], reference.plan(plan.assign, rows), strict=True):
         assert torch.equal(ours, twin)
     assert torch.equal(reference.row_of_token(plan.members, plan.offsets), assign)
 

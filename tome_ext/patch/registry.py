@@ -79,6 +79,9 @@ HOSTS: dict[str, Host] = {
     "open_clip": Host(
         "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 3.0"
     ),
+    "transformers": Host(
+        "transformers", "transformers", "tome_ext.patch.hosts.transformers", "transformers >= 5"
+    ),
 }
 
 

@@ -56,8 +56,8 @@ cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Ti
     const int64_t element_bytes = p.dtype == DType::kFloat64   ? 8
                                   : p.dtype == DType::kFloat32 ? 4
                                                                : 2;
-    out =
-        match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes, device);
+    out = match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes,
+                              device, p.weight != nullptr);
     return cudaSuccess;
 }
 

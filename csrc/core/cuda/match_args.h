@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 #include "device.h"
@@ -27,7 +28,33 @@ struct MatchArgs {
     Packed* best;            // (batch, num_a): see pack_score; for float64 ordered scores alone
     int32_t* columns;        // (batch, num_a): nearest B token, float64 only
     uint32_t* tickets;  // (batch): blocks done, 0 at the start; unused with one block per image
+
+    // Whether tokens may be hidden, which takes kernels of its own.
+    bool hides() const { return p.weight != nullptr; }
 };
+
+// The tokens of one image's set from one of its rows on. First where every token takes part; then
+// where some may be hidden, for the kernels that also serve those images.
+struct Rows {
+    int64_t first_token;
+
+    __device__ __forceinline__ Rows(const MatchArgs& m, int64_t /*image*/, bool of_a, int64_t begin)
+        : first_token((of_a ? m.sets.first_a : m.sets.first_b) + 2 * begin) {}
+    __device__ __forceinline__ int64_t token(int64_t i) const { return first_token + 2 * i; }
+    __device__ __forceinline__ bool takes_part(int64_t /*i*/) const { return true; }
+};
+
+struct VisibleRows : Rows {
+    const float* weight;  // (tokens) of the image
+
+    __device__ __forceinline__ VisibleRows(const MatchArgs& m, int64_t image, bool of_a,
+                                           int64_t begin)
+        : Rows(m, image, of_a, begin), weight(m.p.weight + image * m.p.tokens) {}
+    __device__ __forceinline__ bool takes_part(int64_t i) const { return weight[token(i)] != 0; }
+};
+
+template <bool kHides>
+using RowsOf = std::conditional_t<kHides, VisibleRows, Rows>;
 
 // Where a group holds a lane's fragment of a step: the record at the lane's own place, so that a
 // warp loads 512 bytes in a row; but every other step swaps neighbouring runs of 64 bytes. Then the

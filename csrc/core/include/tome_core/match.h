@@ -8,6 +8,12 @@
 namespace tome {
 
 // Strides are in elements. The last dimension of `metric` is contiguous.
+//
+// With `weight`, tokens behind the prefix are hidden where it is 0. A hidden token is neither
+// merged nor merged into, and no row is its own: it is dropped, and what it holds changes nothing.
+// Each image removes as many of its visible tokens as r and its visible sets allow (see cut_r); its
+// visible rows come first, and those that are left stay empty, so that all images have as many. But
+// if r is cut to 0 for all of them, the plan is the identity, and nothing is hidden.
 struct MatchParams {
     const void* metric;  // (batch, heads, tokens, dim): averaged over heads
     DType dtype;
@@ -18,6 +24,8 @@ struct MatchParams {
     int32_t* assign;            // (batch, tokens) out
     int32_t* members;           // (batch, tokens) out
     int32_t* offsets;           // (batch, tokens - cut_r + 1) out
+
+    const float* weight = nullptr;  // (batch, tokens), or null: nothing is hidden
 };
 
 // How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
