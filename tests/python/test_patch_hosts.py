@@ -58,6 +58,7 @@ def masks() -> dict[str, dict[str, Tensor]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_reads_masks_as_torch_does(name: str, batch_first: bool) -> None:
