@@ -47,10 +47,7 @@ def of_present(call: BlockCall, bias: Tensor | None, window: Any) -> Tensor | No
         torch.arange(height, device=bias.device), torch.arange(width, device=bias.device)
     )
     prefix = call.tokens.rules.num_prefix_tokens
-    ids = call.position_ids(torch.nn.functional.pad(patches, (0, 0, prefix, 0)))
-    if ids is None:
-        return bias
-    return bias[0][:, ids[:, :, None], ids[:, None, :]].transpose(0, 1)
+    return call.relative_bias(bias, torch.nn.functional.pad(patches, (0, 0, prefix, 0)))
 
 
 class TimmBeitAttention(Swapped):
