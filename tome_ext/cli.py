@@ -59,7 +59,24 @@ def parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_eval(commands)
     add_bench(commands)
+    add_models(commands)
     return top
+
+
+def add_models(commands: Any) -> None:
+    """The options of ``tome-ext models``."""
+    models = commands.add_parser(
+        "models",
+        help="list the models that are supported",
+        description="List the models that the patch takes, of the libraries that are installed: "
+        "how many tokens they have, an r to begin with, and the share of operations it saves.",
+    )
+    models.set_defaults(run=run_models)
+    models.add_argument(
+        "pattern", nargs="?", metavar="PATTERN",
+        help="part of a name, or one with * and ?; LIBRARY:PATTERN for one library (default: all)",
+    )  # fmt: skip
+    models.add_argument("--json", action="store_true", help="print a list of objects instead")
 
 
 def add_demo(commands: Any) -> None:
@@ -365,3 +382,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
             chart=arguments.chart,
         )
     )
+
+
+def run_models(arguments: argparse.Namespace) -> None:
+    """List the supported models."""
+    from . import _supported
+
+    _supported.run(arguments.pattern, arguments.json)
