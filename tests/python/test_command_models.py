@@ -14,7 +14,7 @@ import torch
 from commands import fails
 from PIL import Image
 
-from tome_ext import _models, cli, demo
+from tome_ext import _models, _supported, cli, demo
 from tome_ext._command import Reduction
 from tome_ext.bench import _contenders
 from tome_ext.patch.registry import HOSTS
@@ -234,3 +234,64 @@ def test_mistakes_in_names(
     monkeypatch.setattr(_models, "find_spec", lambda name: None)
     line = fails(capsys, "bench", "--model", "open_clip:ViT-B-32")
     assert line.endswith("models of open_clip: need open_clip: pip install open_clip_torch")
+
+
+# --- tome-ext models ----------------------------------------------------------------------------
+
+
+def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
+    assert cli.main(["models", *argv, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_models_of_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["name"]: row for row in listed(capsys, "timm:vit_[bl]*_patch16_224")}
+    assert rows["vit_base_patch16_224"] == {
+        "name": "vit_base_patch16_224",
+        "tokens": 197,
+        "blocks": 12,
+        "r": 13,
+        "saved": pytest.approx(expected_saving(197, 12, 768, 13)),
+    }
+    large = rows["vit_large_patch16_224"]
+    assert (large["tokens"], large["blocks"], large["r"]) == (197, 24, 6)
+    assert cli.main(["models", "torchvision:vit_b_16"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^torchvision:vit_b_16 +197 +12 +13 +41%$", out, re.MULTILINE)
+    assert "at most 80% of the patch tokens" in out
+
+
+def expected_saving(tokens: int, blocks: int, channels: int, r: int) -> float:
+    """By hand, of blocks with an MLP four times as wide."""
+    whole = blocks * (24 * tokens * channels**2 + 4 * tokens**2 * channels)
+    left = 0
+    for block in range(blocks):
+        before, after = tokens - block * r, tokens - (block + 1) * r
+        left += 8 * before * channels**2 + 4 * before**2 * channels + 16 * after * channels**2
+    return 1 - left / whole
+
+
+def test_models_have_the_figures_of_their_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is told of a model with one block holds for the whole model."""
+    for name in (
+        "test_vit",
+        "vitamin_small_224",
+        "vit_tiny_r_s16_p8_224",
+        "eva02_tiny_patch14_224",
+    ):
+        (row,) = (each for each in listed(capsys, f"timm:{name}") if each["name"] == name)
+        layout = _models.layout(_models.features(name))
+        assert (row["tokens"], row["blocks"]) == (layout.tokens, len(layout.tower.blocks))
+
+
+def test_models_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no supported model has 'resnet50x' in its name" in fails(capsys, "models", "resnet50x")
+    assert "no library 'keras'" in fails(capsys, "models", "keras:vit")
+    assert "no supported model" in fails(capsys, "models", "timm:swin_tiny*")
+
+
+def test_suggested_r() -> None:
+    assert _supported.suggested_r(196, 12) == 13
+    assert _supported.suggested_r(196, 24) == 6
+    assert _supported.suggested_r(49, 64) == 1
