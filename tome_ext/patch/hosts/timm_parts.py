@@ -32,6 +32,7 @@ __all__ = [
     "attended",
     "causal",
     "dropout_of",
+    "head_dim_of",
     "packed_qkv",
     "pruned",
     "spread_intermediates",
@@ -59,6 +60,12 @@ def dropout_of(attn: Any) -> float:
     """The probability with which timm drops an attention weight, in the module's present mode."""
     dropping = attn if attn.fused_attn else attn.attn_drop
     return getattr(attn.attn_drop, "p", 0.0) if dropping.training else 0.0
+
+
+def head_dim_of(attn: Any) -> int:
+    """Channels of a head; not all attentions say so, nor did EvaAttention in older timm."""
+    head_dim = getattr(attn, "head_dim", None)
+    return attn.proj.in_features // attn.num_heads if head_dim is None else head_dim
 
 
 def packed_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +151,7 @@ class TimmBlock(TomeBlock):
 
     def _tome_attention_kind(self: Any) -> AttentionKind:
         attn = self.attn
-        return attention_kind(attn, attn.head_dim, dropout_of(attn))
+        return attention_kind(attn, head_dim_of(attn), dropout_of(attn))
 
 
 class TimmPostBlock(TimmBlock):
