@@ -78,7 +78,7 @@ def packed_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             qkv = attn.qkv(x) + bias
         else:
             qkv = F.linear(x, attn.qkv.weight, bias)
-    qkv = qkv.reshape(*x.shape[:2], 3, attn.num_heads, -1)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
