@@ -175,6 +175,15 @@ def test_timm_intermediates_are_over_the_original_tokens(
         assert patches.shape[1:] == ((32, 8, 8) if fmt == "NCHW" else (64, 32))
 
 
+def test_every_supported_class_of_timm_is_in_a_family() -> None:
+    from tome_ext.patch.hosts import timm as host
+
+    named = {name.rpartition(".")[2] for family in host.FAMILIES for name in family.classes}
+    for form in host.FORMS:
+        assert {part.__qualname__ for part in (*form.owners, *form.blocks)} <= named
+        assert {part.__qualname__ for part in form.attentions} <= named
+
+
 def flat(x: Any) -> list[Tensor]:
     if isinstance(x, Tensor):
         return [x]

@@ -133,10 +133,11 @@ def timm(
     trace_source: bool = False,
     **settings: Any,
 ) -> Any:
-    """:func:`auto` for a model of timm (vit, deit, deit3, dinov2, siglip, clip, so150m, ...).
+    """:func:`auto` for a model of timm (vit, deit, dinov2, dinov3, siglip, eva02, naflexvit, ...).
 
-    Takes a :class:`timm.models.VisionTransformer` or ``VisionTransformerDistilled`` whose blocks
-    are all ``vision_transformer.Block`` with ``Attention``.
+    Takes a ``VisionTransformer``, ``VisionTransformerDistilled``, ``Eva``, ``NaFlexVit``, ``Beit``
+    or ``VisionTransformerRelPos`` with the library's own blocks and attentions;
+    :data:`tome_ext.patch.hosts.timm.FAMILIES` has the list.
     """
     return auto(model, r, prop_attn, trace_source, host="timm", **settings)
 
