@@ -187,6 +187,8 @@ class Trail:
         """
         compiling = torch.compiler.is_compiling()
         tokens = self.current if compiling else recorded(x)
+        if compiling and tokens is not None and self.restores(tokens.rules):
+            return None
         if tokens is not None and tokens.fit(x):
             return tokens.size
         if self._rules.idle or not self._rules.method.sized:
