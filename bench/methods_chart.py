@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tome_ext import demo
 from tome_ext._command import Reduction, check_patch
+from tome_ext._models import layout
 from tome_ext.bench._cost import count_flops
 from tome_ext.schedule import METHODS
 
@@ -45,9 +46,8 @@ def main() -> None:
     options.add_argument("--chart", type=Path, metavar="FILE")
     arguments = options.parse_args()
 
-    model, missing = demo.load_model(arguments.model)
-    model.eval()
-    frame = demo.Frame.of(model)
+    loaded = demo.load_model(arguments.model)
+    frame = demo.Frame.of(loaded, layout(loaded))
     crops = [
         crop
         for picture in arguments.pictures
@@ -56,10 +56,10 @@ def main() -> None:
     x = torch.stack([frame.to_tensor(crop) for crop in crops])
     result = {
         "model": arguments.model,
-        "weights": "random" if missing else "pretrained",
+        "weights": "random" if loaded.missing else "pretrained",
         "photographs": len(arguments.pictures),
         "crops": len(crops),
-        **measure(model, x),
+        **measure(loaded.module, x),
     }
     for row in result["rows"]:
         amount = f"{row['amount_name']} {row['amount']}"

@@ -53,16 +53,18 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def expect(conditions: bool | Sequence[bool], name: str, expected: str, got: object) -> None:
+def expect(
+    conditions: bool | Sequence[bool | torch.SymBool], name: str, expected: str, got: object
+) -> None:
     """Raise RuntimeError "name: expected ..., got ..." unless every condition holds.
 
     Conditions behind one that is False are not looked at, but they have been computed.
     """
-    for condition in (conditions,) if isinstance(conditions, bool) else conditions:
+    for condition in [conditions] if isinstance(conditions, bool) else conditions:
         torch._check(condition, lambda: f"{name}: expected {expected}, got {got}")
 
 
-def has_shape(x: Tensor, *shape: int | None) -> list[bool]:
+def has_shape(x: Tensor, *shape: int | None) -> list[bool | torch.SymBool]:
     """Conditions: the rank, and every size that is not None."""
     if x.dim() != len(shape):
         return [False]

@@ -1,8 +1,8 @@
-"""What the commands share: the error that a user can mend, settings, devices, models, the hub."""
+"""What the commands share: the error that a user can mend, settings, devices, the hub."""
 
 from __future__ import annotations
 
-import difflib
+import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ from .schedule import Method
 __all__ = [
     "CommandError",
     "Reduction",
-    "check_model_name",
     "check_patch",
-    "create_model",
     "find_device",
+    "one_line",
     "patched",
     "prefer_cache_without_network",
 ]
@@ -36,7 +35,7 @@ class Reduction:
     """One setting of a run: how, and how far, a model's tokens are reduced.
 
     Attributes:
-        method: see :func:`tome_ext.patch.timm`.
+        method: see :func:`tome_ext.patch.auto`.
         r: tokens to remove in every block, if ``keep_rate`` is None.
         keep_rate: share of patch tokens that three layers keep.
     """
@@ -65,18 +64,20 @@ class Reduction:
         return self.amount if self.method == "tome" else f"{self.method} {self.amount}"
 
     def patch(self, model: Any) -> Any:
-        """Patch a timm model so; see :func:`tome_ext.patch.timm` for what it raises."""
-        return patch.timm(model, self.r, method=self.method, keep_rate=self.keep_rate)
+        """Patch a model so, for inference; see :func:`tome_ext.patch.auto` for what it raises."""
+        return patch.auto(
+            model, self.r, method=self.method, keep_rate=self.keep_rate, inference=True
+        )
 
 
 def check_patch(model: Any, reductions: Iterable[Reduction]) -> None:
     """Refuse a model that can't be patched so; it is not patched afterwards."""
     try:
-        patch.timm(model)
+        patch.auto(model)
         for reduction in reductions:
             reduction.patch(model)
         patch.remove(model)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from None
 
 
@@ -96,26 +97,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_model_name(name: str) -> None:
-    """Refuse a name that timm does not know; it alone knows those with a scheme, ``hf-hub:...``."""
-    import timm
-
-    if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise CommandError(f"timm has no model {name!r}{hint}")
-
-
-def create_model(name: str, **options: Any) -> Any:
-    """A timm model with random weights, the same each time."""
-    import timm
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            return timm.create_model(name, pretrained=False, **options)
-        except Exception as error:  # timm and the models raise all kinds
-            raise CommandError(f"timm can't make the model {name!r}: {error}") from None
+def one_line(error: Exception) -> str:
+    """An error's message on one line of bearable length."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def prefer_cache_without_network() -> str | None:

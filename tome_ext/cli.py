@@ -21,11 +21,12 @@ from .utils import info
 __all__ = ["main"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-# What a command needs, by import name.
-DEMO_PACKAGES = ("numpy", "PIL", "timm", "tqdm")
+# What a command needs besides the library of its model, by import name.
+DEMO_PACKAGES = ("numpy", "PIL", "tqdm")
 EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
-BENCH_PACKAGES = ("matplotlib", "timm", "tqdm")
+BENCH_PACKAGES = ("matplotlib", "tqdm")
 DEFAULT = "(default: %(default)s)"
+MODEL = "timm's NAME, or hf:NAME_OR_FOLDER, torchvision:NAME, open_clip:NAME[/WEIGHTS]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,15 +59,32 @@ def parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_eval(commands)
     add_bench(commands)
+    add_models(commands)
     return top
+
+
+def add_models(commands: Any) -> None:
+    """The options of ``tome-ext models``."""
+    models = commands.add_parser(
+        "models",
+        help="list the models that are supported",
+        description="List the models that the patch takes, of the libraries that are installed: "
+        "how many tokens they have, an r to begin with, and the share of operations it saves.",
+    )
+    models.set_defaults(run=run_models)
+    models.add_argument(
+        "pattern", nargs="?", metavar="PATTERN",
+        help="part of a name, or one with * and ?; LIBRARY:PATTERN for one library (default: all)",
+    )  # fmt: skip
+    models.add_argument("--json", action="store_true", help="print a list of objects instead")
 
 
 def add_demo(commands: Any) -> None:
     """The options of ``tome-ext demo``."""
     demo = commands.add_parser(
         "demo",
-        help="run a photograph through a timm ViT, with and without merging",
-        description="Run a photograph through a timm Vision Transformer, with and without token "
+        help="run a photograph through a ViT, with and without merging",
+        description="Run a photograph through a Vision Transformer, with and without token "
         "merging. Prints a table (tokens left, images/s, speed-up, agreement of the features) and "
         "writes a picture of the merged regions or kept patches. Needs: pip install "
         "'tome_ext[demo]'",
@@ -77,7 +95,7 @@ def add_demo(commands: Any) -> None:
         help="a photograph of your own (default: a cup of coffee)",
     )  # fmt: skip
     demo.add_argument(
-        "--model", default="vit_small_patch16_224", help=f"name of a timm model {DEFAULT}"
+        "--model", default="vit_small_patch16_224", metavar="NAME", help=f"{MODEL} {DEFAULT}"
     )
     add_reductions(demo)
     demo.add_argument(
@@ -97,19 +115,19 @@ def add_eval(commands: Any) -> None:
     """The options of ``tome-ext eval``."""
     evaluate = commands.add_parser(
         "eval",
-        help="measure the accuracy of a timm ViT on a folder of pictures, with and without merging",
-        description="Measure top-1 and top-5 accuracy of a timm Vision Transformer on a folder of "
+        help="measure the accuracy of a ViT on a folder of pictures, with and without merging",
+        description="Measure top-1 and top-5 accuracy of a Vision Transformer on a folder of "
         "pictures, FOLDER/CLASS/PICTURE, without a patch and for every r. Prints the paper's "
         "numbers beside it where it has them. Runs under torchrun too. Needs: pip install "
         "'tome_ext[eval]'",
     )
     evaluate.set_defaults(run=run_eval)
     evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
-    evaluate.add_argument("--model", required=True, help="name of a timm model")
+    evaluate.add_argument("--model", required=True, metavar="NAME", help=MODEL)
     add_reductions(evaluate)
     evaluate.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
-        help="weights for as many classes as the folder has (default: timm's pretrained ones)",
+        help="weights for as many classes as the folder has (default: pretrained ones)",
     )  # fmt: skip
     evaluate.add_argument(
         "--batch-size", type=at_least_one, default=64, metavar="B", help=f"images a run {DEFAULT}"
@@ -137,8 +155,8 @@ def add_bench(commands: Any) -> None:
     """The options of ``tome-ext bench``."""
     bench = commands.add_parser(
         "bench",
-        help="measure the speed of timm ViTs, with and without merging",
-        description="Measure the speed of timm Vision Transformers: unpatched, with merging, and "
+        help="measure the speed of ViTs, with and without merging",
+        description="Measure the speed of Vision Transformers: unpatched, with merging, and "
         "the ceiling of what merging can give (tokens sliced off instead), all taking turns; with "
         "the published package too, where it is installed. Options with commas measure every "
         "combination. Needs: pip install 'tome_ext[bench]'",
@@ -146,7 +164,7 @@ def add_bench(commands: Any) -> None:
     bench.set_defaults(run=run_bench)
     bench.add_argument(
         "--model", type=names, default="vit_small_patch16_224", metavar="NAME,NAME,...",
-        help=f"names of timm models {DEFAULT}",
+        help=f"{MODEL} {DEFAULT}",
     )  # fmt: skip
     add_reductions(bench)
     bench.add_argument(
@@ -364,3 +382,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
             chart=arguments.chart,
         )
     )
+
+
+def run_models(arguments: argparse.Namespace) -> None:
+    """List the supported models."""
+    from . import _supported
+
+    _supported.run(arguments.pattern, arguments.json)

@@ -1,6 +1,7 @@
-"""``tome-ext demo``: a photograph through a timm ViT, with and without fewer tokens.
+"""``tome-ext demo``: a photograph through a ViT, with and without fewer tokens.
 
-Needs timm, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it runs.
+Needs the model's library, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it
+runs.
 """
 
 from __future__ import annotations
@@ -17,16 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._command import (
-    CommandError,
-    Reduction,
-    check_model_name,
-    check_patch,
-    create_model,
-    find_device,
-    patched,
-    prefer_cache_without_network,
-)
+from . import _models
+from ._command import CommandError, Reduction, check_patch, find_device, patched
 from .plan import MergePlan
 from .utils import synchronize
 from .vis import make_visualization
@@ -70,16 +63,20 @@ def run(
     photo = open_photo(picture or PHOTO)
     device = find_device(device_name)
     check_output(output)
-    model, missing = load_model(model_name)
+    loaded = load_model(model_name)
+    missing, model = loaded.missing, loaded.module
     check_patch(model, reductions)
     weights = "random weights" if missing else "pretrained weights"
-    model = model.eval().to(device, dtype)
-    frame = Frame.of(model)
+    layout = _models.layout(loaded)
+    model = model.to(device, dtype)
+    frame = Frame.of(loaded, layout)
     x = torch.stack([frame.to_tensor(crop) for crop in frame.crops(photo, batch_size)])
+    if len(loaded.shape) == 4:  # a video that stands still
+        x = x.unsqueeze(1).expand(-1, loaded.shape[0], -1, -1, -1)
     x = x.to(device, dtype)
 
     print(f"photograph  {picture or 'a cup of coffee, which comes with tome_ext'}")
-    print(f"model       {model_name}, {weights}")
+    print(f"model       {loaded.name}, {weights}")
     print(f"input       {batch_size} crops of {frame.width} x {frame.height} pixels")
     print(f"running on  {device} in {str(dtype).removeprefix('torch.')}, ", end="")
     print(f"{torch.get_num_threads()} threads", flush=True)
@@ -89,10 +86,16 @@ def run(
             "The network is untrained: its agreement and its picture say little about a trained\n"
             "one. Speed and the number of tokens are those of the trained one."
         )
-    rows, merged = measure(model, x, reductions, frame.prefix + frame.patches)
+    rows, merged = measure(model, x, reductions, layout.tokens)
     print("\n" + table(rows))
+    if layout.grid is None:
+        print(
+            f"\nNo picture: the {layout.tokens - layout.prefix} patches of {loaded.name} are no "
+            "grid of one photograph"
+        )
+        return rows
     try:
-        figure(photo, frame, merged, f"{model_name}, {weights}").save(output)
+        figure(photo, frame, merged, f"{loaded.name}, {weights}").save(output)
     except OSError as error:
         raise CommandError(f"can't write {output}: {error.strerror or error}") from None
     print(f"\nThe photograph with its merged regions after the last block: {output}")
@@ -126,24 +129,11 @@ def check_output(path: Path) -> None:
 # --- model --------------------------------------------------------------------------------------
 
 
-def load_model(name: str) -> tuple[Any, str | None]:
-    """A timm model that returns pooled features, and why its weights are random if they are."""
-    import timm
-
-    check_model_name(name)
+def load_model(name: str) -> _models.Model:
+    """A model that returns pooled features, pretrained if its weights can be had."""
+    _models.split(name)  # a wrong name is told before anything is loaded
     print(f"loading {name} ...", file=sys.stderr, flush=True)
-    missing = prefer_cache_without_network()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            model = timm.create_model(name, pretrained=True, num_classes=0)
-            missing = None
-        except Exception as error:
-            # Whatever keeps the weights away (no network, none published, a full disk), the demo
-            # can go on without them; a model that can't be made at all fails again here.
-            missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
-            model = create_model(name, num_classes=0)
-    return model, missing
+    return _models.features(name, pretrained=True)
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -151,29 +141,26 @@ def load_model(name: str) -> tuple[Any, str | None]:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a model wants its pictures."""
+    """How a model wants its pictures; ``grid`` is the rows and columns of their patches."""
 
     width: int
     height: int
-    patch: int
+    grid: tuple[int, int]
     prefix: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, model: Any) -> Frame:
-        """Read it from a timm model."""
-        from timm.data import config as data
-
-        config = data.resolve_model_data_config(model)
-        _, height, width = config["input_size"]
-        patch = model.patch_embed.patch_size[0]
-        return cls(width, height, patch, model.num_prefix_tokens, config["mean"], config["std"])
+    def of(cls, model: _models.Model, layout: _models.Layout) -> Frame:
+        """That of a model; without a grid its patches are in one row."""
+        height, width = model.shape[-2:]
+        grid = layout.grid or (1, layout.tokens - layout.prefix)
+        return cls(width, height, grid, layout.prefix, model.data["mean"], model.data["std"])
 
     @property
     def patches(self) -> int:
         """How many patches a picture has."""
-        return (self.width // self.patch) * (self.height // self.patch)
+        return self.grid[0] * self.grid[1]
 
     def box(self, photo: Image.Image, scale: float = 1.0) -> tuple[float, float, float, float]:
         """The largest centred box of the frame's shape, times scale: left, top, right, bottom."""
@@ -210,27 +197,29 @@ def figure(
     from PIL import Image, ImageDraw, ImageFont
 
     zoom = max(1, round(PANEL_PIXELS / frame.width))
+    rows, columns = frame.grid
+    patch = max(1, round(frame.width * zoom / columns))
     sharp = frame.crop(photo, zoom=zoom)
+    if sharp.size != (columns * patch, rows * patch):  # the model leaves pixels at the edge out
+        sharp = sharp.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
     panels = [(sharp, "photograph", f"{frame.patches} patches")]
     for reduction, plan in merged.items():
         if plan is not None:
-            shown = make_visualization(
-                sharp, plan.assign, frame.patch * zoom, num_prefix_tokens=frame.prefix
-            )
+            shown = make_visualization(sharp, plan.assign, patch, num_prefix_tokens=frame.prefix)
             left = plan.num_output_tokens - frame.prefix
             parts = "patches" if reduction.method == "topk" else "regions"
             panels.append((shown, str(reduction), f"{left} {parts}"))
 
-    unit = sharp.width // 32  # every distance follows the size of a panel
+    unit = max(1, sharp.width // 32)  # every distance follows the size of a panel
     big, small = (ImageFont.load_default(size=s * unit) for s in (2, 1.4))
-    columns = min(len(panels), PANELS_A_ROW)
+    across = min(len(panels), PANELS_A_ROW)
     step_x, step_y = sharp.width + unit, sharp.height + 4 * unit
-    lines = -(-len(panels) // columns)
-    size = (columns * step_x + unit, lines * step_y + 3 * unit)
+    lines = -(-len(panels) // across)
+    size = (across * step_x + unit, lines * step_y + 3 * unit)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, (panel, title, detail) in enumerate(panels):
-        left, top = unit + i % columns * step_x, unit + i // columns * step_y
+        left, top = unit + i % across * step_x, unit + i // across * step_y
         canvas.paste(panel, (left, top))
         baseline = top + sharp.height + 2.5 * unit
         draw.text((left, baseline), title, "black", big, anchor="ls")

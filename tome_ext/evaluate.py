@@ -1,8 +1,9 @@
-"""``tome-ext eval``: how often a timm ViT is right about a folder of pictures.
+"""``tome-ext eval``: how often a ViT is right about a folder of pictures.
 
 Without a patch, and for every setting of it.
 
-Needs timm, torchvision, pillow and tqdm (``pip install 'tome_ext[eval]'``), imported when it runs.
+Needs timm, torchvision, pillow and tqdm (``pip install 'tome_ext[eval]'``), imported when it runs,
+and the model's library.
 Works in one process, or in many under ``torchrun``.
 """
 
@@ -12,7 +13,6 @@ import hashlib
 import json
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -23,16 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ._command import (
-    CommandError,
-    Reduction,
-    check_model_name,
-    check_patch,
-    create_model,
-    find_device,
-    patched,
-    prefer_cache_without_network,
-)
+from . import _models
+from ._command import CommandError, Reduction, check_patch, find_device, one_line, patched
 from ._world import World
 from .schedule import Method
 from .utils import info, synchronize
@@ -93,7 +85,8 @@ def run(
     Args:
         folder: pictures as FOLDER/CLASS/PICTURE, or with a split (FOLDER/val/CLASS/PICTURE).
             timm's reader lists them: classes are numbered in the order of their names.
-        model_name: a timm model, with or without the tag of its weights.
+        model_name: ``[LIBRARY:]NAME``; without a library it is timm's, with or without the tag of
+            its weights.
         reductions: how to reduce tokens, a row for each.
         batch_size: pictures a forward pass.
         device_name: under ``torchrun``, "cuda" gives every process of a machine a GPU of its own.
@@ -112,7 +105,7 @@ def run(
     """
     with World.join() as world:
 
-        def prepare() -> tuple[torch.device, Share, Any, dict[str, Any]]:
+        def prepare() -> tuple[torch.device, Share, _models.Model]:
             if json_file is not None and not json_file.parent.is_dir():
                 raise CommandError(
                     f"can't write {json_file}: there is no folder {json_file.parent}"
@@ -121,12 +114,13 @@ def run(
             share = Share.of(folder, world, limit)
             if world.rank == 0:
                 print(f"loading {model_name} ...", file=sys.stderr, flush=True)
-            model = load_model(model_name, share, checkpoint, img_size).to(device, dtype)
-            check_patch(model, reductions)
-            return device, share, model, data_config(model, img_size)
+            loaded = load_model(model_name, share, checkpoint, img_size)
+            check_patch(loaded.module, reductions)
+            loaded.module.to(device, dtype)
+            return device, share, loaded
 
-        device, share, model, config = world.agree(prepare, lambda prepared: prepared[1].digest)
-        name = model_name if checkpoint else full_name(model_name, model)
+        device, share, loaded = world.agree(prepare, lambda prepared: prepared[1].digest)
+        model, name, config = loaded.module, loaded.name, loaded.data
         report = {
             "model": name,
             "weights": "pretrained" if checkpoint is None else str(checkpoint),
@@ -148,7 +142,7 @@ def run(
         counts, seconds = count(model, batches, len(share), settings, world.rank == 0)
         world.reduce(counts, seconds, device)
 
-    as_published = checkpoint is None and is_imagenet(share) and is_own_size(model, config)
+    as_published = checkpoint is None and is_imagenet(share) and loaded.own_size
     paper = PAPER.get(name, {}) if as_published else {}
     rows = []
     for setting, (n, top1, top5), time_taken in zip(
@@ -276,57 +270,17 @@ def loader(
 # --- model --------------------------------------------------------------------------------------
 
 
-def load_model(name: str, share: Share, checkpoint: Path | None, img_size: int | None) -> Any:
-    """A timm model in eval mode that has the folder's classes and can be patched."""
-    import timm
-
-    check_model_name(name)
-    classes = len(share.classes)
-    if checkpoint is not None and not checkpoint.is_file():
-        raise CommandError(f"there is no checkpoint {checkpoint}")
-    if checkpoint is None:
-        offline = prefer_cache_without_network()
-        try:
-            model = timm.create_model(name, pretrained=True, img_size=img_size)
-        except Exception as error:  # of the hub, the network, the disk or timm
-            raise CommandError(
-                f"can't load pretrained weights of {name!r} ({offline or one_line(error)}); "
-                "give weights of your own with --checkpoint FILE"
-            ) from None
-        if model.num_classes != classes:
-            raise CommandError(
-                f"{name!r} has {model.num_classes} classes, but {share.root} has {classes}; for a "
-                "model fine-tuned on these, give its weights with --checkpoint FILE"
-            )
-    else:
-        model = create_model(name, num_classes=classes, img_size=img_size)
-        try:
-            timm.models.load_checkpoint(model, str(checkpoint))
-        except Exception as error:  # of torch.load, safetensors or load_state_dict
-            raise CommandError(
-                f"{checkpoint} is no checkpoint of {name!r} with {classes} classes, as many as "
-                f"{share.root} has: {one_line(error)}"
-            ) from None
-    return model.eval()
-
-
-def data_config(model: Any, img_size: int | None) -> dict[str, Any]:
-    """How the model wants its pictures: arguments for ``timm.data.create_loader``."""
-    from timm.data import resolve_model_data_config
-
-    config: dict[str, Any] = resolve_model_data_config(model, args={"img_size": img_size})
-    return config
-
-
-def full_name(name: str, model: Any) -> str:
-    """The model's name with the tag of its weights, which timm chooses where none is given."""
-    tag = model.pretrained_cfg.get("tag")
-    return f"{name}.{tag}" if tag and "." not in name and ":" not in name else name
-
-
-def is_own_size(model: Any, config: dict[str, Any]) -> bool:
-    """Whether the input has the size that the model was trained with."""
-    return tuple(model.pretrained_cfg["input_size"]) == tuple(config["input_size"])
+def load_model(
+    name: str, share: Share, checkpoint: Path | None, img_size: int | None
+) -> _models.Model:
+    """A model that has the folder's classes and returns logits."""
+    model = _models.logits(name, share.classes, checkpoint, img_size)
+    if model.classes != len(share.classes):
+        raise CommandError(
+            f"{name!r} has {model.classes} classes, but {share.root} has {len(share.classes)}; for "
+            "a model fine-tuned on these, give its weights with --checkpoint FILE"
+        )
+    return model
 
 
 # --- counting -----------------------------------------------------------------------------------
@@ -391,11 +345,6 @@ def timed(model: Any, x: Tensor, reduction: Reduction | None) -> tuple[Tensor, f
 
 
 # --- output -------------------------------------------------------------------------------------
-
-
-def one_line(error: Exception) -> str:
-    """An error's message on one line of bearable length."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def header(report: dict[str, Any]) -> str:

@@ -99,7 +99,12 @@ def _differentiable(stub: Callable[P, R]) -> Callable[P, R]:
 
 @_operator
 def match(
-    metric: Tensor, r: int, num_prefix_tokens: int = 0, *, weight: Tensor | None = None
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
     raise _library.missing()

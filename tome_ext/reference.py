@@ -73,10 +73,16 @@ def _new_heads_inside(like: Tensor) -> Tensor:
     return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
 
-def cut_r(num_tokens: int, r: int, num_prefix_tokens: int) -> Any:
-    """How many tokens a match removes: ``min(r, (num_tokens - prefix) // 2)``, at least 0."""
+def cut_r(num_tokens: int, r: int, num_prefix_tokens: int, targets: Tensor | None = None) -> Any:
+    """How many tokens a match removes: ``min(r, (num_tokens - prefix) // 2)``, at least 0.
+
+    With targets, up to all others, if there is a target.
+    """
     # torch.sym_max/min rather than max/min: the token count may be a SymInt under torch.compile.
     free = torch.sym_max(num_tokens - num_prefix_tokens, 0)
+    if targets is not None:
+        others = free - targets.shape[0] if targets.shape[0] > 0 else 0
+        return torch.sym_max(torch.sym_min(r, others), 0)
     return torch.sym_max(torch.sym_min(r, free // 2), 0)
 
 
@@ -148,7 +154,12 @@ def match_sets(
 
 
 def match(
-    metric: Tensor, r: int, num_prefix_tokens: int = 0, *, weight: Tensor | None = None
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
     shown = _checks.describe(metric)
@@ -162,19 +173,36 @@ def match(
     if weight is not None:
         _checks.table(weight, "weight", batch, num_tokens, "N", torch.float32)
         _checks.one_device(metric, "metric", weight, "weight")
-    r = cut_r(num_tokens, r, num_prefix_tokens)
+    if targets is not None:
+        fits = targets.dim() == 1 and targets.dtype == torch.int32
+        _checks.expect(fits, "targets", "(T,) int32", _checks.describe(targets))
+        others = torch.sym_max(num_tokens - num_prefix_tokens, 0) - targets.shape[0]
+        most = "at most as many as tokens behind the prefix"
+        _checks.expect([others >= 0], "targets", most, _checks.describe(targets))
+        _checks.one_device(metric, "metric", targets, "targets")
+    r = cut_r(num_tokens, r, num_prefix_tokens, targets)
     if _mode.shapes_only:
         return _new_plan(metric, num_tokens, num_tokens - r)
     index = torch.arange(num_tokens, device=device)
     if r == 0:
         return (index.to(torch.int32).repeat(batch, 1), *_group(index.repeat(batch, 1), num_tokens))
-    is_prefix, is_b = index < num_prefix_tokens, index % 2 == 1
+    is_prefix = index < num_prefix_tokens
+    is_b = index % 2 == 1 if targets is None else torch.isin(index, targets)
     a, b = (index[(is_b == side) & ~is_prefix].expand(batch, -1) for side in (False, True))
     visible = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
     if weight is not None:
         visible = (weight != 0) | is_prefix
-    counts = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
-    joins = match_sets(metric, a, b, torch.minimum(*counts).clamp_max(r), visible)
+    in_a, in_b = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
+    merged = torch.minimum(in_a, in_b) if targets is None else in_a
+    merged = merged.clamp_max(r)
+    if targets is not None:
+        # All targets hidden: what does not fit the rows merges into the first one, which stands.
+        excess = (r + in_a + in_b - a.shape[1] - b.shape[1] + 1).clamp_min(1)
+        stands = (in_b == 0) & (excess > 1)
+        merged = torch.where(in_b > 0, merged, torch.where(stands, excess, 0))
+    joins = match_sets(metric, a, b, merged, visible)
+    if targets is not None:
+        visible = visible | (stands & (index == b[:, :1]))
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
     stays = (joins == index) & visible
     group = torch.where(is_prefix, 0, 1 + is_b.to(torch.int64))

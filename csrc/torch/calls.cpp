@@ -12,6 +12,16 @@ void check_prefix(int64_t num_prefix_tokens) {
                     num_prefix_tokens);
 }
 
+void check_targets(const Tensor& targets, const Tensor& metric, int64_t num_prefix_tokens) {
+    STD_TORCH_CHECK(targets.dim() == 1 && targets.scalar_type() == ScalarType::Int,
+                    "targets: expected (T,) int32, got ", describe(targets));
+    const int64_t tokens = metric.size(metric.dim() - 2);
+    STD_TORCH_CHECK(targets.size(0) <= std::max<int64_t>(0, tokens - num_prefix_tokens),
+                    "targets: expected at most as many as tokens behind the prefix, got ",
+                    describe(targets));
+    check_same_device(metric, "metric", targets, "targets");
+}
+
 void check_merge(const Tensor& x, const char* name, int64_t tokens, const OptionalTensor& size,
                  const Tensor& members, const Tensor& offsets) {
     STD_TORCH_CHECK(x.dim() == 3, name, ": expected (B, N, C), got ", describe(x));
@@ -112,7 +122,7 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 }  // namespace
 
 void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
-                     OptionalTensor given_weight) {
+                     OptionalTensor given_weight, OptionalTensor given_targets) {
     STD_TORCH_CHECK(given.dim() == 3 || given.dim() == 4,
                     "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
     params.dtype = float_dtype(given, "metric");
@@ -127,7 +137,9 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
         check_table(*given_weight, "weight", given.size(0), given.size(n), "N", ScalarType::Float);
         check_same_device(given, "metric", *given_weight, "weight");
     }
+    if (given_targets.has_value()) check_targets(*given_targets, given, num_prefix_tokens);
     weight = optional_contiguous(given_weight);
+    targets = optional_contiguous(given_targets);
     metric = with_contiguous_last_dim(given);
     params.metric = metric.const_data_ptr();
     params.batch = metric.size(0);
@@ -140,7 +152,11 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     params.r = r;
     params.num_prefix_tokens = num_prefix_tokens;
     params.weight = optional_data<float>(weight);
-    const int64_t rows = params.tokens - cut_r(params.tokens, r, num_prefix_tokens);
+    params.targets = optional_data<int32_t>(targets);
+    params.num_targets = targets.has_value() ? targets->size(0) : 0;
+    // No targets may lie at no address, which would stand for the odd positions.
+    if (targets.has_value() && params.num_targets == 0) params.r = 0;
+    const int64_t rows = params.tokens - cut_r(params);
     allocate_plan(*this, metric, rows);
 }
 

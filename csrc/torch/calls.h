@@ -22,13 +22,14 @@ using OptionalTensor = std::optional<Tensor>;
 struct MatchCall {
     static constexpr const char* kName = "match";
     static constexpr const char* kSchema =
-        "(Tensor metric, int r, int num_prefix_tokens=0, *, Tensor? weight=None) -> (Tensor "
-        "assign, Tensor members, Tensor offsets)";
+        "(Tensor metric, int r, int num_prefix_tokens=0, *, Tensor? weight=None, Tensor? "
+        "targets=None) -> (Tensor assign, Tensor members, Tensor offsets)";
     MatchParams params{};
     Tensor metric, assign, members, offsets;
-    OptionalTensor weight;
+    OptionalTensor weight, targets;
 
-    void take(Tensor metric, int64_t r, int64_t num_prefix_tokens, OptionalTensor weight);
+    void take(Tensor metric, int64_t r, int64_t num_prefix_tokens, OptionalTensor weight,
+              OptionalTensor targets);
     std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
 };
 

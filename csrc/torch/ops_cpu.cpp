@@ -37,10 +37,14 @@ void check_status(const Status& status, const char* op, int64_t tokens, int64_t 
                             "at N = ",
                             tokens, ", got offsets[", status.batch, ", ", status.index,
                             "] = ", status.value);
+        case Status::kTargetsNotOrdered:
+            STD_TORCH_CHECK(
+                false, "targets: expected ascending tokens behind the prefix, below N = ", tokens,
+                ", got targets[", status.index, "] = ", status.value);
     }
 }
 
-void compute(const MatchParams& p) { match(p, torch_threads()); }
+Status compute(const MatchParams& p) { return match(p, torch_threads()); }
 void compute(const SelectParams& p) { select(p, torch_threads()); }
 Status compute(const PlanParams& p) { return plan(p, torch_threads()); }
 Status compute(const MergeParams& p) { return merge(p, torch_threads()); }
@@ -55,7 +59,9 @@ struct Cpu {
     template <class Call, class... Args>
     static auto run(const Call& call, const Args&...) {
         if constexpr (requires { compute(call.params).code; }) {
-            check_status(compute(call.params), Call::kName, call.params.tokens, call.params.rows);
+            int64_t rows = 0;
+            if constexpr (requires { call.params.rows; }) rows = call.params.rows;
+            check_status(compute(call.params), Call::kName, call.params.tokens, rows);
         } else {
             compute(call.params);
         }

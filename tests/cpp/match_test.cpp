@@ -19,6 +19,7 @@ struct Metric {
     const void* data;
     int64_t stride_batch, stride_head, stride_token;
     const float* weight = nullptr;  // (batch, tokens)
+    const std::vector<int32_t>* targets = nullptr;
 
     bool hides(int64_t b, int64_t n) const {
         return weight != nullptr && weight[b * shape.tokens + n] == 0;
@@ -32,17 +33,36 @@ Metric contiguous(const Array& x, const Shape& s) {
     return {x.dtype(), s, x.data(), s.heads * s.tokens * s.dim, s.tokens * s.dim, s.dim};
 }
 
+tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
+    const Shape& s = m.shape;
+    tome::MatchParams p{};
+    p.metric = m.data, p.dtype = m.dtype;
+    p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
+    p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
+    p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
+    if (m.targets != nullptr) {
+        p.targets = m.targets->data();
+        p.num_targets = static_cast<int64_t>(m.targets->size());
+    }
+    return p;
+}
+
 Plan run_match(const Metric& m, int64_t r, int64_t prefix, const Threads& threads) {
     const Shape& s = m.shape;
-    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(s.tokens, r, prefix), {}, {}, {}};
+    tome::MatchParams p = params_of(m, r, prefix);
+    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(p), {}, {}, {}};
     plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.members.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), -77);
-    tome::match({m.data, m.dtype, s.batch, s.heads, s.tokens, s.dim, m.stride_batch, m.stride_head,
-                 m.stride_token, r, prefix, plan.assign.data(), plan.members.data(),
-                 plan.offsets.data(), m.weight},
-                threads);
+    p.assign = plan.assign.data(), p.members = plan.members.data();
+    p.offsets = plan.offsets.data();
+    EXPECT_TRUE(tome::match(p, threads));
     return plan;
+}
+
+bool in_set_b(const Metric& m, int64_t n) {
+    if (m.targets == nullptr) return n % 2 == 1;
+    return std::find(m.targets->begin(), m.targets->end(), n) != m.targets->end();
 }
 
 struct Oracle {
@@ -64,7 +84,7 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
         if (n >= prefix && m.hides(b, n)) {
             joins[n] = kDropped;
         } else if (n >= prefix) {
-            (n % 2 == 0 ? set_a : set_b).push_back(n);
+            (in_set_b(m, n) ? set_b : set_a).push_back(n);
         }
         double squares = 0;
         for (int64_t d = 0; d < s.dim; ++d) {
@@ -76,7 +96,16 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
         }
         for (double& value : unit[n]) value = squares > 0 ? value / std::sqrt(squares) : 0.0;
     }
-    r = std::min({r, int64_t(set_a.size()), int64_t(set_b.size())});
+    if (m.targets == nullptr) r = std::min(r, int64_t(set_b.size()));
+    if (m.targets != nullptr && set_b.empty()) {
+        // The first ones of what does not fit, and the first target, which stands.
+        const int64_t seen = prefix + int64_t(set_a.size()), rows = s.tokens - r;
+        const int64_t first = m.targets->front();
+        if (seen > rows) joins[first] = first;
+        for (int64_t k = 0; k < seen + 1 - rows && seen > rows; ++k) joins[set_a[k]] = first;
+        return joins;
+    }
+    r = std::min(r, int64_t(set_a.size()));
     struct Best {
         double score;
         int64_t from, to;
@@ -105,7 +134,12 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
 
 Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
     const Shape& s = m.shape;
-    r = std::max<int64_t>(0, std::min(r, std::max<int64_t>(0, s.tokens - prefix) / 2));
+    const int64_t behind = std::max<int64_t>(0, s.tokens - prefix);
+    int64_t most = behind / 2;
+    if (m.targets != nullptr) {
+        most = m.targets->empty() ? 0 : behind - int64_t(m.targets->size());
+    }
+    r = std::max<int64_t>(0, std::min(r, most));
     Oracle out;
     std::vector<int32_t> assign(static_cast<size_t>(s.batch * s.tokens));
     for (int64_t b = 0; b < s.batch; ++b) {
@@ -117,7 +151,7 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
         // Rows: prefix, A tokens that stay, B tokens. Without merging: the identity.
         for (int group = 0; group < 3; ++group) {
             for (int64_t n = 0; n < s.tokens; ++n) {
-                const int of = n < prefix || r == 0 ? 0 : n % 2 == 0 ? 1 : 2;
+                const int of = n < prefix || r == 0 ? 0 : in_set_b(m, n) ? 2 : 1;
                 if (of == group && joins[n] == n) row_of[n] = row++;
             }
         }
@@ -131,11 +165,11 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
 
 // Random tokens whose every decision is clear by far more than float32 rounding.
 Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix,
-               const float* weight = nullptr) {
+               const float* weight = nullptr, const std::vector<int32_t>* targets = nullptr) {
     for (unsigned seed = 1; seed < 200; ++seed) {
         Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
         Metric m = contiguous(x, s);
-        m.weight = weight;
+        m.weight = weight, m.targets = targets;
         if (oracle_match(m, r, prefix).margin > 3e-6) return x;
     }
     throw std::runtime_error("no tie-free data for this shape");
@@ -363,6 +397,51 @@ TEST_P(MatchTest, HiddenTokensTakeNoPart) {
             }
         }
         for_each_isa([&] { EXPECT_EQ(run_match(view(), r, prefix, pool()), want); });
+    }
+}
+
+TEST_P(MatchTest, TargetsAreWhatOthersMergeInto) {
+    const Shape shape{8, 2, 45, 12};
+    const std::vector<float> weight = some_weights(shape, 23);
+    const std::vector<int32_t> sets[] = {
+        {2}, {44}, {5, 6, 7, 8}, {2, 7, 12, 17, 22, 27, 32, 37, 42}, {3, 5, 43, 44}};
+    for (const auto& targets : sets) {
+        for (int64_t r : {1, 9, 30, 100}) {
+            for (const float* weights : {static_cast<const float*>(nullptr), weight.data()}) {
+                const Array x = tie_free(GetParam(), shape, r, 2, weights, &targets);
+                Metric m = contiguous(x, shape);
+                m.weight = weights, m.targets = &targets;
+                SCOPED_TRACE(::testing::Message() << targets.size() << " targets, r " << r);
+                const Plan want = oracle_match(m, r, 2).plan;
+                for_each_isa([&] {
+                    EXPECT_EQ(run_match(m, r, 2, Threads::serial()), want);
+                    EXPECT_EQ(run_match(m, r, 2, pool()), want);
+                });
+            }
+        }
+    }
+    std::vector<int32_t> all(43), none;
+    std::iota(all.begin(), all.end(), 2);
+    const Array x = random_array(GetParam(), shape.batch * shape.heads * 45 * 12, 1);
+    for (const auto* targets : {&all, &none}) {    // nothing to merge, or nothing to merge into
+        if (targets->data() == nullptr) continue;  // stands for the odd positions
+        Metric m = contiguous(x, shape);
+        m.targets = targets;
+        EXPECT_EQ(run_match(m, 7, 2, pool()).rows, 45);
+    }
+}
+
+TEST_P(MatchTest, RefusesTargetsOutOfRangeOrOrder) {
+    const Shape shape{2, 1, 12, 4};
+    const Array x = random_array(GetParam(), 2 * 12 * 4, 1);
+    for (const auto& [targets, at] : std::vector<std::pair<std::vector<int32_t>, int64_t>>{
+             {{3, 3}, 1}, {{5, 4}, 1}, {{0, 4}, 0}, {{-1}, 0}, {{4, 12}, 1}, {{INT32_MAX}, 0}}) {
+        Metric m = contiguous(x, shape);
+        m.targets = &targets;
+        const tome::Status status = tome::match(params_of(m, 3, 1), pool());  // writes nothing
+        EXPECT_EQ(status.code, tome::Status::kTargetsNotOrdered);
+        EXPECT_EQ(status.index, at);
+        EXPECT_EQ(status.value, targets[size_t(at)]);
     }
 }
 

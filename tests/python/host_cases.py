@@ -39,9 +39,9 @@ class Case:
         hidden: inputs with a padding mask: ``hidden(batch, seed, noise)`` changes nothing but
             hidden pixels with ``noise``; None if the model takes no mask.
         implementations: names for ``set_attn_implementation`` that the model has.
-        fused: whether ``tome::attention`` serves it; a bias of pairs keeps it from that.
         exports: whether torch.export takes the unpatched model.
         options: keyword arguments of the patch.
+        attention: what ``info`` says of attention once tokens have merged.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Case:
     equal_tokens: Callable[[nn.Module, Inputs], Inputs] | None = None
     hidden: Callable[[int, int, float], Inputs] | None = None
     implementations: tuple[str, ...] = ()
-    fused: bool = True
     exports: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    attention: str = "tome::attention"
 
     def __str__(self) -> str:
         return self.name
@@ -88,5 +88,5 @@ def all_cases() -> list[Case]:
     """The cases of every library."""
     from importlib import import_module
 
-    libraries = ("timm", "transformers")
+    libraries = ("timm", "transformers", "torchvision", "open_clip")
     return [case for library in libraries for case in import_module(f"host_cases_{library}").CASES]

@@ -246,7 +246,10 @@ CASES = [
         "V-JEPA 2", hf.VJEPA2ForVideoClassification, hf.VJEPA2Config, {**VJEPA2, **LABELS},
         "pixel_values_videos",
     ),
-    _case("BEiT", hf.BeitForImageClassification, hf.BeitConfig, BEIT, 1, fused=False),
+    _case(
+        "BEiT", hf.BeitForImageClassification, hf.BeitConfig, BEIT, 1,
+        attention="does more than hide keys",
+    ),
     _case(
         "InternVL", hf.InternVLVisionModel, hf.InternVLVisionConfig,
         {**IMAGE, "image_size": [SIDE * PATCH] * 2, "patch_size": [PATCH] * 2}, 1, _class_token,

@@ -54,9 +54,16 @@ def check_plan(
 
 
 def match_plan(
-    metric: Tensor, r: int, prefix: int, weight: Tensor | None = None
+    metric: Tensor,
+    r: int,
+    prefix: int,
+    weight: Tensor | None = None,
+    targets: list[int] | None = None,
 ) -> tuple[list[list[int]], float]:
     """Bipartite soft matching by loops in float64; tokens of weight 0 take no part.
+
+    ``targets`` are what others merge into, None means the odd positions. An image of which all are
+    hidden must have room for its other tokens.
 
     Returns the assignment of every image, and the smallest gap between a choice made and the best
     one refused: where it is below rounding, another choice would have been as right.
@@ -65,16 +72,20 @@ def match_plan(
     rows = rows.mean(1) if rows.dim() == 4 else rows
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-300)
     num_tokens = rows.shape[1]
-    r = max(0, min(r, max(0, num_tokens - prefix) // 2))
+    behind = range(prefix, num_tokens)
+    odd = [n for n in behind if n % 2 == 1] if targets is None else targets
+    r = max(0, min(r, len(behind) // 2 if targets is None else len(behind) - len(odd)))
+    r = r if odd else 0
     assigns, gap = [], float("inf")
     for number, image in enumerate(rows):
         if r == 0:
             assigns.append(list(range(num_tokens)))
             continue
         seen = [weight is None or weight[number, n] != 0 for n in range(num_tokens)]
-        a = [n for n in range(prefix, num_tokens) if n % 2 == 0 and seen[n]]
-        b = [n for n in range(prefix, num_tokens) if n % 2 == 1 and seen[n]]
-        merged = min(r, len(a), len(b))
+        a = [n for n in behind if n not in odd and seen[n]]
+        b = [n for n in odd if seen[n]]
+        merged = min(r, len(a), len(b) if targets is None or not b else num_tokens)
+        assert b or len(a) + prefix <= num_tokens - r
         if merged == 0:
             order = [*range(prefix), *a, *b]
             assigns.append([order.index(n) if n in order else -1 for n in range(num_tokens)])

@@ -216,10 +216,10 @@ def test_missing_packages_are_named(
 @pytest.mark.parametrize("r", [0, 5, 40])
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4, "init_values": 0.5}])
 def test_ceiling_has_the_tokens_of_merging(r: int, options: dict[str, Any]) -> None:
-    x = images()
+    x, places = images(), _contenders.counted_in(tiny(**options))
     sliced = _contenders.sliced(tiny(**options), Reduction(r=r))
-    counts = _contenders.count_tokens(sliced, x)
-    assert counts == _contenders.count_tokens(Reduction(r=r).patch(tiny(**options)), x)
+    counts = _contenders.count_tokens(sliced, x, places)
+    assert counts == _contenders.count_tokens(Reduction(r=r).patch(tiny(**options)), x, places)
     prefix = 1 + options.get("reg_tokens", 0)
     num_tokens = prefix + GRID**2
     for count in counts:
@@ -230,9 +230,9 @@ def test_ceiling_has_the_tokens_of_merging(r: int, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("method", ["tome", "evit", "topk"])
 @pytest.mark.parametrize("amount", [{"r": 5}, {"r": 40}, {"keep_rate": 0.7}])
 def test_ceiling_has_the_tokens_of_every_method(method: Any, amount: dict[str, Any]) -> None:
-    x, reduction = images(), Reduction(method, **amount)
-    counts = _contenders.count_tokens(_contenders.sliced(tiny(), reduction), x)
-    assert counts == _contenders.count_tokens(reduction.patch(tiny()), x)
+    x, reduction, places = images(), Reduction(method, **amount), _contenders.counted_in(tiny())
+    counts = _contenders.count_tokens(_contenders.sliced(tiny(), reduction), x, places)
+    assert counts == _contenders.count_tokens(reduction.patch(tiny()), x, places)
     assert counts[-1] < 1 + GRID**2
 
 

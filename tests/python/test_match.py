@@ -279,15 +279,107 @@ def test_a_weight_that_hides_nothing_changes_nothing(shape, dtype):
         assert torch.equal(ours, other)
 
 
-def test_compiles_with_weights_into_one_graph():
-    def merge(x, weight):
-        plan = tome_ext.match(x, 6, 1, weight=weight)
-        return plan.merge(x, weight)
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    r=st.integers(-2, 40),
+    prefix=st.integers(0, 4),
+    heads=st.integers(0, 2),
+    spread=st.sampled_from([0.0, 0.05, 0.3, 0.8, 1.0]),
+    density=st.sampled_from([None, 0.0, 0.3, 0.8]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_targets_are_what_others_merge_into(
+    batch, tokens, r, prefix, heads, spread, density, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, 7) if heads else (batch, tokens, 7)
+    metric = torch.randn(shape, generator=generator).to(dtype)
+    chosen = torch.rand(tokens, generator=generator) < spread
+    targets = chosen.nonzero().flatten()
+    targets = targets[targets >= prefix].to(torch.int32)
+    weight = None
+    if density is not None:
+        weight = (torch.rand(batch, tokens, generator=generator) < density).float()
+    plan = tome_ext.match(metric, r, prefix, weight=weight, targets=targets)
+    others = max(0, tokens - prefix) - len(targets)
+    removed = max(0, min(r, others)) if len(targets) else 0
+    check_plan(*plan, tokens, tokens - removed)
+    twin = reference.match(metric, r, prefix, weight=weight, targets=targets)
+    for ours, theirs in zip(plan, twin, strict=True):
+        assert torch.equal(ours, theirs)
+    if weight is None:
+        _, size = plan.merge(torch.ones(batch, tokens, 1))
+        assert (size.sum(1) == tokens).all()
+        assert ((size > 1).sum(1) <= len(targets)).all()
+    else:
+        strange = hide(metric, weight, prefix, seed)
+        other = tome_ext.match(strange, r, prefix, weight=weight, targets=targets)
+        for ours, theirs in zip(plan, other, strict=True):
+            assert torch.equal(ours, theirs)
+        # However few targets are seen, no size is lost.
+        _, size = plan.merge(torch.ones(batch, tokens, 1), weight)
+        assert torch.equal(size.sum(1), weight.sum(1))
+        if batch and not (weight[:, targets.long()].sum(1) > 0).all():
+            return  # the oracle knows no such images
+    expected, gap = match_plan(metric, r, prefix, weight, targets.tolist())
+    if gap > 1e-5:
+        assert plan.assign.tolist() == expected
 
-    x, weight = torch.randn(3, 20, 8), (torch.rand(3, 20) > 0.4).float()
+
+def test_where_all_targets_are_hidden_what_does_not_fit_joins_the_first():
+    x, weight = torch.randn(2, 9, 4), torch.ones(2, 9)
+    targets = torch.tensor([4, 6], dtype=torch.int32)
+    weight[0, [4, 6]] = 0
+    weight[1, [1, 2, 3, 4, 5, 6]] = 0
+    plan = tome_ext.match(x, 6, 1, weight=weight, targets=targets)  # 9 - 6 = 3 rows
+    # 7 are seen for 2 rows beside that of token 4: 5 of them join it.
+    assert plan.assign[0].tolist() == [0, 2, 2, 2, 2, 2, -1, 2, 1]
+    assert plan.merge(x, weight)[1][0].tolist() == [1, 1, 5]
+    # Here they fit.
+    assert plan.assign[1].tolist() == [0, -1, -1, -1, -1, -1, -1, 1, 2]
+
+
+def test_odd_positions_as_targets_change_nothing():
+    metric = torch.randn(2, 3, 31, 8)
+    for prefix in (0, 1, 2):
+        first = prefix + 1 - prefix % 2
+        odd = torch.arange(first, 31, 2, dtype=torch.int32)
+        expected = tome_ext.match(metric, 9, prefix)
+        for ours, theirs in zip(
+            tome_ext.match(metric, 9, prefix, targets=odd), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [[3, 3], [5, 4], [0, 4], [-1], [4, 12], [2**31 - 1], [-(2**31)]])
+def test_targets_out_of_range_or_order_are_refused(bad):
+    index = next(i for i, n in enumerate(bad) if n < max([1, *(b + 1 for b in bad[:i])]) or n > 11)
+    expected = (
+        rf"ascending tokens behind the prefix, below N = 12, got targets\[{index}\] = {bad[index]}$"
+    )
+    for r in (0, 3):
+        with pytest.raises(RuntimeError, match=expected):
+            tome_ext.match(
+                torch.randn(2, 12, 4), r, 1, targets=torch.tensor(bad, dtype=torch.int32)
+            )
+
+
+def test_compiles_with_weights_and_targets_into_one_graph():
+    def merge(x, weight, targets):
+        plan = tome_ext.match(x, 6, 1, weight=weight)
+        x, weight = plan.merge(x, weight)
+        return tome_ext.match(x, 4, 1, weight=weight, targets=targets).merge(x, weight)
+
     compiled = torch.compile(merge, fullgraph=True, dynamic=True, backend="aot_eager")
-    for ours, expected in zip(compiled(x, weight), merge(x, weight), strict=True):
-        assert torch.equal(ours, expected)
+    for batch, tokens in ((3, 20), (2, 31)):
+        x, weight = torch.randn(batch, tokens, 8), (torch.rand(batch, tokens) > 0.4).float()
+        targets = torch.arange(2, 14, tokens // 5, dtype=torch.int32)
+        for ours, expected in zip(
+            compiled(x, weight, targets), merge(x, weight, targets), strict=True
+        ):
+            assert torch.equal(ours, expected)
 
 
 @given(

@@ -24,6 +24,8 @@ def samples():
         yield OPS.match.default, (metric, 4, 1)
         yield OPS.match.default, (metric[:, 0], 0, 0)
         yield OPS.match.default, (metric, 4, 1), {"weight": (torch.rand(2, 21) > 0.5).float()}
+        targets = torch.tensor([2, 5, 6, 13, 20], dtype=torch.int32)
+        yield OPS.match.default, (metric, 14, 1), {"targets": targets}
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
         if dtype != torch.bfloat16:
@@ -168,6 +170,10 @@ BAD_CALLS = [
     ("match", X[:, None], 1, {"weight": SIZE[0]}),
     ("match", X, 0, {"weight": SIZE.half()}),
     ("match", X, 1, {"weight": SIZE.bool()}),
+    ("match", X, 1, {"targets": INT}),
+    ("match", X, 0, {"targets": INT[0].long()}),
+    ("match", X, 1, 5, {"targets": torch.arange(4, 9, dtype=torch.int32)}),
+    ("match", X, 1, 20, {"targets": INT[0, :1]}),
     ("select", X, 1),
     ("select", X[..., 0].half(), 1),
     ("select", X[..., 0], -1),

@@ -23,7 +23,6 @@ from timm.models import (
     pit,
     swin_transformer,
     vision_transformer,
-    vision_transformer_relpos,
     vision_transformer_sam,
     xcit,
 )
@@ -162,6 +161,49 @@ def replaced_attention() -> VisionTransformer:
     return model
 
 
+def replaced_parallel_attention() -> VisionTransformer:
+    model: Any = VisionTransformer(block_fn=vision_transformer.ParallelThingsBlock, **SMALL)
+    model.blocks[1].attns[1].attn = vision_transformer.DiffAttention(32, num_heads=2)
+    return model
+
+
+def eva_with_a_plain_block() -> nn.Module:
+    model = eva.Eva(**SMALL)
+    model.blocks[1] = vision_transformer.Block(32, num_heads=2)
+    return model
+
+
+def eva_with_a_plain_attention() -> nn.Module:
+    model: Any = eva.Eva(**SMALL)
+    model.blocks[0].attn = vision_transformer.Attention(32, num_heads=2)
+    return model
+
+
+def beit_with_a_plain_block() -> nn.Module:
+    model = beit.Beit(**SMALL)
+    model.blocks[0] = vision_transformer.Block(32, num_heads=2)
+    return model
+
+
+class OwnEva(eva.Eva):
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward_features(x, *args, **kwargs)[:, 1:]
+
+
+class OwnNaFlex(naflexvit.NaFlexVit):
+    def _pool(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x.mean(1)
+
+
+def own_naflex() -> nn.Module:
+    return OwnNaFlex(naflexvit.NaFlexVitCfg(embed_dim=32, depth=1, num_heads=2))
+
+
+def deepseek() -> nn.Module:
+    module = pytest.importorskip("timm.models.deepseek_vit")  # younger than the oldest timm
+    return module.DeepseekVitEncoder(28, embed_dim=32, depth=1, num_heads=2, global_pool="avg")
+
+
 def replaced_forward() -> VisionTransformer:
     model = tiny()
     model.blocks[2].forward = model.blocks[2].forward
@@ -197,19 +239,18 @@ def mvit() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "DINOv3, EVA-02 and other RoPE models": (lambda: eva.Eva(use_rot_pos_emb=True, **SMALL), "Eva"),
-    "BEiT": (lambda: beit.Beit(**SMALL), "Beit"),
-    "CaiT": (lambda: cait.Cait(**SMALL), "Cait"),
-    "XCiT": (lambda: xcit.Xcit(**SMALL), "Xcit"),
-    "NaFlexViT": (
-        lambda: naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(embed_dim=32, depth=1, num_heads=2)),
-        "NaFlexVit",
+    "EVA with a plain block": (eva_with_a_plain_block, "Eva with a Block as block 1"),
+    "EVA with a plain attention": (eva_with_a_plain_attention, "block 0 with Attention"),
+    "own forward_features of EVA": (lambda: OwnEva(**SMALL), "OwnEva with a forward_features"),
+    "own _pool of NaFlexViT": (own_naflex, "OwnNaFlex with a _pool of its own"),
+    "BEiT with a plain block": (beit_with_a_plain_block, "Beit with a Block as block 0"),
+    "CaiT": (lambda: cait.Cait(**SMALL), "expected one of timm's VisionT.*Cait: its talking heads"),
+    "XCiT": (lambda: xcit.Xcit(**SMALL), "Xcit: it attends over channels"),
+    "SAM": (
+        lambda: vision_transformer_sam.VisionTransformerSAM(**SMALL),
+        "VisionTransformerSAM: it attends within windows",
     ),
-    "SAM": (lambda: vision_transformer_sam.VisionTransformerSAM(**SMALL), "VisionTransformerSAM"),
-    "relative positions": (
-        lambda: vision_transformer_relpos.VisionTransformerRelPos(**SMALL),
-        "VisionTransformerRelPos",
-    ),
+    "deepseek_vit": (deepseek, "DeepseekVitEncoder: it returns a grid"),
     "Hiera": (
         lambda: hiera.Hiera((32, 32), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),
         "Hiera",
@@ -217,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "MViTv2": (mvit, "MultiScaleVit"),
     "Swin": (
         lambda: swin_transformer.SwinTransformer(32, 4, embed_dim=16, depths=(1,), num_heads=(1,)),
-        "SwinTransformer",
+        "SwinTransformer: it attends within windows",
     ),
     "PiT": (
         lambda: pit.PoolingVisionTransformer(32, 8, 4, "overlap", (16,), (1,), (1,), 2),
@@ -235,14 +276,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "CrossVit",
     ),
-    "ResPostBlock": (with_blocks(vision_transformer.ResPostBlock), "ResPostBlock as block 0"),
-    "ParallelScalingBlock": (
-        with_blocks(vision_transformer.ParallelScalingBlock),
-        "ParallelScalingBlock as block 0",
+    "DiffParallelScalingBlock": (
+        with_blocks(vision_transformer.DiffParallelScalingBlock),
+        "DiffParallelScalingBlock as block 0",
     ),
-    "ParallelThingsBlock": (
-        with_blocks(vision_transformer.ParallelThingsBlock),
-        "ParallelThingsBlock as block 0",
+    "parallel attentions of another class": (
+        replaced_parallel_attention,
+        "ParallelThingsBlock as block 1 with DiffAttention",
     ),
     "DiffAttention": (replaced_attention, "block 1 with DiffAttention"),
     "PRR pool": (lambda: tiny(global_pool="prr"), "AttentionPoolPrr"),

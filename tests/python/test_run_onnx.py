@@ -143,7 +143,12 @@ def test_equal_similarities_are_ordered_alike_in_onnx_runtime() -> None:
 
 class MatchVisible(nn.Module):
     def forward(self, metric: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tome.match(metric, 9, num_prefix_tokens=1, weight=weight))
+        grid = torch.arange(2, 25, 3, dtype=torch.int32)
+        return (
+            *tome.match(metric, 9, num_prefix_tokens=1, weight=weight),
+            *tome.match(metric, 14, num_prefix_tokens=1, weight=weight, targets=grid),
+            *tome.match(metric, 11, num_prefix_tokens=1, targets=grid),
+        )
 
 
 def test_hidden_tokens_take_no_part_in_onnx_runtime() -> None:
@@ -194,11 +199,14 @@ def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, see
         metric = torch.eye(4)[torch.randint(3, (2, n), generator=generator)]
         metric[:, n // 2 :: 5] = 0.0
     weight = torch.randint(3, (2, n), generator=generator).float()
+    some = torch.rand(n, generator=generator) < 0.4
+    targets = (some & (torch.arange(n) >= prefix)).nonzero().flatten().to(torch.int32)
     for weights in (None, weight, torch.zeros(2, n)):
-        assert_plans_equal(
-            _onnx.match(metric, r, prefix, weight=weights),
-            reference.match(metric, r, prefix, weight=weights),
-        )
+        for chosen in (None, targets):
+            assert_plans_equal(
+                _onnx.match(metric, r, prefix, weight=weights, targets=chosen),
+                reference.match(metric, r, prefix, weight=weights, targets=chosen),
+            )
 
 
 @settings(max_examples=60)

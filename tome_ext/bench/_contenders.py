@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._command import CommandError, Reduction
 from ..patch.common.class_swap import Swapped, swap
-from ..schedule import parse_keep_rate, tokens_after
+from ..patch.common.methods import make_method
+from ..patch.common.rules import Rules, Settings, make_rules
+from ..patch.registry import find_tower
+from ..schedule import tokens_after
 
 __all__ = [
     "CEILING",
     "OURS",
     "UNPATCHED",
     "Peer",
+    "ceiling",
     "count_tokens",
+    "counted_in",
     "find_peers",
     "runner",
     "share_weights",
@@ -43,30 +50,161 @@ def share_weights(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
+# --- the ceiling --------------------------------------------------------------------------------
+
+
+class SlicedTokens(NamedTuple):
+    """What a host's block asks about its tokens, of :class:`..patch.common.token_state.Tokens`."""
+
+    layer: int
+    reduced: bool
+    rules: Rules
+
+
+class SlicedCall:
+    """What a host's block asks of a call, answered by slicing: the first tokens are those left.
+
+    Stands in for :class:`..patch.common.block_call.BlockCall`, one for each block.
+    """
+
+    averages = False  # or the patch's own kernels would add and normalise
+
+    def __init__(self, layer: int, rules: Rules) -> None:
+        self.tokens = SlicedTokens(layer, layer > rules.first_layer, rules)
+        rule = rules.layers[layer]
+        self.amount = rules.method.name, rules.num_prefix_tokens, rule.r, rule.rate
+        self.reduces = rule.reduces
+        self.num_tokens = 0  # of the forward that runs
+        self.ranks = torch.empty(0, 0, 0, 0)  # of nothing: tokens are not matched
+
+    def merge(self, x: Tensor) -> Tensor:
+        if not self.reduces:
+            return x
+        method, prefix, r, rate = self.amount
+        return x[:, : tokens_after(method, x.shape[1], prefix, r, rate)]
+
+    def check_attended(self) -> None:
+        """Attention has nothing to hand over."""
+
+    def plan_so_far(self) -> None:
+        """There is no plan: positions are those of as many tokens as there are."""
+
+    def rotary(self, table: Tensor, own: bool = False) -> Tensor:
+        if not self.tokens.reduced:
+            return table
+        table = table[..., : self.num_tokens - self.tokens.rules.num_prefix_tokens, :]
+        return table.unsqueeze(0) if table.dim() == 2 else table
+
+    def position_ids(self, coordinates: Tensor) -> Tensor | None:
+        if not self.tokens.reduced:
+            return None
+        return torch.arange(self.num_tokens, device=coordinates.device).unsqueeze(0)
+
+    def relative_bias(self, bias: Tensor, coordinates: Tensor) -> Tensor:
+        return bias[..., : self.num_tokens, : self.num_tokens]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        metric: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        mask = bias
+        if attn_mask is not None:
+            rows = attn_mask.shape[-2] if attn_mask.shape[-2] == 1 else self.num_tokens
+            mask = attn_mask[..., :rows, : self.num_tokens]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+
+
+class SlicedTrail:
+    """What blocks and attentions of a sliced model share, in place of the patch's trail.
+
+    Attentions that find no call are those of the model: ``own`` keeps it from them.
+    """
+
+    def __init__(self, rules: Rules, own: bool) -> None:
+        self.rules = rules
+        self.own = own
+        self._call: SlicedCall | None = None
+
+    @property
+    def call(self) -> SlicedCall | None:
+        return None if self.own else self._call
+
+    @call.setter
+    def call(self, call: SlicedCall | None) -> None:
+        self._call = call
+
+    def following(self, layer: int, block: object) -> None:
+        """No block may leave its norm to the next."""
+
+
 class SlicedBlock(Swapped):
-    """``timm.models.vision_transformer.Block`` that drops its last tokens after attention."""
+    """A block of any library that drops its last tokens after attention.
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
-        method, prefix, r, keep_rate = self._tome_reduction
-        x = x[:, : tokens_after(method, x.shape[1], prefix, r, keep_rate)]
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+    Comes before the host's own mixin, which knows how to call the block's parts.
+    """
+
+    _tome_call: SlicedCall
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = self._tome_call
+        call.num_tokens = x.shape[1]
+        args, kwargs = self._tome_arguments(call, args, kwargs)
+        return self._tome_reduce(call, x, args, kwargs)
 
 
-def sliced(model: Any, reduction: Reduction) -> Any:
+@functools.cache
+def _sliced_class(mixin: Any) -> type[Swapped]:
+    return type(f"Sliced{mixin.__name__}", (SlicedBlock, mixin), {})
+
+
+def sliced(model: Any, reduction: Reduction, own_attention: bool = True) -> Any:
     """The ceiling: every block of the model keeps as many tokens as the patch would leave.
 
-    Nothing else changes, attention is the model's own.
+    Nothing else changes, attention is the model's own; or, without ``own_attention``, the same
+    projections around ``F.scaled_dot_product_attention``.
     """
-    method, r, keep_rate = reduction.method, reduction.r, reduction.keep_rate
-    depth = len(model.blocks)
-    rates: Any = [None] * depth
-    if keep_rate is not None:
-        rates = parse_keep_rate(depth, keep_rate, method)
-    for block, rate in zip(model.blocks, rates, strict=True):
-        if r or rate not in (None, 1.0):
-            swap(block, SlicedBlock, _tome_reduction=(method, model.num_prefix_tokens, r, rate))
+    tower = find_tower(model)
+    method = make_method(reduction.method, True, False, False)
+    settings = Settings(method, reduction.r, reduction.keep_rate)
+    rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)
+    trail = SlicedTrail(rules, own_attention)
+    cut = tower.blocks[rules.first_layer :]
+    if not own_attention:
+        inside = {id(part) for block, _ in cut for part in block.modules()}
+        for module, mixin, attributes in tower.others:
+            if id(module) in inside:
+                swap(module, mixin, _tome=trail, **attributes)
+    for layer, (block, mixin) in enumerate(cut, rules.first_layer):
+        held = {"_tome": trail, "_tome_layer": layer, "_tome_call": SlicedCall(layer, rules)}
+        made: Any = mixin
+        swap(block, _sliced_class(made), **held, **tower.block_attributes)
     return model
+
+
+def ceiling(model: Any, reduction: Reduction, x: Tensor) -> Any:
+    """:func:`sliced` of a copy of the model that shares its weights.
+
+    With the model's own attention, unless that takes all tokens only: those with a bias for each
+    pair of positions keep it inside.
+    """
+    made = sliced(share_weights(model), reduction)
+    try:
+        made(x[:1])
+    except Exception:  # of any operator, about shapes
+        made = sliced(share_weights(model), reduction, own_attention=False)
+    return made
 
 
 # --- peers --------------------------------------------------------------------------------------
@@ -143,23 +281,48 @@ def _load_file(file: str) -> Any:
 # --- running ------------------------------------------------------------------------------------
 
 
-def count_tokens(model: Any, x: Tensor) -> list[int]:
-    """Per layer, with how many tokens the MLP works when the model runs on the images ``x``.
+class Counted(NamedTuple):
+    """Where a block's tokens are counted: what enters its MLP, or leaves the block without one."""
+
+    name: str
+    enters: bool
+
+
+def counted_in(model: nn.Module) -> list[Counted]:
+    """Where the tokens of each block are counted, by names that the model's copies have too."""
+    names = {id(module): name for name, module in model.named_modules()}
+    tower = find_tower(model)
+    found = []
+    for block, mixin in tower.blocks:
+        parts = tower.block_attributes.get("_tome_names") or mixin._tome_names
+        mlp = block._modules.get(parts.mlp)
+        found.append(Counted(names[id(block if mlp is None else mlp)], mlp is not None))
+    return found
+
+
+def count_tokens(model: Any, x: Tensor, places: list[Counted]) -> list[int]:
+    """Per block, with how many tokens its MLP works when the model runs on the images ``x``.
+
+    Args:
+        model: patched or not.
+        x: images.
+        places: from :func:`counted_in` of the unpatched model.
 
     Raises:
-        ValueError: the model has no blocks with an MLP, or one was not called exactly once.
+        ValueError: the model has no such modules, or one was not called exactly once.
     """
-    blocks = list(getattr(model, "blocks", []))
-    if not blocks or any(not hasattr(block, "mlp") for block in blocks):
-        raise ValueError(f"expected a model with blocks and an MLP in each, got {type(model)}")
-    counts: list[list[int]] = [[] for _ in blocks]
-    hooks = [
-        block.mlp.register_forward_pre_hook(
-            lambda _, inputs, found=found: found.append(inputs[0].shape[1])
-        )
-        for block, found in zip(blocks, counts, strict=True)
-    ]
+    counts: list[list[int]] = [[] for _ in places]
+    hooks = []
     try:
+        for place, found in zip(places, counts, strict=True):
+            try:
+                module = model.get_submodule(place.name)
+            except AttributeError as error:
+                raise ValueError(f"expected the unpatched model's modules: {error}") from None
+            if place.enters:
+                hooks.append(module.register_forward_pre_hook(_enters(found)))
+            else:
+                hooks.append(module.register_forward_hook(_leaves(found)))
         model(x)
     finally:
         for hook in hooks:
@@ -170,6 +333,14 @@ def count_tokens(model: Any, x: Tensor) -> list[int]:
             f"{[len(found) for found in counts]} calls"
         )
     return [found[0] for found in counts]
+
+
+def _enters(found: list[int]) -> Callable[[Any, Any], None]:
+    return lambda _, inputs: found.append(inputs[0].shape[1])
+
+
+def _leaves(found: list[int]) -> Callable[[Any, Any, Any], None]:
+    return lambda _, inputs, out: found.append((out[0] if isinstance(out, tuple) else out).shape[1])
 
 
 def runner(model: Any, x: Tensor, mode: str) -> Callable[[], object]:

@@ -12,25 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._command import (
-    CommandError,
-    Reduction,
-    check_model_name,
-    check_patch,
-    create_model,
-    find_device,
-)
+from .. import _models
+from .._command import CommandError, Reduction, check_patch, find_device
 from . import _chart, _rows
 from ._contenders import (
     CEILING,
     OURS,
     UNPATCHED,
     Peer,
+    ceiling,
     count_tokens,
+    counted_in,
     find_peers,
     runner,
     share_weights,
-    sliced,
 )
 from ._cost import count_flops, extra_memory
 from ._rows import Cost, Row
@@ -47,7 +42,7 @@ class Options:
     """What to measure: every combination of models, dtypes, batch sizes and reductions.
 
     Attributes:
-        models: names of timm models.
+        models: names, ``[LIBRARY:]NAME``; without a library they are timm's.
         reductions: how, and how far, tokens are reduced.
         batch_sizes: images a forward.
         dtypes: names of torch dtypes.
@@ -106,7 +101,8 @@ def run(options: Options) -> list[Row]:
     )
     with bar, on_device(device):
         for name, dtype in itertools.product(options.models, options.dtypes):
-            model = load(name, options.image_size).to(device, getattr(torch, dtype))
+            model = _models.features(name, img_size=options.image_size, head=True)
+            model.module.to(device, getattr(torch, dtype))
             # Methods one after the other, each with its batch sizes and amounts.
             by_method = itertools.groupby(options.reductions, lambda each: each.method)
             for batch_size, reduction in [
@@ -120,12 +116,12 @@ def run(options: Options) -> list[Row]:
                 def show(share: float, done: int = done) -> None:
                     bar.update(done + share - bar.n)
 
-                x = images(model, batch_size)
+                x = model.images(batch_size)
                 figures, left_out, rounds = measure(
-                    model, x, reduction, options.mode, options.seconds, peers, show
+                    model.module, x, reduction, options.mode, options.seconds, peers, show
                 )
                 amount = reduction.method, reduction.r, reduction.keep_rate
-                size = model.patch_embed.img_size
+                size = model.shape[-2], model.shape[-1]
                 row = Row(name, size, dtype, batch_size, *amount, rounds, figures, left_out)
                 if not rows or _rows.title(row) != _rows.title(rows[-1]):
                     bar.write(f"\n{_rows.title(row)}\n{_rows.heading(row)}")
@@ -151,26 +147,16 @@ def check(options: Options, device: torch.device) -> None:
     if chart is not None and chart.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise CommandError(f"can't write {chart}: name it .png, .svg or .pdf")
     for name in options.models:
-        check_model_name(name)
-        model = load(name, options.image_size)
-        check_patch(model, options.reductions)
-        sides, unit = model.patch_embed.img_size, model.patch_embed.patch_size
-        if any(side % pixels for side, pixels in zip(sides, unit, strict=True)):
-            raise CommandError(f"--img-size: {name} needs a multiple of {unit[0]}, got {sides[0]}")
-
-
-def load(name: str, image_size: int | None) -> Any:
-    """A timm model in eval mode."""
-    size = {} if image_size is None else {"img_size": image_size}
-    return create_model(name, **size).eval()
-
-
-def images(model: Any, batch_size: int) -> Tensor:
-    """Random pictures (B, 3, height, width), as the model wants them, the same each time."""
-    weight = model.patch_embed.proj.weight
-    shape = (batch_size, weight.shape[1], *model.patch_embed.img_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return x.to(weight.device, weight.dtype)
+        _models.split(name)
+    for name in options.models:
+        model = _models.features(name, img_size=options.image_size, head=True)
+        check_patch(model.module, options.reductions)
+        sides = model.shape[-2:]
+        if any(side % pixels for side, pixels in zip(sides, model.patch, strict=True)):
+            raise CommandError(
+                f"--img-size: {name} needs a multiple of {model.patch[0]}, got {sides[0]}"
+            )
+        _models.layout(model)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -202,9 +188,10 @@ def measure(
     runs: dict[str, Callable[[], object]] = {}
     costs: dict[str, Cost] = {}
     left_out: dict[str, str] = {}
+    places = counted_in(model)
 
     def enter(name: str, contender: Any) -> None:
-        tokens = count_tokens(contender, x)
+        tokens = count_tokens(contender, x, places)
         if CEILING in costs and tokens != costs[CEILING].tokens:
             raise RuntimeError(
                 f"tokens by layer: expected those of the ceiling, {costs[CEILING].tokens}, "
@@ -219,7 +206,7 @@ def measure(
 
     try:
         enter(UNPATCHED, share_weights(model))
-        enter(CEILING, sliced(share_weights(model), reduction))
+        enter(CEILING, ceiling(model, reduction, x))
         enter(OURS, reduction.patch(share_weights(model)))
         for peer in peers:
             if reduction.keep_rate is not None:

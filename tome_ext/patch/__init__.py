@@ -18,7 +18,17 @@ from .common.rules import Settings
 from .common.token_state import Tokens
 from .registry import HOSTS, Host, find_tower, register
 
-__all__ = ["Host", "Tokens", "auto", "register", "remove", "timm", "transformers"]
+__all__ = [
+    "Host",
+    "Tokens",
+    "auto",
+    "open_clip",
+    "register",
+    "remove",
+    "timm",
+    "torchvision",
+    "transformers",
+]
 
 
 def auto(
@@ -55,7 +65,8 @@ def auto(
     ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
     share their value and dropped ones are 0. Average pooling and attention pooling weight merged
     tokens by size, as if over the original tokens; after pruning they are over the tokens that are
-    left. Tokens that a mask hides merge with none.
+    left. Tokens that a mask hides merge with none, and are dropped by the first layer that merges:
+    a model that averages over hidden tokens too no longer does.
 
     In blocks that reduce tokens, and in those behind them, no attention matrix is built, whatever
     the model's settings say: ``torch.ops.tome.attention`` computes attention, or
@@ -128,6 +139,20 @@ def timm(
     are all ``vision_transformer.Block`` with ``Attention``.
     """
     return auto(model, r, prop_attn, trace_source, host="timm", **settings)
+
+
+def torchvision(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **settings: Any) -> Any:
+    """:func:`auto` for torchvision's ``VisionTransformer`` (vit_b_16, ..., SWAG's weights)."""
+    return auto(model, r, prop_attn, host="torchvision", **settings)
+
+
+def open_clip(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **settings: Any) -> Any:
+    """:func:`auto` for a model of OpenCLIP, or its image tower; the text tower is left alone.
+
+    Takes ``CLIP``, ``CustomTextCLIP`` and ``CoCa`` whose ``visual`` is a ``VisionTransformer``, or
+    a ``TimmModel`` around a model that :func:`timm` takes.
+    """
+    return auto(model, r, prop_attn, host="open_clip", **settings)
 
 
 def transformers(

@@ -12,7 +12,22 @@ from torch import nn
 from .common.patched_model import Tower
 from .common.refusals import class_name
 
-__all__ = ["HOSTS", "Host", "find_tower", "register"]
+__all__ = ["HOSTS", "Family", "Host", "find_tower", "register"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that a host takes, for people to read; each host's module has a tuple ``FAMILIES``.
+
+    Attributes:
+        name: what the models are known as.
+        classes: the library's classes: that of the model first, then its blocks' and attentions'.
+        notes: what users should know of it; may be empty.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class Host:
             module: Any = import_module(self.module)
         except ImportError as error:
             raise ImportError(
-                f"patch.{self.name} needs {self.requirement} (pip install {self.package}): {error}"
+                f"patch.{self.name} needs {self.requirement} "
+                f"(pip install {self.requirement.split()[0]}): {error}"
             ) from error
         tower: Tower = module.find_tower(model)
         return tower
@@ -61,6 +77,12 @@ class Host:
 
 HOSTS: dict[str, Host] = {
     "timm": Host("timm", "timm", "tome_ext.patch.hosts.timm", "timm >= 1.0.20"),
+    "torchvision": Host(
+        "torchvision", "torchvision", "tome_ext.patch.hosts.torchvision", "torchvision >= 0.15"
+    ),
+    "open_clip": Host(
+        "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 3.0"
+    ),
     "transformers": Host(
         "transformers", "transformers", "tome_ext.patch.hosts.transformers", "transformers >= 5.18"
     ),

@@ -75,12 +75,21 @@ constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
             tokens > first_b ? (tokens - first_b + 1) / 2 : 0};
 }
 
-// How many tokens an image merges of which some are hidden: r, cut to the smaller visible set, as
-// cut_r cuts it to the smaller set. Its visible rows always fit the rows of all images: a set that
-// r is cut to was as large as the uncut r, so that at least the difference of its tokens are
-// hidden.
-constexpr int64_t visible_r(int64_t r, int64_t visible_a, int64_t visible_b) {
-    const int64_t least = visible_a < visible_b ? visible_a : visible_b;
+#if defined(__CUDACC__)
+#define TOME_ALSO_ON_DEVICE __host__ __device__
+#else
+#define TOME_ALSO_ON_DEVICE
+#endif
+
+// How many tokens an image merges of which some are hidden: r, already cut by cut_r, cut to visible
+// sets in the same way. Its visible rows fit the rows of all images: a set that r is cut to was as
+// large as the uncut r, so that at least the difference of its tokens are hidden. Only where all
+// targets are hidden may too many sources be left; then as many merge as must, and one target
+// stands.
+TOME_ALSO_ON_DEVICE constexpr int64_t visible_r(int64_t r, int64_t visible_a, int64_t visible_b,
+                                                int64_t hidden, bool has_targets) {
+    if (has_targets && visible_b == 0) return r > hidden ? r - hidden + 1 : 0;
+    const int64_t least = has_targets || visible_a < visible_b ? visible_a : visible_b;
     return r < least ? r : least;
 }
 

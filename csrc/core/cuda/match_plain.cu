@@ -100,7 +100,7 @@ __device__ void stage_step(const MatchParams& p, const In* image, const Set& set
 //   16 of A    | thread =  |           |     scores: one chain of multiply-adds over dim, staged
 //              | (row, col)| --> next  |     kPlainDepth channels at a time
 //              +-----------+-----------+-
-template <class In, bool kHides>
+template <class In, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     match_plain_kernel(const __grid_constant__ MatchArgs m) {
     device::let_next_kernel_begin();  // merge: see match.cu
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     unsigned char* usable_b = usable_a + kPlainRows;
 
     const In* metric = static_cast<const In*>(m.p.metric) + image * m.p.stride_batch;
-    const RowsOf<kHides> set_a(m, image, true, begin_a);
+    const RowsOf<kListed> set_a(m, image, true, begin_a);
     const int64_t count_a = m.sets.num_a - begin_a;
     measure_rows<In, T>(m.p, metric, set_a, count_a, factors_a, usable_a);
     Packed best = 0;  // ordered score
     auto best_column = static_cast<int32_t>(0);
     for (int64_t tile = 0; tile < m.sets.num_b; tile += kPlainRows) {
-        const RowsOf<kHides> set_b(m, image, false, tile);
+        const RowsOf<kListed> set_b(m, image, false, tile);
         const int64_t count_b = m.sets.num_b - tile;
         measure_rows<In, T>(m.p, metric, set_b, count_b, factors_b, usable_b);
         __syncthreads();
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     if (!last_block_of_image(m, image, shared)) return;
-    if constexpr (kHides) {
-        finish_visible_image<T>(m, image, shared);
+    if constexpr (kListed) {
+        finish_listed_image<T>(m, image, shared);
     } else {
         finish_image<T>(m, image, shared);
     }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class In>
 cudaError_t launch_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
-    const auto kernel = m.hides() ? match_plain_kernel<In, true> : match_plain_kernel<In, false>;
+    const auto kernel = m.listed() ? match_plain_kernel<In, true> : match_plain_kernel<In, false>;
     return device::launch(kernel, grid, dim3(kThreads), static_cast<size_t>(m.tiles.shared_bytes),
                           stream, m);
 }

@@ -156,11 +156,11 @@ __device__ __forceinline__ int groups_of_tile(const MatchArgs& m, int tile) {
 }
 
 // The end of a block's work: `mine` is the best of thread's row.
-template <bool kHides>
+template <bool kListed>
 __device__ __forceinline__ void finish_block(const MatchArgs& m, const Place& place, Packed mine,
                                              unsigned char* shared) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (!kHides && m.blocks_per_image == 1) {
+    if (!kListed && m.blocks_per_image == 1) {
         __syncthreads();  // what follows takes the same memory
         finish_small_image(m, place.image, shared, [&](int64_t) { return mine; });
         return;
@@ -174,8 +174,8 @@ __device__ __forceinline__ void finish_block(const MatchArgs& m, const Place& pl
         }
     }
     if (!last_block_of_image(m, place.image, shared)) return;
-    if constexpr (kHides) {
-        finish_visible_image<float>(m, place.image, shared);
+    if constexpr (kListed) {
+        finish_listed_image<float>(m, place.image, shared);
     } else {
         finish_image<float>(m, place.image, shared);
     }
@@ -229,7 +229,7 @@ __device__ __forceinline__ void copy_groups(const Record* from, int groups, int 
 }
 
 // Takes rows that match_stage.cu staged; copies a tile while the one before it is scored.
-template <bool kHides>
+template <bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     match_score_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         if (thread < place.count_a) mine = larger(mine, best_of_row(m, best, across));
     }
-    finish_block<kHides>(m, place, mine, shared);
+    finish_block<kListed>(m, place, mine, shared);
 }
 
 template <class In>
@@ -312,7 +312,7 @@ cudaError_t launch_match_direct(const MatchArgs& m, dim3 grid, cudaStream_t stre
 }
 
 cudaError_t launch_match_score(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
-    const auto kernel = m.hides() ? match_score_kernel<true> : match_score_kernel<false>;
+    const auto kernel = m.listed() ? match_score_kernel<true> : match_score_kernel<false>;
     return device::launch_overlapping(kernel, grid, dim3(kThreads),
                                       static_cast<size_t>(m.tiles.shared_bytes), stream, m);
 }

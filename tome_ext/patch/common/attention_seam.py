@@ -17,7 +17,15 @@ from .block_call import BlockCall
 from .class_swap import Swapped
 from .trail import Trail
 
-__all__ = ["SizedCall", "TomeMultiheadAttention", "pool_multihead", "weighted_mean"]
+__all__ = [
+    "SizedCall",
+    "TomeMultiheadAttention",
+    "check_multihead",
+    "heads_of",
+    "pool_multihead",
+    "shown",
+    "weighted_mean",
+]
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
@@ -33,11 +41,13 @@ def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple
     return (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight), biases
 
 
-def check_multihead(attn: Any) -> str | None:
-    """What an nn.MultiheadAttention does that the patch cannot follow, in words, if anything."""
+def check_multihead(attn: Any) -> None:
+    """Refuse an nn.MultiheadAttention whose keys are not all tokens."""
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
-        return "keys of its own (add_bias_kv or add_zero_attn)"
-    return None
+        raise ValueError(
+            "model: got an nn.MultiheadAttention with keys of its own; expected one without "
+            "add_bias_kv and add_zero_attn"
+        )
 
 
 class TomeMultiheadAttention(Swapped):
@@ -50,18 +60,26 @@ class TomeMultiheadAttention(Swapped):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *args: Any,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
-        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         call: BlockCall | None = self._tome.call
         if call is None:
             out: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
-                query, key, value, *args, attn_mask=attn_mask, is_causal=is_causal, **kwargs
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights is not False,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
             return out
-        if kwargs.get("need_weights", False):
+        if need_weights:
             raise ValueError(
                 f"need_weights: expected False in block {call.tokens.layer}, which builds no "
                 "attention matrix as tokens have merged; set r = 0 for the weights"
@@ -80,9 +98,41 @@ class TomeMultiheadAttention(Swapped):
                 for y, w, b in zip(each, weights, biases, strict=True)
             )
         dropout = self.dropout if self.training else 0.0
-        y = call.attend(q, k, v, attn_mask, is_causal and attn_mask is None, dropout)
+        # is_causal only says what the mask is, which has to be there.
+        mask = shown(attn_mask, key_padding_mask, self.num_heads, q.dtype)
+        y = call.attend(q, k, v, mask, dropout_p=dropout)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         return y if self.batch_first else y.transpose(0, 1), None
+
+
+def shown(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The masks of nn.MultiheadAttention as one of ``F.scaled_dot_product_attention``.
+
+    Bool masks of the former say what is hidden, those of the latter what is shown.
+
+    Args:
+        attn_mask: (N, N) or (B * H, N, N), bool or float.
+        key_padding_mask: (B, N), bool or float.
+        num_heads: H.
+        dtype: of the queries.
+    """
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.unflatten(0, (-1, num_heads)) if attn_mask.dim() == 3 else attn_mask)
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None])
+    if all(mask.dtype == torch.bool for mask in masks):
+        masks = [~mask for mask in masks]
+        return masks[0] & masks[-1] if masks else None
+    floats = [
+        torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask
+        for mask in masks
+    ]
+    return floats[0] if len(floats) == 1 else floats[0] + floats[1]
 
 
 def pool_multihead(

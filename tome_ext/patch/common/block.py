@@ -34,7 +34,8 @@ class BlockNames:
         scale1, scale2: modules or parameters that multiply a branch (LayerScale).
         drop1, drop2: modules that drop a scaled branch, or features of it, while training.
         scale_vector: attribute of the scale modules that holds their vector.
-        order: "pre" for ``x + branch(norm(x))``, "post" for ``x + norm(branch(x))``.
+        order: "pre" for ``x + branch(norm(x))``, "post" for ``x + norm(branch(x))``, "own" for
+            blocks that have their own ``_tome_reduce``.
         scale_classes: classes of scale modules that do nothing but multiply.
         drop_classes: classes of drop modules that do nothing unless they train and drop.
         norm_classes: classes of norms that compute ``F.layer_norm``.
@@ -51,7 +52,7 @@ class BlockNames:
     drop1: str | None = None
     drop2: str | None = None
     scale_vector: str = "gamma"
-    order: Literal["pre", "post"] = "pre"
+    order: Literal["pre", "post", "own"] = "pre"
     scale_classes: tuple[type, ...] = ()
     drop_classes: tuple[type, ...] = ()
     norm_classes: tuple[type, ...] = (nn.LayerNorm,)
@@ -81,11 +82,7 @@ class TomeBlock(Swapped):
             if call.reduces or self._tome_drives:
                 out = self._tome_reduce(call, x, args, kwargs)
             else:
-                trail.call = call
-                try:
-                    out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-                finally:
-                    trail.call = None
+                out = self._tome_stay(call, x, args, kwargs)
                 call.check_attended()
         y = out[0] if isinstance(out, tuple) else out
         if call.tokens.layer == self._tome_layer:
@@ -119,6 +116,17 @@ class TomeBlock(Swapped):
             trail.call = None
         return out[0] if isinstance(out, tuple) else out
 
+    def _tome_stay(
+        self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block's forward where all tokens stay, some of which have merged before."""
+        trail: Trail = self._tome
+        trail.call = call
+        try:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            trail.call = None
+
     def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
         """The output of the block's MLP for normed tokens (B, M, C), without the residual."""
         return self._modules[self._tome_names.mlp](normed)
@@ -133,7 +141,7 @@ class TomeBlock(Swapped):
             attended = modules[names.norm1](self._tome_attend(call, x, args, kwargs))
             attended = finished(self, names.dropout1, names.scale1, names.drop1, attended)
             x = call.merge(x + attended)
-            branch = modules[names.norm2](modules[names.mlp](x))
+            branch = modules[names.norm2](self._tome_mlp(x))
         else:
             normed = take_norm(x)
             if normed is None:
@@ -195,10 +203,11 @@ def added_and_normed(
     if following is None or not tokens.rules.layers[tokens.layer].reduces:
         return None
     next_names: BlockNames = following._tome_names
+    if next_names.order != "pre":
+        return None
     norm = following._modules[next_names.norm1]
     if (
-        next_names.order != "pre"
-        or not is_plain_norm(next_names, norm)
+        not is_plain_norm(next_names, norm)
         or drops(block, names.drop2, names)
         or drops(block, names.dropout2, names)
         or observed(block)

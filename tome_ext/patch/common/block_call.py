@@ -207,9 +207,12 @@ class BlockCall:
             (B, H, M, D).
 
         Raises:
-            ValueError: both a mask and ``is_causal`` are given, or the mask's shape is wrong.
+            ValueError: more than one of mask, bias and ``is_causal`` are given, or the mask's shape
+                is wrong.
         """
         if attn_mask is not None or is_causal:
+            if bias is not None:
+                raise ValueError("expected a mask or a bias, got both")
             attn_mask = self.mask(q, attn_mask, is_causal)
         elif bias is not None:
             attn_mask = bias.to(q.dtype)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from .class_swap import has_own_forward
 
-__all__ = ["check_blocks", "check_not_sharded", "class_name"]
+__all__ = [
+    "check_blocks",
+    "check_classes",
+    "check_not_sharded",
+    "check_own_methods",
+    "class_name",
+]
 
 
 def class_name(module: nn.Module) -> str:
@@ -23,6 +29,42 @@ def check_not_sharded(model: nn.Module) -> None:
             f"model: expected a model that is not sharded yet, got {class_name(model)}; patch "
             "first, then call fully_shard"
         )
+
+
+def check_own_methods(
+    model: nn.Module, owners: type | Sequence[type], methods: Sequence[str], supported: str
+) -> None:
+    """Refuse a model that replaces one of ``methods`` of the class ``owners``, or of all of these.
+
+    Such a method may pool, split or reshape tokens. ``supported`` says what is expected.
+    """
+    owners = [owners] if isinstance(owners, type) else owners
+    for method in methods:
+        known = [vars(owner)[method] for owner in owners if method in vars(owner)]
+        if known and (method in vars(model) or getattr(type(model), method) not in known):
+            raise ValueError(
+                f"model: expected {supported}, got {class_name(model)} with a {method} of its own, "
+                "which may treat tokens in ways that do not know their sizes"
+            )
+
+
+def check_classes(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    attentions: Sequence[nn.Module],
+    block_classes: Collection[type],
+    attention_classes: Collection[type],
+    supported: str,
+) -> None:
+    """Refuse models with a block or an attention that is not of one of these very classes."""
+    for layer, (block, attn) in enumerate(zip(blocks, attentions, strict=True)):
+        found = f"{class_name(model)} with a {type(block).__qualname__} as block {layer}"
+        if type(block) not in block_classes:
+            raise ValueError(f"model: expected {supported}, got {found}")
+        if type(attn) not in attention_classes:
+            raise ValueError(
+                f"model: expected {supported}, got {found} with {type(attn).__qualname__}"
+            )
 
 
 def check_blocks(

@@ -12,7 +12,7 @@ from ...ops import describe
 from ...plan import MergePlan
 from .rules import Rules
 
-__all__ = ["Tokens", "recorded"]
+__all__ = ["Tokens", "recorded", "taken_layers"]
 
 RECORD = "_tome"  # attribute of a storage: the Tokens that it holds
 
@@ -135,3 +135,12 @@ def recorded(x: Tensor) -> Tokens | None:
     """What was recorded on the storage of ``x``, if anything."""
     tokens: Tokens | None = recorded_on_storage(x, RECORD)
     return tokens
+
+
+def taken_layers(num_layers: int, indices: int | list[int] | None) -> list[int]:
+    """The layers whose tokens a forward_intermediates takes, in the order it returns them."""
+    if indices is None:
+        return list(range(num_layers))
+    if isinstance(indices, int):
+        return list(range(num_layers - indices, num_layers))
+    return sorted({index % num_layers for index in indices})

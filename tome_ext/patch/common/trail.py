@@ -191,6 +191,8 @@ class Trail:
             return None
         if tokens is not None and tokens.fit(x):
             return tokens.size
+        if compiling and tokens is not None and tokens.rules.settings.restore_tokens:
+            return None  # nothing is recorded while compiling: these are what finish has spread
         if self._rules.idle or not self._rules.method.sized:
             return None
         last = self.current

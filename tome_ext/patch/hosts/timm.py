@@ -1,29 +1,109 @@
-"""timm's Vision Transformers: which are supported, and where their blocks, q/k/v and pools are.
+"""timm's Vision Transformers: which are supported, and what their blocks and attentions become.
 
 Imports timm, so it is itself imported only when a model is patched, or a patched one unpickled.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from timm.layers import AttentionPoolLatent, DropPath, LayerNorm
+from timm.layers import AttentionPoolLatent, AttentionRope
+from timm.models import beit, vision_transformer_relpos
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
-from torch import Tensor, nn
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import nn
 
-from ...attention import log_size_bias
-from ..common.attention_seam import weighted_mean
-from ..common.block import BlockNames, TomeBlock
-from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.patched_model import PatchedModel, Tower
-from ..common.refusals import check_blocks, check_not_sharded, class_name
-from ..common.trail import AttentionKind, TokenNorm, Trail, attention_kind
+from ..common.refusals import (
+    check_blocks,
+    check_not_sharded,
+    check_own_methods,
+    class_name,
+)
+from ..common.trail import TokenNorm
+from ..registry import Family
+from .timm_bias import (
+    TimmBeitAttention,
+    TimmBeitBlock,
+    TimmBiasModel,
+    TimmRelPosAttention,
+    TimmRelPosBlock,
+    TimmRelPosPostBlock,
+)
+from .timm_naflex import TimmNaFlexModel
+from .timm_parts import (
+    TimmAttention,
+    TimmBlock,
+    TimmModel,
+    TimmParallelScalingBlock,
+    TimmParallelThingsBlock,
+    TimmPostBlock,
+)
+from .timm_rotary import TimmRotaryAttention, TimmRotaryBlock, TimmRotaryPostBlock
 
-__all__ = ["find_tower"]
+__all__ = ["FAMILIES", "find_tower"]
 
+FAMILIES = (
+    Family(
+        "ViT, DeiT, DeiT III, AugReg, DINO, DINOv2, CLIP, SigLIP, SigLIP 2, SO150M, ...",
+        ("VisionTransformer", "Block", "ResPostBlock", "Attention"),
+        "class token, registers, average and attention pooling",
+    ),
+    Family("DeiT distilled", ("VisionTransformerDistilled", "Block", "Attention")),
+    Family(
+        "parallel ViT",
+        ("VisionTransformer", "ParallelThingsBlock", "ParallelScalingBlock", "Attention"),
+        "ParallelScalingBlock merges at its end, after its MLP",
+    ),
+    Family(
+        "EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2, ...",
+        ("Eva", "EvaBlock", "EvaBlockPostNorm", "EvaAttention", "AttentionRope"),
+        "a merged token's rotary position is the mean of its tokens' own",
+    ),
+    Family(
+        "NaFlexViT, RADIO",
+        ("NaFlexVit", "Block", "EvaBlock", "Attention", "EvaAttention", "AttentionRope"),
+        "padding neither merges nor counts",
+    ),
+    Family(
+        "BEiT, BEiT v2",
+        ("Beit", "beit.Block", "beit.Attention"),
+        "attention is not flash behind the first merge, because of its bias: little to gain",
+    ),
+    Family(
+        "ViT with relative positions",
+        ("VisionTransformerRelPos", "RelPosBlock", "ResPostRelPosBlock", "RelPosAttention"),
+        "as BEiT",
+    ),
+)
+# What timm's other models do that merging cannot follow, by the module of their class.
+OTHERS = {
+    "cait": "its talking heads mix the heads of an attention matrix that merging does not build",
+    "crossvit": "it attends across two branches",
+    "deepseek_vit": "it returns a grid of tokens",
+    "gemma4_vit": "it pools a grid of tokens",
+    "hiera": "it attends within units of a grid",
+    "levit": "its blocks work on a grid",
+    "mvitv2": "its blocks pool a grid",
+    "pit": "its stages pool a grid",
+    "qwen3_vit": "it returns a grid of tokens",
+    "swin_transformer": "it attends within windows of a grid",
+    "swin_transformer_v2": "it attends within windows of a grid",
+    "vision_transformer_sam": "it attends within windows of a grid",
+    "xcit": "it attends over channels",
+}
 # Methods that say how tokens get from the image to the output. A class that overrides one of them
 # may pool, split or reshape tokens in ways that know nothing of sizes.
 TOKEN_METHODS = (
@@ -34,78 +114,148 @@ TOKEN_METHODS = (
     "get_intermediate_layers",
     "pool",
     "prune_intermediate_layers",
+    "_forward_embeds",
+    "_pool",
 )
-SUPPORTED = (
-    "timm's VisionTransformer or VisionTransformerDistilled whose blocks are all "
-    "vision_transformer.Block with Attention"
-)
-BLOCK = BlockNames(
-    norm1="norm1",
-    attn="attn",
-    norm2="norm2",
-    mlp="mlp",
-    scale1="ls1",
-    scale2="ls2",
-    drop1="drop_path1",
-    drop2="drop_path2",
-    scale_classes=(LayerScale,),
-    drop_classes=(DropPath,),
-    norm_classes=(nn.LayerNorm, LayerNorm),
+
+
+@dataclass(frozen=True)
+class Form:
+    """A class of models, and what its parts become.
+
+    Attributes:
+        owners: the class, and subclasses of it whose methods are known.
+        mixin: what the model gets.
+        blocks, attentions: by their classes, what they get.
+    """
+
+    owners: tuple[type, ...]
+    mixin: type[PatchedModel]
+    blocks: dict[type, type[TimmBlock]]
+    attentions: dict[type, type[Swapped]]
+
+    @property
+    def supported(self) -> str:
+        """What is expected of a model, in words."""
+        models, blocks, attentions = (
+            " or ".join(part.__qualname__ for part in parts)
+            for parts in (self.owners, self.blocks, self.attentions)
+        )
+        return f"timm's {models} whose blocks are all {blocks} with {attentions}"
+
+
+ROTARY: dict[type, type[Swapped]] = {
+    EvaAttention: TimmRotaryAttention,
+    AttentionRope: TimmRotaryAttention,
+}
+FORMS = (
+    Form(
+        (VisionTransformer, VisionTransformerDistilled),
+        TimmModel,
+        {
+            Block: TimmBlock,
+            ResPostBlock: TimmPostBlock,
+            ParallelThingsBlock: TimmParallelThingsBlock,
+            ParallelScalingBlock: TimmParallelScalingBlock,
+        },
+        {Attention: TimmAttention},
+    ),
+    Form(
+        (Eva,),
+        TimmModel,
+        {EvaBlock: TimmRotaryBlock, EvaBlockPostNorm: TimmRotaryPostBlock},
+        ROTARY,
+    ),
+    Form(
+        (NaFlexVit,),
+        TimmNaFlexModel,
+        {Block: TimmBlock, EvaBlock: TimmRotaryBlock},
+        {Attention: TimmAttention, **ROTARY},
+    ),
+    Form(
+        (beit.Beit,),
+        TimmBiasModel,
+        {beit.Block: TimmBeitBlock},
+        {beit.Attention: TimmBeitAttention},
+    ),
+    Form(
+        (VisionTransformerRelPos,),
+        TimmBiasModel,
+        {
+            vision_transformer_relpos.RelPosBlock: TimmRelPosBlock,
+            vision_transformer_relpos.ResPostRelPosBlock: TimmRelPosPostBlock,
+        },
+        {vision_transformer_relpos.RelPosAttention: TimmRelPosAttention},
+    ),
 )
 
 
 def find_tower(model: Any) -> Tower:
     """What a timm model is made of; a ValueError that says what is not supported."""
-    blocks = _check(model)
+    form = next((form for form in FORMS if isinstance(model, form.owners[0])), None)
+    if form is None:
+        families = ", ".join(each.owners[0].__name__ for each in FORMS)
+        why = OTHERS.get(type(model).__module__.rpartition(".")[2])
+        raise ValueError(
+            f"model: expected one of timm's {families}, got {class_name(model)}"
+            + (f": {why}" if why is not None else "")
+        )
+    blocks, attentions = _check(model, form)
+    class_token = getattr(model, "has_class_token", None)
+    if class_token is None:
+        class_token = model.cls_token is not None
+    own_table = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
+    # Modules that make a bias for all layers; in a tuple, or they would become parts of attention.
+    windows = (getattr(model, "rel_pos_bias", None), getattr(model, "shared_rel_pos", None))
+    windows = tuple(window for window in windows if window is not None)
+    further = {"_tome_windows": windows} if windows else {}
     return Tower(
         module=model,
-        mixin=TimmModel,
-        blocks=[(block, TimmBlock) for block in blocks],
+        mixin=form.mixin,
+        blocks=[(block, form.blocks[type(block)]) for block in blocks],
         others=[
-            *((block.attn, TimmAttention, {}) for block in blocks),
+            *((attn, form.attentions[type(attn)], further) for attn in attentions),
             *([(model.norm, TokenNorm, {})] if type(model.norm) is not nn.Identity else []),
         ],
         num_prefix_tokens=int(model.num_prefix_tokens),
-        class_token=model.cls_token is not None,
-        block_attributes={"_tome_names": BLOCK},
+        class_token=bool(class_token),
+        block_attributes={"_tome_own_table": True} if own_table else {},
         info={
-            "class_token": model.cls_token is not None,
+            "class_token": bool(class_token),
             "distill_token": hasattr(model, "dist_token"),
         },
     )
 
 
-def _check(model: Any) -> list[Any]:
-    """The blocks of a model that can be patched."""
-    name = class_name(model)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"model: expected {SUPPORTED}, got {name}")
+def _check(model: Any, form: Form) -> tuple[list[Any], list[Any]]:
+    """Blocks and attentions of a model that can be patched."""
+    name, supported = class_name(model), form.supported
     check_not_sharded(model)
-    for method in TOKEN_METHODS:
-        own = vars(VisionTransformer)[method], vars(VisionTransformerDistilled).get(method)
-        if method in vars(model) or getattr(type(model), method) not in own:
-            raise ValueError(
-                f"model: expected {SUPPORTED}, got {name} with a {method} of its own, which may "
-                "treat tokens in ways that do not know their sizes"
-            )
+    check_own_methods(model, form.owners, TOKEN_METHODS, supported)
     blocks: list[Any] = list(model.blocks)
+    inside: list[list[Any]] = []
     for layer, block in enumerate(blocks):
         found = f"{name} with a {type(block).__qualname__} as block {layer}"
-        if type(block) is not Block:
-            raise ValueError(f"model: expected {SUPPORTED}, got {found}")
-        if type(block.attn) is not Attention:
-            raise ValueError(
-                f"model: expected {SUPPORTED}, got {found} with {type(block.attn).__qualname__}"
-            )
-        drop = block.attn.attn_drop
-        if not block.attn.fused_attn and type(drop) not in (nn.Dropout, nn.Identity):
-            raise ValueError(
-                f"model: expected nn.Dropout or nn.Identity as attn_drop, got {found} with "
-                f"{type(drop).__qualname__}, which would see the attention matrix that merging "
-                "blocks do not build"
-            )
-    check_blocks(model, blocks, [block.attn for block in blocks])
-    pool: Any = model.attn_pool
+        if type(block) not in form.blocks:
+            raise ValueError(f"model: expected {supported}, got {found}")
+        attentions = form.blocks[type(block)]._tome_attentions(block)
+        for attn in attentions:
+            if type(attn) not in form.attentions:
+                raise ValueError(
+                    f"model: expected {supported}, got {found} with {type(attn).__qualname__}"
+                )
+        inside.append(attentions or [block])
+        for attn in inside[-1]:
+            drop = attn.attn_drop
+            if not attn.fused_attn and type(drop) not in (nn.Dropout, nn.Identity):
+                raise ValueError(
+                    f"model: expected nn.Dropout or nn.Identity as attn_drop, got {found} with "
+                    f"{type(drop).__qualname__}, which would see the attention matrix that merging "
+                    "blocks do not build"
+                )
+    for place in range(max(map(len, inside), default=1)):
+        check_blocks(model, blocks, [parts[min(place, len(parts) - 1)] for parts in inside])
+    pool: Any = getattr(model, "attn_pool", None)
     if pool is not None and type(pool) is not AttentionPoolLatent:
         raise ValueError(
             f"model: expected AttentionPoolLatent as attention pool, got {name} with "
@@ -116,139 +266,4 @@ def _check(model: Any) -> list[Any]:
             f"model: got {name} whose attention pool adds position embeddings, which merged "
             "tokens do not have"
         )
-    return blocks
-
-
-def dropout_of(attn: Any) -> float:
-    """The probability with which timm drops an attention weight, in the module's present mode."""
-    dropping = attn if attn.fused_attn else attn.attn_drop
-    return getattr(attn.attn_drop, "p", 0.0) if dropping.training else 0.0
-
-
-class TimmAttention(Swapped):
-    """``timm.layers.Attention`` that weights keys by size and hands over its keys."""
-
-    _tome: Trail
-
-    def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:  # a direct call, or nothing to do in this block
-            # is_causal is younger than the oldest timm supported.
-            causal = {"is_causal": True} if is_causal else {}
-            out: Tensor = super().forward(x, attn_mask=attn_mask, **causal)  # type: ignore[misc]
-            return out
-        batch, num_tokens, _ = x.shape
-        gate = self._modules.get("gate")  # younger than the oldest timm supported
-        if gate is not None:
-            gate = gate(x).sigmoid()
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        # The attention matrix is never built: without fused attention the numbers are the same, but
-        # attn_drop is not called. With it, timm ignores self.scale.
-        scale = None if self.fused_attn else self.scale
-        x = call.attend(q, k, v, attn_mask, is_causal, dropout_of(self), scale)
-        x = self.norm(x.transpose(1, 2).flatten(2))
-        if gate is not None:
-            x = x * gate
-        out = self.proj_drop(self.proj(x))
-        return out
-
-
-class TimmBlock(TomeBlock):
-    """``timm.models.vision_transformer.Block`` that merges between attention and MLP."""
-
-    def _tome_attention_kind(self: Any) -> AttentionKind:
-        return attention_kind(self.attn, self.attn.head_dim, dropout_of(self.attn))
-
-
-def taken_layers(num_layers: int, indices: int | list[int] | None) -> list[int]:
-    """The layers whose tokens timm's forward_intermediates takes, in the order it returns them."""
-    if indices is None:
-        return list(range(num_layers))
-    if isinstance(indices, int):
-        return list(range(num_layers - indices, num_layers))
-    return sorted({index % num_layers for index in indices})
-
-
-class TimmModel(PatchedModel):
-    """``timm.models.VisionTransformer`` whose pooling and feature maps know of merged tokens."""
-
-    def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-        return self._tome.finish(x)
-
-    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-        kind = self.global_pool if pool_type is None else pool_type
-        counts = self.attn_pool is not None or kind in ("avg", "avgmax")
-        size = self._tome.size_of(x) if counts else None
-        if size is None:
-            return super().pool(x, pool_type)  # type: ignore[misc]
-        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        x, size = x[:, first:], size[:, first:]
-        if self.attn_pool is not None:
-            counted = self._tome.rules.method.proportional
-            return self.attn_pool(x, attn_mask=log_size_bias(size, x.dtype) if counted else None)
-        mean = weighted_mean(x, size)
-        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
-
-    def forward_intermediates(
-        self: Any,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        **masks: Any,
-    ) -> Any:
-        """As timm's; every intermediate is spread over the original tokens."""
-        if self._tome.rules.idle:
-            return super().forward_intermediates(  # type: ignore[misc]
-                x, indices, return_prefix_tokens, norm, stop_early, output_fmt,
-                intermediates_only, output_dict, **masks,
-            )  # fmt: skip
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
-        prefix = self.num_prefix_tokens
-        # timm's loop, asked for plain token sequences and then finished here.
-        final, taken = super().forward_intermediates(  # type: ignore[misc]
-            x, indices, True, norm, stop_early, "NLC", **masks
-        )
-        layers = taken_layers(len(self.blocks), indices)
-        maps, prefixes = [], []
-        for layer, item in zip(layers, taken, strict=True):
-            tokens = torch.cat((item[1], item[0]), dim=1) if prefix else item
-            plan = self._tome.current.plan_after(layer + 1)
-            if plan is not None:
-                tokens = plan.unmerge(tokens)
-            prefixes.append(tokens[:, :prefix])
-            maps.append(tokens[:, prefix:])
-        if output_fmt == "NCHW":
-            height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-            maps = [
-                y.reshape(y.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
-                for y in maps
-            ]
-        final = self._tome.finish(final)
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if prefix and return_prefix_tokens:
-                result["image_intermediates_prefix"] = prefixes
-            if not intermediates_only:
-                result["image_features"] = final
-            return result
-        out: list[Any] = maps
-        if prefix and return_prefix_tokens:
-            out = list(zip(maps, prefixes, strict=True))
-        return out if intermediates_only else (final, out)
-
-    def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's; the layers that stay keep the number of tokens they remove."""
-        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        self._tome.rules = self._tome.rules.truncated(len(self.blocks))
-        return kept
+    return blocks, [attn for parts in inside for attn in parts if type(attn) in form.attentions]
