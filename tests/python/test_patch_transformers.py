@@ -29,7 +29,7 @@ from host_cases_transformers import (
 from torch import nn
 
 import tome_ext
-from tome_ext.patch.hosts.transformers import FAMILIES, REFUSED
+from tome_ext.patch.hosts.transformers import FAMILIES, REFUSED, check_version
 
 N = TOKENS + 1
 R = 4
@@ -72,6 +72,16 @@ def test_restored_tokens_come_with_restored_states() -> None:
     assert torch.equal(spread.last_hidden_state, merged.tome.unmerge(out.last_hidden_state))
     for layer, x in enumerate(spread.hidden_states):
         assert torch.equal(x, merged.tome.unmerge(out.hidden_states[layer], layer))
+
+
+def test_restored_tokens_in_one_graph() -> None:
+    model = made(hf.VJEPA2ForVideoClassification, hf.VJEPA2Config, **VJEPA2, **LABELS)
+    patched(model, restore_tokens=True)
+    with torch.no_grad():
+        expected = model(videos()).logits
+        torch._dynamo.reset()
+        y = torch.compile(model, fullgraph=True, backend="eager")(videos()).logits
+    torch.testing.assert_close(y, expected)
 
 
 def test_tuples_instead_of_outputs() -> None:
@@ -392,6 +402,12 @@ def test_what_a_tower_cannot_be() -> None:
         patched(hf.IJepaModel(hf.IJepaConfig(**IMAGE), add_pooling_layer=True))
 
 
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.17.0"])
+def test_older_versions_are_refused(version: str) -> None:
+    with pytest.raises(ImportError, match=f"this is transformers {version}"):
+        check_version(version)
+
+
 def test_families_name_what_there_is() -> None:
     for family in FAMILIES:
         module = __import__(family.module, fromlist=["_"])
@@ -506,6 +522,16 @@ def test_peft(patched_first: bool) -> None:
     assert names
     assert all("lora" in name for name in names)
     torch.testing.assert_close(model.merge_and_unload()(images()).logits, y)
+
+
+def test_a_peft_model_of_another_library() -> None:
+    peft = pytest.importorskip("peft")
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 24, "patch_size": 4, "depth": 4, "embed_dim": 32, "num_heads": 2}
+    model = loud(timm.models.VisionTransformer(**sizes, num_classes=5))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    tome_ext.patch.auto(model, r=R)(images())
+    assert model.tome.num_tokens == LENGTHS[-1]
 
 
 @pytest.mark.parametrize("hooked_first", [False, True])

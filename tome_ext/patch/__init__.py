@@ -166,10 +166,10 @@ def transformers(
     """:func:`auto` for a model of Hugging Face's Transformers.
 
     Takes a vision tower (:data:`tome_ext.patch.hosts.transformers.FAMILIES` lists them) by itself,
-    with a head, or inside a larger model. A tower by itself, or under a head that reads its class
-    token or its pool, returns merged tokens and hidden states, each of the length it has at that
-    layer: ``model.tome.unmerge(hidden_states[k], k)`` spreads one. Under anything else, as a
-    backbone, a depth estimator or a language model, both come back at full length, as with
+    with a head, or inside a larger model. A tower by itself, or under a classifier or a dual
+    encoder, returns merged tokens and hidden states, each of the length it has at that layer:
+    ``model.tome.unmerge(hidden_states[k], k)`` spreads one. Under any other model of Transformers,
+    as a backbone, a depth estimator or a language model, both come back at full length, as with
     ``restore_tokens=True``.
 
     Any ``attn_implementation`` serves, also one set later; it computes the attention of blocks

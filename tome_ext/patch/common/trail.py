@@ -189,7 +189,7 @@ class Trail:
         tokens = self.current if compiling else recorded(x)
         if tokens is not None and tokens.fit(x):
             return tokens.size
-        if compiling and tokens is not None and tokens.rules.settings.restore_tokens:
+        if compiling and tokens is not None and self.restores(tokens.rules):
             return None  # nothing is recorded while compiling: these are what finish has spread
         if self._rules.idle or not self._rules.method.sized:
             return None

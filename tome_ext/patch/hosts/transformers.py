@@ -34,6 +34,20 @@ from ..common.trail import AttentionKind, Reader, Trail, attention_kind
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_tower"]
 
+OLDEST = (5, 18)
+
+
+def check_version(version: str) -> None:
+    """Refuse versions whose towers, blocks and attentions have other parts.
+
+    The last to change were DINOv2's.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ImportError(f"this is transformers {version}")
+
+
+check_version(transformers.__version__)
+
 IMPLEMENTATION = "tome_ext"  # what the attention of an active block is called in Transformers
 # Keyword that carries the padding mask (B, N) that the user gave, or False for none, to the
 # attention modules.
