@@ -184,11 +184,15 @@ def logits(
 
 
 def _random(make: Callable[..., Model], *arguments: Any) -> Model:
-    """What ``make`` makes, its random numbers the same each time, and in eval mode."""
+    """What ``make`` makes, its random numbers the same each time, and for inference only.
+
+    torch's counter of operations can't follow parameters that are a module's input and want
+    gradients, such as the latent of an attention pool.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(*arguments)
-    model.module.eval()
+    model.module.eval().requires_grad_(False)
     return model
 
 
@@ -653,15 +657,19 @@ def _hf_model(module: Any, name: str, config: Any, classes: int = 0) -> Model:
 
 
 def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
+    import transformers
     from huggingface_hub import constants
-    from transformers import AutoModel
 
     config = _hf_config(name, img_size)
+    auto: Any = transformers.AutoModel
+    # AutoModel lacks some vision towers that are there alone; their class is in the config.
+    known = type(config) in transformers.MODEL_MAPPING or not config.architectures
+    cls = auto if known else getattr(transformers, config.architectures[0])
     if pretrained:
         offline = constants.HF_HUB_OFFLINE
-        module = AutoModel.from_pretrained(name, config=config, local_files_only=offline)
+        module = cls.from_pretrained(name, config=config, local_files_only=offline)
     else:
-        module = AutoModel.from_config(config)
+        module = auto.from_config(config) if known else cls(config)
     return _hf_model(module, name, config)
 
 
