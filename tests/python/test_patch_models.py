@@ -206,7 +206,8 @@ def deepseek() -> nn.Module:
 
 def replaced_forward() -> VisionTransformer:
     model = tiny()
-    model.blocks[2].forward = model.blocks[2].forward
+    own = model.blocks[2].forward
+    model.blocks[2].forward = lambda *args, **kwargs: own(*args, **kwargs)
     return model
 
 

@@ -238,7 +238,7 @@ def test_pruned_hidden_tokens_stay_hidden() -> None:
         for proportional in (True, False):
             tome_ext.patch.timm(model, keep_rate=[0.7] * 4, method=method, prop_attn=proportional)
             expected = model(one, attn_mask=shown)
-            assert model.tome.num_tokens < 20
+            assert model.tome.num_tokens < 25
             y = model(other, attn_mask=shown)
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
             matrix = shown.expand(2, 1, 65, 65)
