@@ -457,7 +457,7 @@ def models_of(watch: Watch, shape: dict) -> tuple[dict[str, Any], torch.Tensor]:
         "stock": stock.patch(share_weights(model), r),
         "published": stock.patch(share_weights(model), r, stock.explicit_attention),
     }
-    patch.timm(models["tome"], r=r)
+    patch.timm(models["tome"], r=r, inference=True)
     return models, images
 
 

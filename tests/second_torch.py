@@ -22,6 +22,10 @@ def check(dtype: torch.dtype) -> None:
     plan = tome_ext.match(keys, 12, 1)
     for got, want in zip(plan, reference.match(keys, 12, 1), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+    weight = size * (torch.rand(2, 50, generator=generator) < 0.7)
+    wanted = reference.match(keys, 12, 1, weight=weight)
+    for got, want in zip(tome_ext.match(keys, 12, 1, weight=weight), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
     for reduce in reference.REDUCTIONS:
         merged = plan.merge(x, size, reduce)
         wanted = reference.merge(x, size, plan.members, plan.offsets, reduce)
@@ -60,6 +64,7 @@ def check(dtype: torch.dtype) -> None:
 
     ops, live = torch.ops.tome, x.clone().requires_grad_()
     torch.library.opcheck(ops.match.default, (keys, 12, 1))
+    torch.library.opcheck(ops.match.default, (keys, 12, 1), {"weight": weight})
     torch.library.opcheck(ops.plan.default, (plan.assign, plan.num_output_tokens))
     torch.library.opcheck(ops.merge.default, (live, size, plan.members, plan.offsets))
     torch.library.opcheck(ops.merge_add_norm.default, (live, *added[1:]))

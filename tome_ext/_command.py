@@ -64,8 +64,10 @@ class Reduction:
         return self.amount if self.method == "tome" else f"{self.method} {self.amount}"
 
     def patch(self, model: Any) -> Any:
-        """Patch a model so; see :func:`tome_ext.patch.auto` for what it raises."""
-        return patch.auto(model, self.r, method=self.method, keep_rate=self.keep_rate)
+        """Patch a model so, for inference; see :func:`tome_ext.patch.auto` for what it raises."""
+        return patch.auto(
+            model, self.r, method=self.method, keep_rate=self.keep_rate, inference=True
+        )
 
 
 def check_patch(model: Any, reductions: Iterable[Reduction]) -> None:

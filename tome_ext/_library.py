@@ -28,6 +28,7 @@ __all__ = [
     "explain_obstacle",
     "gpu_obstacle",
     "load_error",
+    "missing",
     "require",
     "tell_of_plain",
 ]
@@ -171,10 +172,14 @@ def tell_of_plain(device: torch.device) -> bool:
 
 
 def require() -> None:
-    """Raise an error that says what is missing and what to do, if the operators are not there."""
-    if load_error is None:
-        return
-    raise ImportError(
+    """Raise :func:`missing` unless the operators are there."""
+    if load_error is not None:
+        raise missing()
+
+
+def missing() -> ImportError:
+    """An error that says what is missing and what to do; only if the operators are not there."""
+    return ImportError(
         f"the operators of tome_ext {__version__} are not available.\n"
         f"  expected: a compiled library for {BUILT_FOR}\n"
         f"  found:    torch {torch.__version__}, and {load_error}\n"

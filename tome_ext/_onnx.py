@@ -24,11 +24,18 @@ from . import reference
 __all__ = ["FORMS", "register"]
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`tome_ext.match`, for finite metrics whose squares neither overflow nor vanish."""
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
     prefix = min(num_prefix_tokens, num_tokens)
-    r = reference.cut_r(num_tokens, r, prefix)
+    r = reference.cut_r(num_tokens, r, prefix, targets)
     index = torch.arange(num_tokens, device=device)
     if r == 0:
         assign = index.to(torch.int32).repeat(batch, 1)
@@ -36,23 +43,41 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, T
     work = reference.accumulate_dtype(metric.dtype)
     rows = metric.to(work) if metric.dim() == 3 else metric.to(work).mean(1)
     rows = F.normalize(rows, dim=2, eps=torch.finfo(work).tiny)
-    # The tokens of even index (A) and those of odd index (B) behind the prefix.
-    scores = rows[:, prefix + prefix % 2 :: 2] @ rows[:, prefix + 1 - prefix % 2 :: 2].mT
-    num_a, num_b = scores.shape[1:]
+    # The tokens of even index (A) and those of odd index (B) behind the prefix; or the others of
+    # targets, and these.
+    a, b = index[prefix + prefix % 2 :: 2], index[prefix + 1 - prefix % 2 :: 2]
+    if targets is not None:
+        b = targets.to(torch.int64)
+        kept = (index.unsqueeze(1) == b).any(1) | (index < prefix)
+        a = (kept * num_tokens + index).argsort()[: num_tokens - prefix - b.shape[0]]
+    scores = rows.index_select(1, a) @ rows.index_select(1, b).mT
+    num_a = scores.shape[1]
+    visible = torch.ones_like(rows[..., 0]) > 0 if weight is None else weight != 0
+    sees_a, sees_b = (visible.index_select(1, of) for of in (a, b))
+    scores = torch.where(sees_a.unsqueeze(2) & sees_b.unsqueeze(1), scores, float("-inf"))
+    in_a, in_b = (_count(sees).unsqueeze(1) for sees in (sees_a, sees_b))
+    merged = (torch.minimum(in_a, in_b) if targets is None else in_a).clamp_max(r)
+    if targets is not None:
+        # All targets hidden: what does not fit the rows merges into the first one, which stands.
+        excess = r + in_a + in_b - num_a - b.shape[0]
+        stands = (in_b == 0) & (excess > 0)
+        merged = torch.where(in_b > 0, merged, torch.where(stands, excess + 1, 0))
+        sees_b = sees_b | (stands & (index[: b.shape[0]] == 0))
     nearest = scores.argmax(2)  # ONNX promises the lowest index among equals
-    best = scores.amax(2)
+    # Of those that find nothing, hidden ones are last; no similarity is as low as -2.
+    best = torch.where(sees_a, scores.amax(2).clamp_min(-2.0), float("-inf"))
     mine, other = best.unsqueeze(2), best.unsqueeze(1)
     earlier = index[:num_a] < index[:num_a].unsqueeze(1)
-    rank = _count((other > mine) | ((other == mine) & earlier))
-    merges = rank < r
+    merges = _count((other > mine) | ((other == mine) & earlier)) < merged
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
-    first_b = prefix + num_a - r
-    staying = prefix - 1 + (~merges).to(torch.int64).cumsum(1)
-    rows_of_a = torch.where(merges, first_b + nearest, staying)
-    rows_of_b = (first_b + index[:num_b]).expand(batch, -1)
+    stays = (sees_a & ~merges).to(torch.int64).cumsum(1)
+    rows_of_a = prefix + stays - 1
+    rows_of_b = prefix + stays[:, -1:] + sees_b.to(torch.int64).cumsum(1) - 1
+    rows_of_a = torch.where(merges, rows_of_b.gather(1, nearest), rows_of_a)
+    rows_of_a, rows_of_b = torch.where(sees_a, rows_of_a, -1), torch.where(sees_b, rows_of_b, -1)
     grouped = torch.cat((index[:prefix].expand(batch, -1), rows_of_a, rows_of_b), 1)
-    place = prefix + (index - prefix) // 2 + torch.where(index % 2 == 0, 0, num_a)
-    assign = grouped.index_select(1, torch.where(index < prefix, index, place)).to(torch.int32)
+    place = torch.cat((index[:prefix], a, b)).argsort()
+    assign = grouped.index_select(1, place).to(torch.int32)
     return assign, *plan(assign, num_tokens - r)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import _checks, ops
 from ._torch import any_autocast, in_transform
 from .ops import describe, device_kind
 from .plan import MergePlan
@@ -53,7 +53,7 @@ def unsupported(
         return f"attention dropout of {dropout_p:g}"
     if kind not in ops.kernel_devices:
         return f"no kernel for {kind}"
-    if dtype not in ops.FLOATS or (kind == "cuda" and dtype == torch.float64):
+    if dtype not in _checks.FLOATS or (kind == "cuda" and dtype == torch.float64):
         return f"no kernel for {str(dtype).removeprefix('torch.')} on {kind}"
     if kind == "cuda" and head_dim > MAX_CUDA_HEAD_DIM:
         return f"heads of {head_dim} channels, more than {MAX_CUDA_HEAD_DIM}"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
 from .ops import describe
 from .plan import MergePlan, match
 
@@ -101,12 +100,11 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> tuple[Merge, Unmerge]
         ValueError: wrong rank or dtype, or k not an integer.
     """
     _check(metric, "k", k)
-    batch, num_tokens = metric.shape[0], metric.shape[-2]
+    num_tokens = metric.shape[-2]
     if k <= 1 or num_tokens < k:
         return _pair(match(metric, 0))
-    index = torch.arange(num_tokens, device=metric.device)
-    keeps = index % k == k - 1
-    return _merge_all(metric, index[~keeps].expand(batch, -1), index[keeps].expand(batch, -1))
+    targets = torch.arange(k - 1, num_tokens, k, dtype=torch.int32, device=metric.device)
+    return _pair(match(metric.detach(), num_tokens, targets=targets))
 
 
 def random_bipartite_soft_matching(
@@ -134,7 +132,15 @@ def random_bipartite_soft_matching(
     if r <= 0:
         return _pair(match(metric, 0))
     drawn = torch.rand(batch, num_tokens, device=metric.device, generator=generator).argsort(1)
-    return _merge_all(metric, drawn[:, :r].sort(1)[0], drawn[:, r:].sort(1)[0])
+    # Every image has targets of its own: with the drawn tokens first, they are where those of all
+    # others are.
+    order = torch.cat((drawn[:, :r].sort(1)[0], drawn[:, r:].sort(1)[0]), 1)
+    index = order[..., None] if metric.dim() == 3 else order[:, None, :, None]
+    sorted_metric = metric.detach().gather(-2, index.expand(metric.shape))
+    targets = torch.arange(r, num_tokens, dtype=torch.int32, device=metric.device)
+    plan = match(sorted_metric, r, targets=targets)
+    assign = torch.empty_like(plan.assign).scatter_(1, order, plan.assign)
+    return _pair(MergePlan.from_assign(assign, num_tokens - r))
 
 
 def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -188,14 +194,6 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
 
 def _pair(plan: MergePlan) -> tuple[Merge, Unmerge]:
     return Merge(plan), Unmerge(plan)
-
-
-def _merge_all(metric: Tensor, sources: Tensor, targets: Tensor) -> tuple[Merge, Unmerge]:
-    """Merge every source (B, Na) into its most similar target (B, Nb); rows in target order."""
-    joins = reference.match_sets(metric.detach(), sources, targets, sources.shape[1])
-    row = torch.zeros_like(joins)
-    row.scatter_(1, targets, torch.arange(targets.shape[1], device=row.device).expand_as(targets))
-    return _pair(MergePlan.from_assign(row.gather(1, joins), targets.shape[1]))
 
 
 def _check(metric: Tensor, name: str, value: int) -> None:

@@ -8,7 +8,7 @@ of :func:`tome_ext.match`, :class:`tome_ext.MergePlan`, :func:`tome_ext.proporti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,19 @@ __all__ = [
     "unmerge",
 ]
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The operators that have kernels, a twin in tome_ext/reference.py and so a fake kernel.
+NAMES = (
+    "match",
+    "select",
+    "plan",
+    "merge",
+    "merge_add_norm",
+    "merge_backward",
+    "unmerge",
+    "attention_forward",
+    "attention_backward",
+    "cls_attention",
+)
 # Devices that run the plain PyTorch form. CUDA joins them when its library is not loaded.
 FALLBACK_KEYS = ("MPS", "XPU", "PrivateUse1")
 # Device types that have kernels of their own, once they are registered. CUDA leaves them when it
@@ -55,115 +67,73 @@ def device_kind(x: Tensor) -> str:
 
 # --- calling ------------------------------------------------------------------------------------
 
-
-def _operator(name: str, differentiable: bool = False) -> Callable[..., Any]:
-    if _library.load_error is None:
-        # The overload itself: looking it up through its name costs a microsecond in every call.
-        overload: Callable[..., Any] = getattr(torch.ops.tome, name).default
-        if not differentiable:
-            return overload
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return overload(*args, **kwargs)
-            if torch.is_inference_mode_enabled():  # has left the autograd layer already
-                return overload(*args, **kwargs)
-            with below_autograd():
-                return overload(*args, **kwargs)
-
-        return call
-
-    def missing(*args: object, **kwargs: object) -> None:
-        _library.require()
-
-    return missing
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-# (metric, r, num_prefix_tokens=0) -> assign (B, N), members (B, N), offsets (B, M + 1), all int32
-match: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("match")
-# (scores, keep, num_prefix_tokens=0, fuse=False) -> as match
-select: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator("select")
-# (assign, num_rows) -> members (B, N), offsets (B, M + 1)
-plan: Callable[..., tuple[Tensor, Tensor]] = _operator("plan")
-# (x, size, members, offsets, reduce="mean") -> tokens (B, M, C), sizes (B, M) float32
-merge: Callable[..., tuple[Tensor, Tensor]] = _operator("merge", differentiable=True)
-# (x, branch, size, members, offsets, scale=None, weight=None, bias=None, eps=1e-6) ->
-# tokens (B, M, C), sizes (B, M) float32, norms of the tokens (B, M, C)
-merge_add_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
-    "merge_add_norm", differentiable=True
-)
-# (grad, size, members, offsets, reduce="mean") -> gradients of the tokens (B, N, C)
-merge_backward: Callable[..., Tensor] = _operator("merge_backward", differentiable=True)
-# (x, assign) -> tokens (B, N, C)
-unmerge: Callable[..., Tensor] = _operator("unmerge", differentiable=True)
-# (q, k, v, size=None, scale=None) -> out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)
-attention_forward: Callable[..., tuple[Tensor, Tensor]] = _operator(
-    "attention_forward", differentiable=True
-)
+def _operator(stub: Callable[P, R]) -> Callable[P, R]:
+    """The operator of that name; the stub itself, which says what is missing, if there is none."""
+    if _library.load_error is not None:
+        return stub
+    # The overload itself: looking it up through its name costs a microsecond in every call.
+    overload = getattr(torch.ops.tome, stub.__name__).default
+    return cast("Callable[P, R]", overload)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """The first output of ``attention_forward``, out (B, H, M, D)."""
-    return attention_forward(q, k, v, size, scale)[0]
+def _differentiable(stub: Callable[P, R]) -> Callable[P, R]:
+    """As :func:`_operator`, for one that has a gradient."""
+    overload = _operator(stub)
+    if overload is stub:
+        return stub
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return overload(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # has left the autograd layer already
+            return overload(*args, **kwargs)
+        with below_autograd():
+            return overload(*args, **kwargs)
+
+    return call
 
 
-# (grad, q, k, v, size, out, lse, scale=None) -> gradients of q, k and v
-attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
-    "attention_backward", differentiable=True
-)
-# (q, k, size=None, scale=None) -> (B, N) float32 (float64 for float64)
-cls_attention: Callable[..., Tensor] = _operator("cls_attention", differentiable=True)
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _fake_match(
-    metric: Tensor, r: int, num_prefix_tokens: int = 0
+@_operator
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(metric.dim() in (3, 4), lambda: f"metric: got {describe(metric)}")
-    num_tokens = metric.shape[-2]
-    rows = num_tokens - reference.cut_r(num_tokens, r, num_prefix_tokens)
-    return _new_plan(metric, num_tokens, rows)
+    """Assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
+    raise _library.missing()
 
 
-def _fake_select(
+@_operator
+def select(
     scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(scores.dim() == 2, lambda: f"scores: expected (B, N), got {describe(scores)}")
-    num_tokens = scores.shape[1]
-    kept = reference.cut_keep(num_tokens, keep, num_prefix_tokens)
-    return _new_plan(scores, num_tokens, kept + int(fuse and kept < num_tokens))
+    """As ``match``."""
+    raise _library.missing()
 
 
-def _new_plan(like: Tensor, num_tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    def new(length: int) -> Tensor:
-        return like.new_empty((like.shape[0], length), dtype=torch.int32)
-
-    return new(num_tokens), new(num_tokens), new(rows + 1)
-
-
-def _fake_plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    batch, num_tokens = assign.shape
-    return (
-        assign.new_empty((batch, num_tokens), dtype=torch.int32),
-        assign.new_empty((batch, num_rows + 1), dtype=torch.int32),
-    )
+@_operator
+def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Members (B, N), offsets (B, M + 1), both int32."""
+    raise _library.missing()
 
 
-def _fake_merge(
+@_differentiable
+def merge(
     x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> tuple[Tensor, Tensor]:
-    batch, rows = x.shape[0], offsets.shape[1] - 1
-    return (
-        x.new_empty((batch, rows, x.shape[2])),
-        x.new_empty((batch, rows), dtype=torch.float32),
-    )
+    """Tokens (B, M, C), sizes (B, M) float32."""
+    raise _library.missing()
 
 
-def _fake_merge_add_norm(
+@_differentiable
+def merge_add_norm(
     x: Tensor,
     branch: Tensor,
     size: Tensor | None,
@@ -174,34 +144,41 @@ def _fake_merge_add_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    merged, new_size = _fake_merge(x, size, members, offsets)
-    return merged, new_size, torch.empty_like(merged)
+    """Tokens (B, M, C), sizes (B, M) float32, norms of the tokens (B, M, C)."""
+    raise _library.missing()
 
 
-def _fake_merge_backward(
+@_differentiable
+def merge_backward(
     grad: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> Tensor:
-    return grad.new_empty((grad.shape[0], members.shape[1], grad.shape[2]))
+    """Gradients of the tokens (B, N, C)."""
+    raise _library.missing()
 
 
-def _fake_unmerge(x: Tensor, assign: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
+@_differentiable
+def unmerge(x: Tensor, assign: Tensor) -> Tensor:
+    """Tokens (B, N, C)."""
+    raise _library.missing()
 
 
-def _new_heads_inside(like: Tensor) -> Tensor:
-    batch, heads, tokens, dim = like.shape
-    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-
-
-def _fake_attention_forward(
+@_differentiable
+def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    torch._check(q.dim() == 4, lambda: f"q: expected (B, H, M, D), got {describe(q)}")
-    lse = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
-    return _new_heads_inside(q), lse
+    """Out (B, H, M, D), lse (B, H, M) float32 (float64 for float64)."""
+    raise _library.missing()
 
 
-def _fake_attention_backward(
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The first output of ``attention_forward``, out (B, H, M, D)."""
+    return attention_forward(q, k, v, size, scale)[0]
+
+
+@_differentiable
+def attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -211,16 +188,19 @@ def _fake_attention_backward(
     lse: Tensor,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_heads_inside(q), _new_heads_inside(k), _new_heads_inside(v)
+    """Gradients of q, k and v."""
+    raise _library.missing()
 
 
-def _fake_cls_attention(
+@_differentiable
+def cls_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    torch._check(k.dim() == 4, lambda: f"k: expected (B, H, N, D), got {describe(k)}")
-    dtype = reference.accumulate_dtype(k.dtype)
-    return k.new_empty((k.shape[0], k.shape[2]), dtype=dtype)
+    """Scores (B, N) float32 (float64 for float64)."""
+    raise _library.missing()
 
+
+# --- autograd -----------------------------------------------------------------------------------
 
 # merge ("mean", "sum") and merge_backward are adjoint to each other for fixed sizes, so each is
 # the other's derivative, to any order. unmerge is the adjoint of the unweighted sum.
@@ -352,14 +332,28 @@ def _cls_attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_q, grad_k.to(k.dtype), None, None
 
 
+# --- registration -------------------------------------------------------------------------------
+
+
 def twin(name: str) -> Callable[..., Any]:
     """The operator in plain PyTorch (:mod:`tome_ext.reference`)."""
     plain: Callable[..., Any] = getattr(reference, name)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         # Kernels compute in the precision they promise, under autocast too.
         with without_autocast(args[0].device.type):
-            return plain(*args)
+            return plain(*args, **kwargs)
+
+    return call
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    """The twin's checks and shapes: what the operator refuses, tracing refuses."""
+    plain: Callable[..., Any] = getattr(reference, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with reference.shapes_only():
+            return plain(*args, **kwargs)
 
     return call
 
@@ -368,10 +362,10 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     """The twin for a GPU that cannot run the kernels, or for which there are none."""
     plain = twin(name)
 
-    def call(x: Tensor, *args: Any) -> Any:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _library.tell_of_plain(x.device):
             _leave_kernels(x.device)
-        return plain(x, *args)
+        return plain(x, *args, **kwargs)
 
     return call
 
@@ -392,22 +386,10 @@ def _leave_kernels(device: torch.device) -> None:
 
 def _register() -> None:
     global kernel_devices
-    fakes: dict[str, Callable[..., Any]] = {
-        "match": _fake_match,
-        "select": _fake_select,
-        "plan": _fake_plan,
-        "merge": _fake_merge,
-        "merge_add_norm": _fake_merge_add_norm,
-        "merge_backward": _fake_merge_backward,
-        "unmerge": _fake_unmerge,
-        "attention_forward": _fake_attention_forward,
-        "attention_backward": _fake_attention_backward,
-        "cls_attention": _fake_cls_attention,
-    }
     runs_cuda = _library.cuda_loaded and not _library.switched_off
     kernel_devices = ("cpu", "cuda") if runs_cuda else ("cpu",)
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"tome::{name}", fake)
+    for name in NAMES:
+        torch.library.register_fake(f"tome::{name}", _fake(name))
         for key in FALLBACK_KEYS:
             torch.library.impl(f"tome::{name}", key, twin(name))
         if not _library.cuda_loaded:

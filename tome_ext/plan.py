@@ -137,12 +137,30 @@ class MergePlan(NamedTuple):
         )
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> MergePlan:
     """Bipartite soft matching (Bolya et al., ICLR 2023, section 3; arXiv 2210.09461).
 
     The tokens after the prefix are split by position into A (even) and B (odd); each A token
     looks at its most similar B token by cosine similarity; the r A tokens with the highest such
     similarity are merged into theirs. Ties go to the lower index, both times.
+
+    With ``targets``, B is these tokens and A all others behind the prefix.
+
+    Tokens of weight 0 (padding, masked ones) are hidden, the prefix excepted: they are neither
+    merged nor merged into, what they hold changes nothing, and they are dropped, so that
+    ``plan.merge(x, weight)`` loses no size. For each image r is cut to its visible tokens of A and,
+    without ``targets``, of B; the rows that it has left at the end stay empty, of size 0, which
+    attention hides. So an image that is padded at its end has the plan that it has alone, with rows
+    to spare. Only if all ``targets`` of an image are hidden may its other visible tokens be more
+    than the rows: then as many of them as must, the first ones, merge into the first target, whose
+    row counts what is visible.
 
     Args:
         metric: (B, N, D), or (B, H, N, D) which is averaged over heads; float32, float16,
@@ -150,17 +168,26 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> MergePlan:
             so the keys of a packed qkv tensor are read in place. Computed in float32 (float64).
             A zero vector has similarity 0 to everything; one with NaN or infinity is never
             chosen while another can be.
-        r: tokens to remove, cut to ``(N - num_prefix_tokens) // 2``; r <= 0 keeps all.
+        r: tokens to remove, cut to ``(N - num_prefix_tokens) // 2``, or with ``targets`` to the
+            number of tokens behind the prefix that are none, 0 without any; r <= 0 keeps all.
         num_prefix_tokens: leading tokens (class, distillation, registers) that never merge.
+        weight: (B, N) float32, 0 for tokens that take no part, any other number for the others:
+            the sizes of the tokens serve. None means that all take part.
+        targets: (T,) int32, the tokens that others merge into, ascending, each from
+            num_prefix_tokens to N - 1: those of a grid or a stride. None means the odd positions.
 
     Returns:
-        A plan with N - r output rows: prefix tokens, the A tokens that stay ascending, then the
-        B tokens ascending. For r <= 0 the identity.
+        A plan with N - r output rows: prefix tokens, the visible A tokens that stay ascending, the
+        visible B tokens ascending, then empty rows. For an r that is cut to 0 by the number of
+        tokens, the identity, of hidden tokens too.
 
     Raises:
-        ValueError: wrong rank or dtype, r not an integer, num_prefix_tokens negative.
+        RuntimeError: wrong rank, shape, dtype or device, r not an integer, num_prefix_tokens
+            negative, more targets than tokens behind the prefix; on the CPU also targets out of
+            order or range (on a GPU, where a look at them would stall it, such targets give some
+            other plan, but reach nothing outside the tokens).
     """
-    return MergePlan(*ops.match(metric, r, num_prefix_tokens))
+    return MergePlan(*ops.match(metric, r, num_prefix_tokens, weight=weight, targets=targets))
 
 
 def select(scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False) -> MergePlan:

@@ -1,17 +1,26 @@
 """The operators in plain PyTorch: what the kernels must compute, for any device.
 
-Each function takes and returns what ``torch.ops.tome.<name>`` does. The tests hold the kernels
-against these, and devices without kernels of their own (MPS, XPU, ...) run them. They are written
-to be read: nothing here is tuned, ``match`` writes the whole score matrix and ``attention`` the
-whole attention matrix.
+Each operator's function takes, refuses and returns what ``torch.ops.tome.<name>`` does. The tests
+hold the kernels against these, and devices without kernels of their own (MPS, XPU, ...) run them.
+They are written to be read: nothing here is tuned, ``match`` writes the whole score matrix and
+``attention`` the whole attention matrix.
+
+Under :func:`shapes_only` an operator's function ends where its arguments are checked and the shapes
+of its outputs known: torch's fake kernels are these functions too.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _checks
+from ._checks import accumulate_dtype
 
 __all__ = [
     "REDUCTIONS",
@@ -28,6 +37,7 @@ __all__ = [
     "merge_backward",
     "plan",
     "select",
+    "shapes_only",
     "unit_rows",
     "unmerge",
 ]
@@ -35,15 +45,44 @@ __all__ = [
 REDUCTIONS = ("mean", "sum", "amax")
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are taken in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class _Mode(threading.local):
+    shapes_only = False
 
 
-def cut_r(num_tokens: int, r: int, num_prefix_tokens: int) -> Any:
-    """How many tokens a match removes: ``min(r, (num_tokens - prefix) // 2)``, at least 0."""
+_mode = _Mode()
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Operators check their arguments and return uninitialised outputs."""
+    before, _mode.shapes_only = _mode.shapes_only, True
+    try:
+        yield
+    finally:
+        _mode.shapes_only = before
+
+
+def _new_plan(like: Tensor, num_tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    assign = like.new_empty((like.shape[0], num_tokens), dtype=torch.int32)
+    return assign, torch.empty_like(assign), assign.new_empty((like.shape[0], rows + 1))
+
+
+def _new_heads_inside(like: Tensor) -> Tensor:
+    """(B, H, N, D) laid out as (B, N, H, D), which the next projection reads without a copy."""
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+def cut_r(num_tokens: int, r: int, num_prefix_tokens: int, targets: Tensor | None = None) -> Any:
+    """How many tokens a match removes: ``min(r, (num_tokens - prefix) // 2)``, at least 0.
+
+    With targets, up to all others, if there is a target.
+    """
     # torch.sym_max/min rather than max/min: the token count may be a SymInt under torch.compile.
     free = torch.sym_max(num_tokens - num_prefix_tokens, 0)
+    if targets is not None:
+        others = free - targets.shape[0] if targets.shape[0] > 0 else 0
+        return torch.sym_max(torch.sym_min(r, others), 0)
     return torch.sym_max(torch.sym_min(r, free // 2), 0)
 
 
@@ -76,14 +115,17 @@ def unit_rows(metric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(norm > 0, metric / norm, 0.0), finite
 
 
-def match_sets(metric: Tensor, a: Tensor, b: Tensor, r: int) -> Tensor:
+def match_sets(
+    metric: Tensor, a: Tensor, b: Tensor, r: int | Tensor, visible: Tensor | None = None
+) -> Tensor:
     """Match the tokens of set A to set B and return which B token each A token joins.
 
     Args:
         metric: (B, N, D) or (B, H, N, D).
         a: (B, Na) int64, the tokens that may be merged away.
         b: (B, Nb) int64, the tokens they may be merged into.
-        r: how many of A are merged, 0 <= r <= Na.
+        r: how many of A are merged, 0 <= r <= Na; or (B, 1), how many of each image.
+        visible: (B, N) bool, the tokens that take part, r of set A or more; None means all.
 
     Returns:
         (B, N) int64: for every token the token it joins, itself if it stays.
@@ -91,46 +133,98 @@ def match_sets(metric: Tensor, a: Tensor, b: Tensor, r: int) -> Tensor:
     rows, finite = unit_rows(metric)
     batch, num_tokens = finite.shape
     own = torch.arange(num_tokens, device=metric.device).expand(batch, -1)
-    if r <= 0 or a.shape[1] == 0 or b.shape[1] == 0:
+    if a.shape[1] == 0 or b.shape[1] == 0:
         return own.clone()
+    visible = torch.ones_like(finite) if visible is None else visible
+    usable = finite & visible
     at, bt = (x.unsqueeze(-1).expand(-1, -1, rows.shape[-1]) for x in (a, b))
     scores = rows.gather(1, at) @ rows.gather(1, bt).transpose(1, 2)
-    usable = finite.gather(1, a).unsqueeze(2) & finite.gather(1, b).unsqueeze(1)
-    scores = torch.where(usable, scores, float("-inf"))
+    pairs = usable.gather(1, a).unsqueeze(2) & usable.gather(1, b).unsqueeze(1)
+    scores = torch.where(pairs, scores, float("-inf"))
     best = scores.amax(2)
     # The lowest index among equals: argmax and a stable sort do not promise it on every device.
-    nearest = (scores == best.unsqueeze(2)).to(torch.int8).argmax(2)
-    chosen = best.sort(dim=1, descending=True, stable=True)[1][:, :r]
-    joins = own.clone()
-    return joins.scatter_(1, a.gather(1, chosen), b.gather(1, nearest.gather(1, chosen)))
+    # Where nothing may be chosen, that is the first one that is visible.
+    highest = (scores == best.unsqueeze(2)) & visible.gather(1, b).unsqueeze(1)
+    nearest = highest.to(torch.int8).argmax(2)
+    order = best.sort(dim=1, descending=True, stable=True)[1]
+    hidden = ~visible.gather(1, a)
+    order = order.gather(1, hidden.gather(1, order).sort(dim=1, stable=True)[1])
+    merges = order.argsort(dim=1) < r
+    return own.scatter(1, a, torch.where(merges, b.gather(1, nearest), a))
 
 
-def match(metric: Tensor, r: int, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 0,
+    *,
+    weight: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
+    shown = _checks.describe(metric)
+    ranks = metric.dim() in (3, 4)
+    _checks.expect(ranks, "metric", "(B, N, D) or (B, H, N, D)", shown)
+    _checks.floating(metric, "metric")
+    has_heads = [metric.dim() == 3 or metric.shape[1] > 0]
+    _checks.expect(has_heads, "metric", "at least one head", shown)
+    _checks.prefix(num_prefix_tokens)
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
-    prefix = min(num_prefix_tokens, num_tokens)
-    r = cut_r(num_tokens, r, prefix)
+    if weight is not None:
+        _checks.table(weight, "weight", batch, num_tokens, "N", torch.float32)
+        _checks.one_device(metric, "metric", weight, "weight")
+    if targets is not None:
+        fits = targets.dim() == 1 and targets.dtype == torch.int32
+        _checks.expect(fits, "targets", "(T,) int32", _checks.describe(targets))
+        others = torch.sym_max(num_tokens - num_prefix_tokens, 0) - targets.shape[0]
+        most = "at most as many as tokens behind the prefix"
+        _checks.expect([others >= 0], "targets", most, _checks.describe(targets))
+        _checks.one_device(metric, "metric", targets, "targets")
+    r = cut_r(num_tokens, r, num_prefix_tokens, targets)
+    if _mode.shapes_only:
+        return _new_plan(metric, num_tokens, num_tokens - r)
     index = torch.arange(num_tokens, device=device)
     if r == 0:
-        return (index.to(torch.int32).repeat(batch, 1), *plan(index.repeat(batch, 1), num_tokens))
-    a, b = (index[(index % 2 == side) & (index >= prefix)].expand(batch, -1) for side in (0, 1))
-    joins = match_sets(metric, a, b, r)
+        return (index.to(torch.int32).repeat(batch, 1), *_group(index.repeat(batch, 1), num_tokens))
+    is_prefix = index < num_prefix_tokens
+    is_b = index % 2 == 1 if targets is None else torch.isin(index, targets)
+    a, b = (index[(is_b == side) & ~is_prefix].expand(batch, -1) for side in (False, True))
+    visible = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
+    if weight is not None:
+        visible = (weight != 0) | is_prefix
+    in_a, in_b = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
+    merged = torch.minimum(in_a, in_b) if targets is None else in_a
+    merged = merged.clamp_max(r)
+    if targets is not None:
+        # All targets hidden: what does not fit the rows merges into the first one, which stands.
+        excess = (r + in_a + in_b - a.shape[1] - b.shape[1] + 1).clamp_min(1)
+        stands = (in_b == 0) & (excess > 1)
+        merged = torch.where(in_b > 0, merged, torch.where(stands, excess, 0))
+    joins = match_sets(metric, a, b, merged, visible)
+    if targets is not None:
+        visible = visible | (stands & (index == b[:, :1]))
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
-    stays = joins == index
-    group = torch.where(index < prefix, 0, 1 + index % 2)
+    stays = (joins == index) & visible
+    group = torch.where(is_prefix, 0, 1 + is_b.to(torch.int64))
     place = torch.where(stays, group * num_tokens + index, 3 * num_tokens)
     rank = place.argsort(dim=1).argsort(dim=1)  # a staying token's output row
-    assign = rank.gather(1, joins)
-    return (assign.to(torch.int32), *plan(assign, num_tokens - r))
+    assign = torch.where(visible, rank.gather(1, joins), -1)
+    return (assign.to(torch.int32), *_group(assign, num_tokens - r))
 
 
 def select(
     scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of the highest scores. See :func:`tome_ext.select` for the contract."""
+    fits = scores.dim() == 2 and scores.dtype in (torch.float32, torch.float64)
+    _checks.expect(fits, "scores", "(B, N) float32 or float64", _checks.describe(scores))
+    _checks.expect(keep >= 0, "keep", "a number >= 0", keep)
+    _checks.prefix(num_prefix_tokens)
     batch, num_tokens = scores.shape
+    kept = cut_keep(num_tokens, keep, num_prefix_tokens)
+    if _mode.shapes_only:
+        return _new_plan(scores, num_tokens, kept + int(fuse and kept < num_tokens))
     prefix = min(num_prefix_tokens, num_tokens)
-    kept = cut_keep(num_tokens, keep, prefix)
     patches = scores[:, prefix:]
     ranked = torch.where(patches.isnan(), float("-inf"), patches)
     order = ranked.sort(dim=1, descending=True, stable=True)[1]
@@ -140,20 +234,30 @@ def select(
     stays.scatter_(1, prefix + order[:, kept - prefix :], False)
     fuses = fuse and kept < num_tokens
     assign = torch.where(stays, stays.cumsum(1) - 1, kept if fuses else -1)
-    return (assign.to(torch.int32), *plan(assign, kept + int(fuses)))
+    return (assign.to(torch.int32), *_group(assign, kept + int(fuses)))
 
 
 def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Group tokens by output row.
 
     Args:
-        assign: (B, N) integer, the output row of every token, -1 for a dropped one.
+        assign: (B, N) int32, the output row of every token, -1 for a dropped one.
         num_rows: M, the number of output rows.
 
     Returns:
         members (B, N) int32, the tokens grouped by output row, ascending within a row, dropped
         ones last; offsets (B, M + 1) int32, where each row's members begin.
     """
+    fits = assign.dim() == 2 and assign.dtype == torch.int32
+    _checks.expect(fits, "assign", "(B, N) int32", _checks.describe(assign))
+    in_range = 0 <= num_rows < _checks.INT32_MAX
+    _checks.expect(in_range, "num_rows", "a number >= 0 and < 2^31 - 1", num_rows)
+    if _mode.shapes_only:
+        return _new_plan(assign, assign.shape[1], num_rows)[1:]
+    return _group(assign, num_rows)
+
+
+def _group(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     assign = assign.to(torch.int64)
     dropped_last = torch.where(assign < 0, num_rows, assign)
     members = dropped_last.sort(dim=1, stable=True)[1]
@@ -195,10 +299,19 @@ def _divisor(size: Tensor, total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     return weight, torch.where(divisor == 0, 1.0, divisor)  # a row without members is 0 / 1
 
 
+def _check_reduce(reduce: str) -> None:
+    _checks.expect(reduce in REDUCTIONS, "reduce", "'mean', 'sum' or 'amax'", f"'{reduce}'")
+
+
 def merge(
     x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> tuple[Tensor, Tensor]:
     """Merge (B, N, C) tokens into (B, M, C). See :meth:`tome_ext.MergePlan.merge`."""
+    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _check_reduce(reduce)
+    if _mode.shapes_only:
+        merged = x.new_empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]))
+        return merged, x.new_empty(merged.shape[:2], dtype=torch.float32)
     if offsets.shape[1] == 1:
         return x.new_zeros(x.shape[0], 0, x.shape[2]), offsets.new_zeros(
             x.shape[0], 0, dtype=torch.float32
@@ -231,6 +344,14 @@ def merge_add_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum, merge, norm. See :meth:`tome_ext.MergePlan.merge_add_norm`."""
+    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _checks.same_as(branch, "branch", x, "x")
+    for name, vector in (("scale", scale), ("weight", weight), ("bias", bias)):
+        _checks.channels(vector, name, x)
+    _checks.expect(eps >= 0, "eps", "a number >= 0", f"{eps:g}")
+    if _mode.shapes_only:
+        merged, new_size = merge(x, size, members, offsets)
+        return merged, new_size, torch.empty_like(merged)
     dtype = accumulate_dtype(x.dtype)
     added = branch.to(dtype) if scale is None else branch.to(dtype) * scale.to(dtype)
     merged, new_size = merge(x.to(dtype) + added, size, members, offsets)
@@ -251,6 +372,14 @@ def merge_backward(
     reduce: str = "mean",
 ) -> Tensor:
     """The adjoint of ``merge`` in x for "mean" and "sum": (B, M, C) gradients to (B, N, C)."""
+    _checks.merging(grad, "grad", None, size, members, offsets)
+    rows = offsets.shape[1] - 1
+    fits = [grad.shape[1] == rows]
+    _checks.expect(fits, "grad", f"(B, M = {rows}, C)", _checks.describe(grad))
+    _check_reduce(reduce)
+    _checks.expect(reduce != "amax", "reduce", "'mean' or 'sum' in merge_backward", "'amax'")
+    if _mode.shapes_only:
+        return grad.new_empty((grad.shape[0], members.shape[1], grad.shape[2]))
     row = row_of_token(members, offsets)
     if offsets.shape[1] == 1:
         return grad.new_zeros(grad.shape[0], members.shape[1], grad.shape[2])
@@ -259,12 +388,22 @@ def merge_backward(
     if reduce == "mean":
         weight, divisor = _divisor(weight, total, row)
         weight = weight / divisor.gather(1, row.clamp_min(0))
-    spread = unmerge(grad.to(dtype), row)
+    spread = _spread(grad.to(dtype), row)
     return (spread * weight.unsqueeze(-1)).to(grad.dtype)
 
 
 def unmerge(x: Tensor, assign: Tensor) -> Tensor:
     """Copy (B, M, C) rows back to the (B, N, C) tokens that made them; dropped tokens get 0."""
+    _checks.expect(x.dim() == 3, "x", "(B, M, C)", _checks.describe(x))
+    _checks.floating(x, "x")
+    _checks.table(assign, "assign", x.shape[0], None, "N", torch.int32)
+    _checks.one_device(x, "x", assign, "assign")
+    if _mode.shapes_only:
+        return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
+    return _spread(x, assign)
+
+
+def _spread(x: Tensor, assign: Tensor) -> Tensor:
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[0], assign.shape[1], x.shape[2])
     index = assign.to(torch.int64)
@@ -299,10 +438,10 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, (peak + total.log()).squeeze(-1)
 
 
-def _heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, N, D) laid out as (B, N, H, D), which the next projection reads without a copy."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2).copy_(x)
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> None:
+    _checks.heads(q, k)
+    _checks.same_as(v, "v", k, "k")
+    _checks.key_sizes(k, size)
 
 
 def attention(
@@ -329,9 +468,12 @@ def attention_forward(
         accumulate dtype, the natural logarithm of each row's sum of exponentials. Both are 0 in
         rows whose keys are all hidden.
     """
+    _check_attention(q, k, v, size)
+    if _mode.shapes_only:
+        return _new_heads_inside(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     scale = default_scale(q) if scale is None else scale
     weights, lse = _softmax(_logits(q, k, size, scale))
-    return _heads_inside(weights @ v.to(weights.dtype), q.dtype), lse.contiguous()
+    return _new_heads_inside(q).copy_(weights @ v.to(weights.dtype)), lse.contiguous()
 
 
 def attention_backward(
@@ -348,6 +490,13 @@ def attention_backward(
 
     Each is laid out as ``attention_forward``'s out.
     """
+    _check_attention(q, k, v, size)
+    _checks.same_as(grad, "grad", q, "q")
+    _checks.same_as(out, "out", q, "q")
+    _checks.row_sums(lse, q)
+    new_grads = (_new_heads_inside(q), _new_heads_inside(k), _new_heads_inside(v))
+    if _mode.shapes_only:
+        return new_grads
     scale = default_scale(q) if scale is None else scale
     logits = _logits(q, k, size, scale)
     work = logits.dtype
@@ -356,17 +505,26 @@ def attention_backward(
     # The derivative of softmax: sum(weights * grad_weights) of a row is its sum(grad * out).
     row = (grad * out.to(work)).sum(-1, keepdim=True)
     grad_logits = weights * (grad @ wide_v.transpose(2, 3) - row)
-    return (
-        _heads_inside((grad_logits @ wide_k) * scale, q.dtype),
-        _heads_inside((grad_logits.transpose(2, 3) @ wide_q) * scale, k.dtype),
-        _heads_inside(weights.transpose(2, 3) @ grad, v.dtype),
+    grads = (
+        (grad_logits @ wide_k) * scale,
+        (grad_logits.transpose(2, 3) @ wide_q) * scale,
+        weights.transpose(2, 3) @ grad,
     )
+    for new, values in zip(new_grads, grads, strict=True):
+        new.copy_(values)
+    return new_grads
 
 
 def cls_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Attention of the first query token (B, N). See :func:`tome_ext.cls_attention`."""
+    _checks.heads(q, k)
+    some = [q.shape[1] > 0, q.shape[2] > 0]
+    _checks.expect(some, "q", "at least one head and one token", _checks.describe(q))
+    _checks.key_sizes(k, size)
+    if _mode.shapes_only:
+        return k.new_empty((k.shape[0], k.shape[2]), dtype=accumulate_dtype(k.dtype))
     scale = default_scale(q) if scale is None else scale
     return cls_weights(q, k, size, scale).mean(1)
 

@@ -135,6 +135,7 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "torch cuda": torch.version.cuda or "none",
         "timm": _version_of("timm"),
+        "transformers": _version_of("transformers"),
         "library": "loaded" if _library.load_error is None else _library.load_error,
         "cuda library": cuda,
         "built against torch": str(built.get("torch", "unknown")),

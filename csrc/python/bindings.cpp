@@ -79,20 +79,27 @@ Isa parse_isa(const std::string& name) {
 }
 
 void check_status(const Status& status) {
-    static const char* const kNames[] = {"ok", "assign out of range", "member out of range",
-                                         "member repeated", "offsets not ordered"};
+    static const char* const kNames[] = {"ok",
+                                         "assign out of range",
+                                         "member out of range",
+                                         "member repeated",
+                                         "offsets not ordered",
+                                         "targets not ordered"};
     if (status) return;
     fail(std::string(kNames[status.code]) + ": image " + std::to_string(status.batch) + ", index " +
          std::to_string(status.index) + ", value " + std::to_string(status.value));
 }
 
-const float* data_or_null(const std::optional<Floats>& size, int64_t batch, int64_t tokens) {
+const float* data_or_null(const std::optional<Floats>& size, const char* name, int64_t batch,
+                          int64_t tokens) {
     if (!size) return nullptr;
-    check_shape(*size, "size", {batch, tokens});
+    check_shape(*size, name, {batch, tokens});
     return size->data();
 }
 
-py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens, int threads) {
+py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens,
+                const std::optional<Floats>& weight, const std::optional<Ints>& targets,
+                int threads) {
     check_rank(metric, "metric", 3, 4);
     const int64_t n = metric.ndim() - 2;
     tome::MatchParams p{};
@@ -107,13 +114,19 @@ py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens, i
     p.stride_token = stride(metric, n);
     p.r = r;
     p.num_prefix_tokens = num_prefix_tokens;
-    const int64_t rows = p.tokens - tome::cut_r(p.tokens, r, num_prefix_tokens);
+    p.weight = data_or_null(weight, "weight", p.batch, p.tokens);
+    if (targets) {
+        check_rank(*targets, "targets", 1, 1);
+        p.targets = targets->data();
+        p.num_targets = targets->shape(0);
+    }
+    const int64_t rows = p.tokens - tome::cut_r(p);
     Ints assign({p.batch, p.tokens}), members({p.batch, p.tokens}), offsets({p.batch, rows + 1});
     p.assign = assign.mutable_data();
     p.members = members.mutable_data();
     p.offsets = offsets.mutable_data();
     tome::ThreadPool pool(threads);
-    tome::match(p, pool.threads());
+    check_status(tome::match(p, pool.threads()));
     return py::make_tuple(assign, members, offsets);
 }
 
@@ -143,7 +156,7 @@ py::tuple merge(const py::array& x, const Ints& members, const Ints& offsets,
     p.stride_token = stride(x, 1);
     check_shape(members, "members", {p.batch, p.tokens});
     check_shape(offsets, "offsets", {p.batch, p.rows + 1});
-    p.size = data_or_null(size, p.batch, p.tokens);
+    p.size = data_or_null(size, "size", p.batch, p.tokens);
     p.members = members.data();
     p.offsets = offsets.data();
     p.reduce = parse_reduce(reduce);
@@ -172,7 +185,7 @@ py::array merge_backward(const py::array& grad, const Ints& members, const Ints&
     p.stride_row = stride(grad, 1);
     check_shape(members, "members", {p.batch, p.tokens});
     check_shape(offsets, "offsets", {p.batch, p.rows + 1});
-    p.size = data_or_null(size, p.batch, p.tokens);
+    p.size = data_or_null(size, "size", p.batch, p.tokens);
     p.members = members.data();
     p.offsets = offsets.data();
     p.reduce = parse_reduce(reduce);
@@ -219,9 +232,10 @@ PYBIND11_MODULE(_tome_core, m) {
         },
         py::arg("name"));
 
-    m.def("cut_r", &tome::cut_r, py::arg("tokens"), py::arg("r"), py::arg("num_prefix_tokens"));
+    m.def("cut_r", py::overload_cast<int64_t, int64_t, int64_t>(&tome::cut_r), py::arg("tokens"),
+          py::arg("r"), py::arg("num_prefix_tokens"));
     m.def("match", &match, py::arg("metric"), py::arg("r"), py::arg("num_prefix_tokens") = 0,
-          py::arg("threads") = 1);
+          py::arg("weight") = py::none(), py::arg("targets") = py::none(), py::arg("threads") = 1);
     m.def("plan", &plan, py::arg("assign"), py::arg("rows"), py::arg("threads") = 1);
     m.def("merge", &merge, py::arg("x"), py::arg("members"), py::arg("offsets"),
           py::arg("size") = py::none(), py::arg("reduce") = "mean", py::arg("threads") = 1);

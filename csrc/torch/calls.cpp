@@ -7,6 +7,66 @@
 namespace tome::torch_layer {
 namespace {
 
+void check_prefix(int64_t num_prefix_tokens) {
+    STD_TORCH_CHECK(num_prefix_tokens >= 0, "num_prefix_tokens: expected a number >= 0, got ",
+                    num_prefix_tokens);
+}
+
+void check_targets(const Tensor& targets, const Tensor& metric, int64_t num_prefix_tokens) {
+    STD_TORCH_CHECK(targets.dim() == 1 && targets.scalar_type() == ScalarType::Int,
+                    "targets: expected (T,) int32, got ", describe(targets));
+    const int64_t tokens = metric.size(metric.dim() - 2);
+    STD_TORCH_CHECK(targets.size(0) <= std::max<int64_t>(0, tokens - num_prefix_tokens),
+                    "targets: expected at most as many as tokens behind the prefix, got ",
+                    describe(targets));
+    check_same_device(metric, "metric", targets, "targets");
+}
+
+void check_merge(const Tensor& x, const char* name, int64_t tokens, const OptionalTensor& size,
+                 const Tensor& members, const Tensor& offsets) {
+    STD_TORCH_CHECK(x.dim() == 3, name, ": expected (B, N, C), got ", describe(x));
+    float_dtype(x, name);
+    const int64_t batch = x.size(0);
+    check_table(members, "members", batch, tokens, "N", ScalarType::Int);
+    check_table(offsets, "offsets", batch, -1, "M + 1", ScalarType::Int);
+    STD_TORCH_CHECK(offsets.size(1) > 0, "offsets: expected at least one column, got ",
+                    describe(offsets));
+    check_same_device(x, name, members, "members");
+    check_same_device(x, name, offsets, "offsets");
+    if (size.has_value()) {
+        check_table(*size, "size", batch, members.size(1), "N", ScalarType::Float);
+        check_same_device(x, name, *size, "size");
+    }
+}
+
+// (batch, heads, tokens, dim) twice, alike but for the number of tokens.
+void check_heads(const Tensor& q, const char* q_name, const Tensor& k, const char* k_name) {
+    STD_TORCH_CHECK(q.dim() == 4, q_name, ": expected (B, H, M, D), got ", describe(q));
+    float_dtype(q, q_name);
+    const bool fits = k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
+                      k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type();
+    STD_TORCH_CHECK(fits, k_name, ": expected (B, H, N, D) = (", q.size(0), ", ", q.size(1),
+                    ", N, ", q.size(3), ") ", dtype_name(q.scalar_type()), " as ", q_name,
+                    " is, got ", describe(k));
+    check_same_device(q, q_name, k, k_name);
+}
+
+// (channels) of x's dtype.
+void check_channels(const OptionalTensor& v, const char* name, const Tensor& x) {
+    if (!v.has_value()) return;
+    const bool fits =
+        v->dim() == 1 && v->size(0) == x.size(2) && v->scalar_type() == x.scalar_type();
+    STD_TORCH_CHECK(fits, name, ": expected (C = ", x.size(2), ",) ", dtype_name(x.scalar_type()),
+                    " as x is, got ", describe(*v));
+    check_same_device(x, "x", *v, name);
+}
+
+void check_key_sizes(const Tensor& k, const OptionalTensor& size) {
+    if (!size.has_value()) return;
+    check_table(*size, "size", k.size(0), k.size(2), "N", ScalarType::Float);
+    check_same_device(k, "k", *size, "size");
+}
+
 template <class T>
 const T* data(const Tensor& x) {
     return static_cast<const T*>(x.const_data_ptr());
@@ -21,13 +81,13 @@ Tensor int_table(const Tensor& like, int64_t rows, int64_t columns) {
     return empty_like_with(like, {rows, columns}, ScalarType::Int);
 }
 
-std::optional<Tensor> optional_contiguous(const std::optional<Tensor>& x) {
+OptionalTensor optional_contiguous(const OptionalTensor& x) {
     if (!x.has_value()) return std::nullopt;
     return as_contiguous(*x);
 }
 
 template <class T>
-const T* optional_data(const std::optional<Tensor>& x) {
+const T* optional_data(const OptionalTensor& x) {
     return x.has_value() ? data<T>(*x) : nullptr;
 }
 
@@ -61,13 +121,27 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 
 }  // namespace
 
-MatchCall::MatchCall(const Tensor& given, int64_t r, int64_t num_prefix_tokens) {
-    check_match(given, num_prefix_tokens);
+void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
+                     OptionalTensor given_weight, OptionalTensor given_targets) {
+    STD_TORCH_CHECK(given.dim() == 3 || given.dim() == 4,
+                    "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
+    params.dtype = float_dtype(given, "metric");
+    const bool has_heads = given.dim() == 4;
+    const int64_t n = given.dim() - 2;
+    STD_TORCH_CHECK(!has_heads || given.size(1) > 0, "metric: expected at least one head, got ",
+                    describe(given));
+    STD_TORCH_CHECK(given.size(n) <= INT32_MAX, "metric: expected at most 2^31 - 1 tokens, got ",
+                    describe(given));
+    check_prefix(num_prefix_tokens);
+    if (given_weight.has_value()) {
+        check_table(*given_weight, "weight", given.size(0), given.size(n), "N", ScalarType::Float);
+        check_same_device(given, "metric", *given_weight, "weight");
+    }
+    if (given_targets.has_value()) check_targets(*given_targets, given, num_prefix_tokens);
+    weight = optional_contiguous(given_weight);
+    targets = optional_contiguous(given_targets);
     metric = with_contiguous_last_dim(given);
-    const bool has_heads = metric.dim() == 4;
-    const int64_t n = metric.dim() - 2;
     params.metric = metric.const_data_ptr();
-    params.dtype = float_dtype(metric, "metric");
     params.batch = metric.size(0);
     params.heads = has_heads ? metric.size(1) : 1;
     params.tokens = metric.size(n);
@@ -77,12 +151,23 @@ MatchCall::MatchCall(const Tensor& given, int64_t r, int64_t num_prefix_tokens) 
     params.stride_token = metric.stride(n);
     params.r = r;
     params.num_prefix_tokens = num_prefix_tokens;
-    const int64_t rows = params.tokens - cut_r(params.tokens, r, num_prefix_tokens);
+    params.weight = optional_data<float>(weight);
+    params.targets = optional_data<int32_t>(targets);
+    params.num_targets = targets.has_value() ? targets->size(0) : 0;
+    // No targets may lie at no address, which would stand for the odd positions.
+    if (targets.has_value() && params.num_targets == 0) params.r = 0;
+    const int64_t rows = params.tokens - cut_r(params);
     allocate_plan(*this, metric, rows);
 }
 
-SelectCall::SelectCall(const Tensor& given, int64_t keep, int64_t num_prefix_tokens, bool fuse) {
-    check_select(given, keep, num_prefix_tokens);
+void SelectCall::take(Tensor given, int64_t keep, int64_t num_prefix_tokens, bool fuse) {
+    STD_TORCH_CHECK(given.dim() == 2 && (given.scalar_type() == ScalarType::Float ||
+                                         given.scalar_type() == ScalarType::Double),
+                    "scores: expected (B, N) float32 or float64, got ", describe(given));
+    STD_TORCH_CHECK(given.size(1) < INT32_MAX, "scores: expected fewer than 2^31 - 1 tokens, got ",
+                    describe(given));
+    STD_TORCH_CHECK(keep >= 0, "keep: expected a number >= 0, got ", keep);
+    check_prefix(num_prefix_tokens);
     scores = with_contiguous_last_dim(given);
     params.scores = scores.const_data_ptr();
     params.dtype = float_dtype(scores, "scores");
@@ -96,8 +181,11 @@ SelectCall::SelectCall(const Tensor& given, int64_t keep, int64_t num_prefix_tok
     allocate_plan(*this, scores, rows);
 }
 
-PlanCall::PlanCall(const Tensor& given, int64_t num_rows) {
-    check_plan_args(given, num_rows);
+void PlanCall::take(Tensor given, int64_t num_rows) {
+    STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Int,
+                    "assign: expected (B, N) int32, got ", describe(given));
+    STD_TORCH_CHECK(num_rows >= 0 && num_rows < INT32_MAX,
+                    "num_rows: expected a number >= 0 and < 2^31 - 1, got ", num_rows);
     assign = as_contiguous(given);
     params.batch = assign.size(0);
     params.tokens = assign.size(1);
@@ -109,9 +197,8 @@ PlanCall::PlanCall(const Tensor& given, int64_t num_rows) {
     params.offsets = mutable_data<int32_t>(offsets);
 }
 
-MergeCall::MergeCall(const Tensor& given, const std::optional<Tensor>& given_size,
-                     const Tensor& given_members, const Tensor& given_offsets,
-                     const std::string& reduce) {
+void MergeCall::take(Tensor given, OptionalTensor given_size, Tensor given_members,
+                     Tensor given_offsets, std::string reduce) {
     check_merge(given, "x", given.dim() == 3 ? given.size(1) : 0, given_size, given_members,
                 given_offsets);
     params.reduce = parse_reduce(reduce);
@@ -136,15 +223,16 @@ MergeCall::MergeCall(const Tensor& given, const std::optional<Tensor>& given_siz
     params.out_size = mutable_data<float>(out_size);
 }
 
-MergeAddNormCall::MergeAddNormCall(const Tensor& given_x, const Tensor& given_branch,
-                                   const std::optional<Tensor>& given_size,
-                                   const Tensor& given_members, const Tensor& given_offsets,
-                                   const std::optional<Tensor>& given_scale,
-                                   const std::optional<Tensor>& given_weight,
-                                   const std::optional<Tensor>& given_bias, double eps) {
+void MergeAddNormCall::take(Tensor given_x, Tensor given_branch, OptionalTensor given_size,
+                            Tensor given_members, Tensor given_offsets, OptionalTensor given_scale,
+                            OptionalTensor given_weight, OptionalTensor given_bias, double eps) {
     check_merge(given_x, "x", given_x.dim() == 3 ? given_x.size(1) : 0, given_size, given_members,
                 given_offsets);
-    check_add_norm(given_x, given_branch, given_scale, given_weight, given_bias, eps);
+    check_same_as(given_branch, "branch", given_x, "x");
+    check_channels(given_scale, "scale", given_x);
+    check_channels(given_weight, "weight", given_x);
+    check_channels(given_bias, "bias", given_x);
+    STD_TORCH_CHECK(eps >= 0, "eps: expected a number >= 0, got ", eps);
     x = with_contiguous_last_dim(given_x);
     branch = with_contiguous_last_dim(given_branch);
     members = as_contiguous(given_members);
@@ -179,9 +267,8 @@ MergeAddNormCall::MergeAddNormCall(const Tensor& given_x, const Tensor& given_br
     params.normed = normed.mutable_data_ptr();
 }
 
-MergeBackwardCall::MergeBackwardCall(const Tensor& given, const std::optional<Tensor>& given_size,
-                                     const Tensor& given_members, const Tensor& given_offsets,
-                                     const std::string& reduce) {
+void MergeBackwardCall::take(Tensor given, OptionalTensor given_size, Tensor given_members,
+                             Tensor given_offsets, std::string reduce) {
     check_merge(given, "grad", -1, given_size, given_members, given_offsets);
     STD_TORCH_CHECK(given.size(1) == given_offsets.size(1) - 1,
                     "grad: expected (B, M = ", given_offsets.size(1) - 1, ", C), got ",
@@ -208,8 +295,11 @@ MergeBackwardCall::MergeBackwardCall(const Tensor& given, const std::optional<Te
     params.out = out.mutable_data_ptr();
 }
 
-UnmergeCall::UnmergeCall(const Tensor& given, const Tensor& given_assign) {
-    check_unmerge(given, given_assign);
+void UnmergeCall::take(Tensor given, Tensor given_assign) {
+    STD_TORCH_CHECK(given.dim() == 3, "x: expected (B, M, C), got ", describe(given));
+    float_dtype(given, "x");
+    check_table(given_assign, "assign", given.size(0), -1, "N", ScalarType::Int);
+    check_same_device(given, "x", given_assign, "assign");
     x = with_contiguous_last_dim(given);
     assign = as_contiguous(given_assign);
     params.x = x.const_data_ptr();
@@ -225,16 +315,19 @@ UnmergeCall::UnmergeCall(const Tensor& given, const Tensor& given_assign) {
     params.out = out.mutable_data_ptr();
 }
 
-AttentionTensors::AttentionTensors(const Tensor& given_q, const Tensor& given_k,
-                                   const Tensor& given_v, const std::optional<Tensor>& given_size) {
-    check_attention(given_q, given_k, given_v, given_size);
+AttentionInputs AttentionTensors::take(const Tensor& given_q, const Tensor& given_k,
+                                       const Tensor& given_v, const OptionalTensor& given_size,
+                                       std::optional<double> scale) {
+    check_heads(given_q, "q", given_k, "k");
+    STD_TORCH_CHECK(same_shape(given_k, given_v) && given_v.scalar_type() == given_k.scalar_type(),
+                    "v: expected the shape and dtype of k, ", describe(given_k), ", got ",
+                    describe(given_v));
+    check_same_device(given_q, "q", given_v, "v");
+    check_key_sizes(given_k, given_size);
     q = with_contiguous_last_dim(given_q);
     k = with_contiguous_last_dim(given_k);
     v = with_contiguous_last_dim(given_v);
     size = optional_contiguous(given_size);
-}
-
-AttentionInputs AttentionTensors::inputs(std::optional<double> scale) const {
     AttentionInputs p{};
     p.q = q.const_data_ptr();
     p.k = k.const_data_ptr();
@@ -253,31 +346,33 @@ AttentionInputs AttentionTensors::inputs(std::optional<double> scale) const {
     return p;
 }
 
-AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
-                             const std::optional<Tensor>& size, std::optional<double> scale)
-    : tensors(q, k, v, size) {
+void AttentionCall::take(Tensor q, Tensor k, Tensor v, OptionalTensor size,
+                         std::optional<double> scale) {
     AttentionInputs& inputs = params;
-    inputs = tensors.inputs(scale);
+    inputs = tensors.take(q, k, v, size, scale);
     out = empty_heads_like(q, params.batch, params.heads, params.queries, params.dim);
     lse = empty_like_with(q, {params.batch, params.heads, params.queries}, accumulate_dtype(q));
     params.out = out.mutable_data_ptr();
     params.lse = lse.mutable_data_ptr();
 }
 
-AttentionBackwardCall::AttentionBackwardCall(const Tensor& given_grad, const Tensor& q,
-                                             const Tensor& k, const Tensor& v,
-                                             const std::optional<Tensor>& size,
-                                             const Tensor& given_out, const Tensor& given_lse,
-                                             std::optional<double> scale)
-    : tensors(q, k, v, size) {
+void AttentionBackwardCall::take(Tensor given_grad, Tensor q, Tensor k, Tensor v,
+                                 OptionalTensor size, Tensor given_out, Tensor given_lse,
+                                 std::optional<double> scale) {
+    AttentionInputs& inputs = params;
+    inputs = tensors.take(q, k, v, size, scale);
     check_same_as(given_grad, "grad", q, "q");
     check_same_as(given_out, "out", q, "q");
-    check_lse(given_lse, q);
+    const ScalarType dtype = accumulate_dtype(q);
+    STD_TORCH_CHECK(given_lse.dim() == 3 && given_lse.size(0) == q.size(0) &&
+                        given_lse.size(1) == q.size(1) && given_lse.size(2) == q.size(2) &&
+                        given_lse.scalar_type() == dtype,
+                    "lse: expected (B, H, M) = (", q.size(0), ", ", q.size(1), ", ", q.size(2),
+                    ") ", dtype_name(dtype), ", got ", describe(given_lse));
+    check_same_device(q, "q", given_lse, "lse");
     grad = with_contiguous_last_dim(given_grad);
     out = as_heads(given_out);
     lse = as_contiguous(given_lse);
-    AttentionInputs& inputs = params;
-    inputs = tensors.inputs(scale);
     params.grad = grad.const_data_ptr();
     params.grad_strides = head_strides(grad);
     params.out = out.const_data_ptr();
@@ -290,10 +385,12 @@ AttentionBackwardCall::AttentionBackwardCall(const Tensor& given_grad, const Ten
     params.grad_v = grad_v.mutable_data_ptr();
 }
 
-ClsAttentionCall::ClsAttentionCall(const Tensor& given_q, const Tensor& given_k,
-                                   const std::optional<Tensor>& given_size,
-                                   std::optional<double> scale) {
-    check_cls_attention(given_q, given_k, given_size);
+void ClsAttentionCall::take(Tensor given_q, Tensor given_k, OptionalTensor given_size,
+                            std::optional<double> scale) {
+    check_heads(given_q, "q", given_k, "k");
+    STD_TORCH_CHECK(given_q.size(1) > 0 && given_q.size(2) > 0,
+                    "q: expected at least one head and one token, got ", describe(given_q));
+    check_key_sizes(given_k, given_size);
     q = with_contiguous_last_dim(given_q);
     k = with_contiguous_last_dim(given_k);
     size = optional_contiguous(given_size);

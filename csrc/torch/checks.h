@@ -1,8 +1,7 @@
-// Argument checks shared by the CPU and CUDA operators: every message says what was expected and
-// what came. Raised as RuntimeError in Python.
+// What the checks of arguments are made of: every message says what was expected and what came.
+// Raised as RuntimeError in Python, where tome_ext/reference.py has the same checks.
 #pragma once
 
-#include <optional>
 #include <string>
 
 #include "stable.h"
@@ -11,7 +10,9 @@
 
 namespace tome::torch_layer {
 
-// "(2, 197, 64) float32", as tome_ext.ops.describe shows it.
+const char* dtype_name(ScalarType dtype);
+
+// "(2, 197, 64) float32"
 std::string describe(const Tensor& x);
 
 // The kernels' dtype, or an error that names the argument.
@@ -25,21 +26,14 @@ Reduce parse_reduce(const std::string& reduce);
 // x itself where its last dimension is contiguous, else a contiguous copy.
 Tensor with_contiguous_last_dim(const Tensor& x);
 
-void check_match(const Tensor& metric, int64_t num_prefix_tokens);
-void check_select(const Tensor& scores, int64_t keep, int64_t num_prefix_tokens);
-void check_plan_args(const Tensor& assign, int64_t num_rows);
-void check_merge(const Tensor& x, const char* name, int64_t tokens,
-                 const std::optional<Tensor>& size, const Tensor& members, const Tensor& offsets);
-// What merge_add_norm takes beside the arguments of merge.
-void check_add_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                    double eps);
-void check_unmerge(const Tensor& x, const Tensor& assign);
-void check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                     const std::optional<Tensor>& size);
+bool same_shape(const Tensor& x, const Tensor& y);
+void check_same_device(const Tensor& x, const char* x_name, const Tensor& y, const char* y_name);
+
+// (batch, columns) of the given dtype; columns < 0 accepts any number.
+void check_table(const Tensor& x, const char* name, int64_t batch, int64_t columns,
+                 const char* columns_name, ScalarType dtype);
+
 // `of` names the tensor whose shape and dtype x must have.
 void check_same_as(const Tensor& x, const char* name, const Tensor& of, const char* of_name);
-void check_lse(const Tensor& lse, const Tensor& q);
-void check_cls_attention(const Tensor& q, const Tensor& k, const std::optional<Tensor>& size);
 
 }  // namespace tome::torch_layer

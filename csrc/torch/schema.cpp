@@ -1,7 +1,8 @@
-// The operators' schemas, in one place. Their contract is documented in Python (tome_ext/plan.py).
+// Defines the operators to torch. Their contract is documented in Python (tome_ext/plan.py).
 
 #include <string>
 
+#include "calls.h"
 #include "stable.h"
 #include "tome_core/isa.h"
 
@@ -18,37 +19,20 @@ std::string build_info() {
            tome::isa_name(tome::active_isa()) + "\"}";
 }
 
-// The operators that have kernels.
-constexpr const char* kSchemas[] = {
-    "match(Tensor metric, int r, int num_prefix_tokens=0) -> (Tensor assign, Tensor members, "
-    "Tensor offsets)",
-    "select(Tensor scores, int keep, int num_prefix_tokens=0, bool fuse=False) -> (Tensor assign, "
-    "Tensor members, Tensor offsets)",
-    "plan(Tensor assign, int num_rows) -> (Tensor members, Tensor offsets)",
-    "merge(Tensor x, Tensor? size, Tensor members, Tensor offsets, str reduce=\"mean\") -> "
-    "(Tensor, Tensor)",
-    "merge_add_norm(Tensor x, Tensor branch, Tensor? size, Tensor members, Tensor offsets, "
-    "Tensor? scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6) -> (Tensor, "
-    "Tensor, Tensor)",
-    "merge_backward(Tensor grad, Tensor? size, Tensor members, Tensor offsets, str "
-    "reduce=\"mean\") -> Tensor",
-    "unmerge(Tensor x, Tensor assign) -> Tensor",
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? size=None, float? scale=None) -> "
-    "(Tensor out, Tensor lse)",
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? size, Tensor out, "
-    "Tensor lse, float? scale=None) -> (Tensor, Tensor, Tensor)",
-    "cls_attention(Tensor q, Tensor k, Tensor? size=None, float? scale=None) -> Tensor",
-};
+template <class... Calls>
+void define(torch::stable::detail::StableLibrary& m, tome::torch_layer::CallList<Calls...>) {
+    for (const std::string& schema : {std::string(Calls::kName) + Calls::kSchema...}) {
+        m.def(schema.c_str());
+        // The same in plain PyTorch, from tome_ext/reference.py, to which the CUDA library turns on
+        // a GPU that cannot run its kernels.
+        m.def(("_plain_" + schema).c_str());
+    }
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(tome, m) {
-    for (const char* schema : kSchemas) {
-        m.def(schema);
-        // The same in plain PyTorch, from tome_ext/reference.py, to which the CUDA library turns on
-        // a GPU that cannot run its kernels.
-        m.def((std::string("_plain_") + schema).c_str());
-    }
+    define(m, tome::torch_layer::AllCalls{});
     // attention_forward without lse. Written in Python (tome_ext/ops.py): a call of the dispatcher
     // from here would lose the text of an error, and torch would print it instead.
     m.def(

@@ -1,6 +1,7 @@
 // match(): against an oracle in double precision that follows the method's description.
 
 #include <algorithm>
+#include <numeric>
 
 #include "helpers.h"
 
@@ -17,7 +18,12 @@ struct Metric {
     Shape shape;
     const void* data;
     int64_t stride_batch, stride_head, stride_token;
+    const float* weight = nullptr;  // (batch, tokens)
+    const std::vector<int32_t>* targets = nullptr;
 
+    bool hides(int64_t b, int64_t n) const {
+        return weight != nullptr && weight[b * shape.tokens + n] == 0;
+    }
     double at(int64_t b, int64_t h, int64_t n, int64_t d) const {
         return load(dtype, data, b * stride_batch + h * stride_head + n * stride_token + d);
     }
@@ -27,23 +33,44 @@ Metric contiguous(const Array& x, const Shape& s) {
     return {x.dtype(), s, x.data(), s.heads * s.tokens * s.dim, s.tokens * s.dim, s.dim};
 }
 
+tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
+    const Shape& s = m.shape;
+    tome::MatchParams p{};
+    p.metric = m.data, p.dtype = m.dtype;
+    p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
+    p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
+    p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
+    if (m.targets != nullptr) {
+        p.targets = m.targets->data();
+        p.num_targets = static_cast<int64_t>(m.targets->size());
+    }
+    return p;
+}
+
 Plan run_match(const Metric& m, int64_t r, int64_t prefix, const Threads& threads) {
     const Shape& s = m.shape;
-    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(s.tokens, r, prefix), {}, {}, {}};
+    tome::MatchParams p = params_of(m, r, prefix);
+    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(p), {}, {}, {}};
     plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.members.assign(static_cast<size_t>(s.batch * s.tokens), -77);
     plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), -77);
-    tome::match(
-        {m.data, m.dtype, s.batch, s.heads, s.tokens, s.dim, m.stride_batch, m.stride_head,
-         m.stride_token, r, prefix, plan.assign.data(), plan.members.data(), plan.offsets.data()},
-        threads);
+    p.assign = plan.assign.data(), p.members = plan.members.data();
+    p.offsets = plan.offsets.data();
+    EXPECT_TRUE(tome::match(p, threads));
     return plan;
+}
+
+bool in_set_b(const Metric& m, int64_t n) {
+    if (m.targets == nullptr) return n % 2 == 1;
+    return std::find(m.targets->begin(), m.targets->end(), n) != m.targets->end();
 }
 
 struct Oracle {
     Plan plan;
     double margin = kInf;  // how far the nearest decision is from going the other way
 };
+
+constexpr int64_t kDropped = -1;
 
 // One image of the oracle: which token every token joins.
 std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t prefix,
@@ -54,7 +81,11 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
     std::vector<int64_t> joins, set_a, set_b;
     for (int64_t n = 0; n < s.tokens; ++n) {
         joins.push_back(n);
-        if (n >= prefix) (n % 2 == 0 ? set_a : set_b).push_back(n);
+        if (n >= prefix && m.hides(b, n)) {
+            joins[n] = kDropped;
+        } else if (n >= prefix) {
+            (in_set_b(m, n) ? set_b : set_a).push_back(n);
+        }
         double squares = 0;
         for (int64_t d = 0; d < s.dim; ++d) {
             double mean = 0;
@@ -65,6 +96,16 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
         }
         for (double& value : unit[n]) value = squares > 0 ? value / std::sqrt(squares) : 0.0;
     }
+    if (m.targets == nullptr) r = std::min(r, int64_t(set_b.size()));
+    if (m.targets != nullptr && set_b.empty()) {
+        // The first ones of what does not fit, and the first target, which stands.
+        const int64_t seen = prefix + int64_t(set_a.size()), rows = s.tokens - r;
+        const int64_t first = m.targets->front();
+        if (seen > rows) joins[first] = first;
+        for (int64_t k = 0; k < seen + 1 - rows && seen > rows; ++k) joins[set_a[k]] = first;
+        return joins;
+    }
+    r = std::min(r, int64_t(set_a.size()));
     struct Best {
         double score;
         int64_t from, to;
@@ -93,31 +134,43 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
 
 Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
     const Shape& s = m.shape;
-    r = std::max<int64_t>(0, std::min(r, std::max<int64_t>(0, s.tokens - prefix) / 2));
+    const int64_t behind = std::max<int64_t>(0, s.tokens - prefix);
+    int64_t most = behind / 2;
+    if (m.targets != nullptr) {
+        most = m.targets->empty() ? 0 : behind - int64_t(m.targets->size());
+    }
+    r = std::max<int64_t>(0, std::min(r, most));
     Oracle out;
     std::vector<int32_t> assign(static_cast<size_t>(s.batch * s.tokens));
     for (int64_t b = 0; b < s.batch; ++b) {
-        const std::vector<int64_t> joins = oracle_joins(m, b, r, prefix, out.margin);
+        std::vector<int64_t> joins(static_cast<size_t>(s.tokens));
+        std::iota(joins.begin(), joins.end(), 0);
+        if (r > 0) joins = oracle_joins(m, b, r, prefix, out.margin);
         int32_t* row_of = assign.data() + b * s.tokens;
         int32_t row = 0;
         // Rows: prefix, A tokens that stay, B tokens. Without merging: the identity.
         for (int group = 0; group < 3; ++group) {
             for (int64_t n = 0; n < s.tokens; ++n) {
-                const int of = n < prefix || r == 0 ? 0 : n % 2 == 0 ? 1 : 2;
+                const int of = n < prefix || r == 0 ? 0 : in_set_b(m, n) ? 2 : 1;
                 if (of == group && joins[n] == n) row_of[n] = row++;
             }
         }
-        for (int64_t n = 0; n < s.tokens; ++n) row_of[n] = row_of[joins[n]];
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            row_of[n] = joins[n] == kDropped ? -1 : row_of[joins[n]];
+        }
     }
     out.plan = plan_of(assign, s.batch, s.tokens, s.tokens - r);
     return out;
 }
 
 // Random tokens whose every decision is clear by far more than float32 rounding.
-Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix) {
+Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix,
+               const float* weight = nullptr, const std::vector<int32_t>* targets = nullptr) {
     for (unsigned seed = 1; seed < 200; ++seed) {
         Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
-        if (oracle_match(contiguous(x, s), r, prefix).margin > 3e-6) return x;
+        Metric m = contiguous(x, s);
+        m.weight = weight, m.targets = targets;
+        if (oracle_match(m, r, prefix).margin > 3e-6) return x;
     }
     throw std::runtime_error("no tie-free data for this shape");
 }
@@ -284,6 +337,137 @@ TEST_P(MatchTest, CutsRAndTakesDegenerateShapes) {
                         });
                     }
                 }
+            }
+        }
+    }
+}
+
+// Weights of every kind of image: none hidden, some, all but one, one set, all.
+std::vector<float> some_weights(const Shape& s, unsigned seed) {
+    std::mt19937 engine(seed);
+    std::vector<float> out;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const auto one = int64_t(engine() % uint64_t(std::max<int64_t>(1, s.tokens)));
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            const bool seen[] = {true,
+                                 engine() % 3 != 0,
+                                 engine() % 3 == 0,
+                                 n == one,
+                                 n % 2 == 0,
+                                 n % 2 == 1,
+                                 false,
+                                 n < one};
+            out.push_back(seen[b % 8] ? float(1 + engine() % 3) : n % 3 == 0 ? -0.0f : 0.0f);
+        }
+    }
+    return out;
+}
+
+TEST_P(MatchTest, HiddenTokensTakeNoPart) {
+    for (const auto& [shape, r, prefix] : {Case{{8, 1, 50, 33}, 8, 2},
+                                           {{8, 3, 31, 16}, 15, 0},
+                                           {{8, 1, 64, 20}, 100, 1},
+                                           {{8, 1, 7, 4}, 2, 1},
+                                           {{8, 2, 90, 5}, 1, 3}}) {
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, r " << r);
+        const std::vector<float> weight = some_weights(shape, 17);
+        Array x = tie_free(GetParam(), shape, r, prefix, weight.data());
+        const auto view = [&] {
+            Metric m = contiguous(x, shape);
+            m.weight = weight.data();
+            return m;
+        };
+        const Plan want = oracle_match(view(), r, prefix).plan;
+        for_each_isa([&] {
+            EXPECT_EQ(run_match(view(), r, prefix, Threads::serial()), want);
+            EXPECT_EQ(run_match(view(), r, prefix, pool()), want);
+            Metric all = contiguous(x, shape);
+            const std::vector<float> ones(weight.size(), 1.0f);
+            all.weight = ones.data();
+            EXPECT_EQ(run_match(all, r, prefix, pool()),
+                      run_match(contiguous(x, shape), r, prefix, pool()));
+        });
+        // What they hold changes nothing.
+        for (int64_t b = 0; b < shape.batch; ++b) {
+            for (int64_t n = prefix; n < shape.tokens; ++n) {
+                if (!view().hides(b, n)) continue;
+                for (int64_t h = 0; h < shape.heads; ++h) {
+                    x.set(((b * shape.heads + h) * shape.tokens + n) * shape.dim, kNaN);
+                }
+            }
+        }
+        for_each_isa([&] { EXPECT_EQ(run_match(view(), r, prefix, pool()), want); });
+    }
+}
+
+TEST_P(MatchTest, TargetsAreWhatOthersMergeInto) {
+    const Shape shape{8, 2, 45, 12};
+    const std::vector<float> weight = some_weights(shape, 23);
+    const std::vector<int32_t> sets[] = {
+        {2}, {44}, {5, 6, 7, 8}, {2, 7, 12, 17, 22, 27, 32, 37, 42}, {3, 5, 43, 44}};
+    for (const auto& targets : sets) {
+        for (int64_t r : {1, 9, 30, 100}) {
+            for (const float* weights : {static_cast<const float*>(nullptr), weight.data()}) {
+                const Array x = tie_free(GetParam(), shape, r, 2, weights, &targets);
+                Metric m = contiguous(x, shape);
+                m.weight = weights, m.targets = &targets;
+                SCOPED_TRACE(::testing::Message() << targets.size() << " targets, r " << r);
+                const Plan want = oracle_match(m, r, 2).plan;
+                for_each_isa([&] {
+                    EXPECT_EQ(run_match(m, r, 2, Threads::serial()), want);
+                    EXPECT_EQ(run_match(m, r, 2, pool()), want);
+                });
+            }
+        }
+    }
+    std::vector<int32_t> all(43), none;
+    std::iota(all.begin(), all.end(), 2);
+    const Array x = random_array(GetParam(), shape.batch * shape.heads * 45 * 12, 1);
+    for (const auto* targets : {&all, &none}) {    // nothing to merge, or nothing to merge into
+        if (targets->data() == nullptr) continue;  // stands for the odd positions
+        Metric m = contiguous(x, shape);
+        m.targets = targets;
+        EXPECT_EQ(run_match(m, 7, 2, pool()).rows, 45);
+    }
+}
+
+TEST_P(MatchTest, RefusesTargetsOutOfRangeOrOrder) {
+    const Shape shape{2, 1, 12, 4};
+    const Array x = random_array(GetParam(), 2 * 12 * 4, 1);
+    for (const auto& [targets, at] : std::vector<std::pair<std::vector<int32_t>, int64_t>>{
+             {{3, 3}, 1}, {{5, 4}, 1}, {{0, 4}, 0}, {{-1}, 0}, {{4, 12}, 1}, {{INT32_MAX}, 0}}) {
+        Metric m = contiguous(x, shape);
+        m.targets = &targets;
+        const tome::Status status = tome::match(params_of(m, 3, 1), pool());  // writes nothing
+        EXPECT_EQ(status.code, tome::Status::kTargetsNotOrdered);
+        EXPECT_EQ(status.index, at);
+        EXPECT_EQ(status.value, targets[size_t(at)]);
+    }
+}
+
+TEST_P(MatchTest, PaddedImagesGiveWhatTheyGiveAlone) {
+    const Shape padded{1, 2, 60, 24};
+    const Array x = random_array(GetParam(), padded.heads * padded.tokens * padded.dim, 3);
+    for (int64_t tokens : {1, 2, 5, 30, 41, 59, 60}) {
+        for (int64_t r : {1, 9, 20, 30}) {
+            for (int64_t prefix : {0, 1, 2}) {
+                if (tokens < prefix) continue;
+                std::vector<float> weight(60, 0.0f);
+                std::fill_n(weight.begin(), tokens, 1.0f);
+                Metric m = contiguous(x, padded), alone = m;
+                m.weight = weight.data();
+                alone.shape.tokens = tokens;
+                const Plan got = run_match(m, r, prefix, pool());
+                const Plan want = run_match(alone, r, prefix, pool());
+                SCOPED_TRACE(::testing::Message()
+                             << tokens << " tokens, r " << r << ", " << prefix);
+                EXPECT_TRUE(std::equal(want.assign.begin(), want.assign.end(), got.assign.begin()));
+                EXPECT_TRUE(
+                    std::equal(want.members.begin(), want.members.end(), got.members.begin()));
+                for (size_t n = size_t(tokens); n < 60; ++n) EXPECT_EQ(got.assign[n], -1);
+                const int64_t rows = std::min(want.rows, got.rows);
+                for (int64_t m = 0; m <= rows; ++m) EXPECT_EQ(got.offsets[m], want.offsets[m]);
+                for (int64_t m = rows; m <= got.rows; ++m) EXPECT_EQ(got.offsets[m], tokens);
             }
         }
     }

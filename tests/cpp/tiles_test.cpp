@@ -38,6 +38,13 @@ TEST(Tiles, BlocksCoverTheItemsUpToALimit) {
     EXPECT_EQ(tiles::blocks_for(int64_t{1} << 40), 1u << 20);
 }
 
+TEST(Tiles, MergeTakesRowsInPairsWhereTheyAreManyAndShort) {
+    EXPECT_TRUE(tiles::pairs_serve(256 * 184, 2 * 768, 132));
+    EXPECT_FALSE(tiles::pairs_serve(64 * 554, 2 * 1024, 132)) << "a full chunk";
+    EXPECT_FALSE(tiles::pairs_serve(8 * 184, 2 * 768, 132)) << "all rows have a place at once";
+    EXPECT_EQ(tiles::chunks_per_row(768, 8), 1) << "a pair's rows are one chunk each";
+}
+
 // --- attention ---------------------------------------------------------------------------------
 
 namespace attention = tome::attention_tiles;

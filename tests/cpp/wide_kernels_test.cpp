@@ -46,12 +46,15 @@ TEST(WideKernels, FindTheSameNeighboursAsThePortableOnes) {
             p.stride_head = tokens * dim;
             p.stride_token = dim;
             p.num_prefix_tokens = 1;
-            const auto count = static_cast<size_t>(tome::split_sets(tokens, 1).num_a);
+            const tome::Sets sets = tome::split_sets(tokens, 1);
+            const tome::TokenSet a{sets.first_a, sets.num_a}, b{sets.first_b, sets.num_b};
+            const auto count = static_cast<size_t>(a.count);
             std::vector<int32_t> wide(count), portable(count);
             std::vector<float> wide_best(count), portable_best(count);
             const auto serial = tome::Threads::serial();
-            tome::wide::nearest(p, 0, serial, wide.data(), wide_best.data());
-            tome::kPortableKernels.nearest(p, 0, serial, portable.data(), portable_best.data());
+            tome::wide::nearest(p, a, b, 0, serial, wide.data(), wide_best.data());
+            tome::kPortableKernels.nearest(p, a, b, 0, serial, portable.data(),
+                                           portable_best.data());
             for (size_t i = 0; i < count; ++i) {
                 EXPECT_NEAR(wide_best[i], portable_best[i], 1e-5f) << tokens << " " << dim;
                 // With one channel every score is 1 or -1, up to rounding: ties, but for rounding.

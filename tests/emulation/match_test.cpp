@@ -26,6 +26,8 @@ struct Metric {
     Shape shape;
     const void* data;
     int64_t stride_batch, stride_head, stride_token;
+    const float* weight = nullptr;  // (batch, tokens)
+    const std::vector<int32_t>* targets = nullptr;
 };
 
 Metric contiguous(const Array& x, const Shape& s) {
@@ -38,35 +40,35 @@ Array random_metric(DType dtype, const Shape& s, unsigned seed) {
 
 constexpr int32_t kPoison = -77;
 
-Plan poisoned_plan(const Shape& s, int64_t r, int64_t prefix) {
-    Plan plan{s.batch, s.tokens, s.tokens - tome::cut_r(s.tokens, r, prefix), {}, {}, {}};
-    plan.assign.assign(static_cast<size_t>(s.batch * s.tokens), kPoison);
-    plan.members.assign(static_cast<size_t>(s.batch * s.tokens), kPoison);
-    plan.offsets.assign(static_cast<size_t>(s.batch * (plan.rows + 1)), kPoison);
+tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
+    const Shape& s = m.shape;
+    tome::MatchParams p{};
+    p.metric = m.data, p.dtype = m.dtype;
+    p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
+    p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
+    p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
+    if (m.targets != nullptr) {
+        p.targets = m.targets->data();
+        p.num_targets = static_cast<int64_t>(m.targets->size());
+    }
+    return p;
+}
+
+// The params point into the plan.
+Plan poisoned_plan(tome::MatchParams& p) {
+    Plan plan{p.batch, p.tokens, p.tokens - tome::cut_r(p), {}, {}, {}};
+    plan.assign.assign(static_cast<size_t>(p.batch * p.tokens), kPoison);
+    plan.members.assign(static_cast<size_t>(p.batch * p.tokens), kPoison);
+    plan.offsets.assign(static_cast<size_t>(p.batch * (plan.rows + 1)), kPoison);
+    p.assign = plan.assign.data(), p.members = plan.members.data();
+    p.offsets = plan.offsets.data();
     return plan;
 }
 
-tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix, Plan& plan) {
-    const Shape& s = m.shape;
-    return {m.data,
-            m.dtype,
-            s.batch,
-            s.heads,
-            s.tokens,
-            s.dim,
-            m.stride_batch,
-            m.stride_head,
-            m.stride_token,
-            r,
-            prefix,
-            plan.assign.data(),
-            plan.members.data(),
-            plan.offsets.data()};
-}
-
 Plan on_cpu(const Metric& m, int64_t r, int64_t prefix) {
-    Plan plan = poisoned_plan(m.shape, r, prefix);
-    tome::match(params_of(m, r, prefix, plan), Threads::serial());
+    tome::MatchParams params = params_of(m, r, prefix);
+    Plan plan = poisoned_plan(params);
+    EXPECT_TRUE(tome::match(params, Threads::serial()));
     return plan;
 }
 
@@ -75,16 +77,21 @@ int64_t bytes_of(DType dtype) {
 }
 
 tiles::Tiles tiles_of(const tome::MatchParams& p) {
-    const tome::Sets sets = tome::split_sets(p.tokens, p.num_prefix_tokens);
+    tome::Sets sets = tome::split_sets(p.tokens, p.num_prefix_tokens);
+    if (p.targets != nullptr) {
+        sets.num_b = p.num_targets;
+        sets.num_a = p.tokens - p.num_prefix_tokens - p.num_targets;
+    }
     return tiles::choose(
         p.batch, p.heads, sets.num_a, sets.num_b, p.dim, bytes_of(p.dtype),
-        {tome_emulation::options().multiprocessors, tome_emulation::options().shared_limit});
+        {tome_emulation::options().multiprocessors, tome_emulation::options().shared_limit},
+        p.weight != nullptr || p.targets != nullptr);
 }
 
 // In a workspace of exactly the size asked for, full of what another kernel may have left.
 Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0xA5) {
-    Plan plan = poisoned_plan(m.shape, r, prefix);
-    const tome::MatchParams params = params_of(m, r, prefix, plan);
+    tome::MatchParams params = params_of(m, r, prefix);
+    Plan plan = poisoned_plan(params);
     std::vector<unsigned char> workspace(tome::match_cuda_workspace_bytes(params), left);
     const int64_t before = tome_emulation::launches();
     EXPECT_EQ(tome::match_cuda(params, workspace.data(), nullptr), cudaSuccess)
@@ -411,10 +418,11 @@ TEST_P(CudaMatchTest, EveryFormAndCutAgreesWithCpu) {
         {1, 4, 50, 64, 8, 1, Form::kDirect, 1, 1},
         {2, 4, 50, 64, 24, 200, Form::kStaged, 1, 1},
         {2, 4, 197, 64, 13, 2, Form::kDirect, 1, 1},
-        {1, 4, 197, 64, 13, 132, Form::kStaged, 1, 1},
+        {1, 4, 197, 64, 13, 132, Form::kStaged, 4, 1},
+        {2, 4, 197, 64, 40, 4, Form::kStaged, 1, 1},
         {1, 5, 197, 64, 98, 2, Form::kStaged, 1, 1},
         {2, 4, 197, 72, 60, 1, Form::kDirect, 1, 1},
-        {2, 4, 197, 72, 60, 132, Form::kStaged, 1, 1},
+        {2, 4, 197, 72, 60, 132, Form::kStaged, 4, 1},
         {1, 4, 577, 32, 23, 1, Form::kStaged, 3, 1},
         {1, 4, 577, 64, 23, 2, Form::kStaged, 4, 1},
         {1, 4, 577, 64, 288, 132, Form::kStaged, 5, 3},
@@ -423,6 +431,7 @@ TEST_P(CudaMatchTest, EveryFormAndCutAgreesWithCpu) {
         {1, 4, 1031, 16, 300, 20, Form::kStaged, 9, 4},
         {1, 1, 577, 32, 23, 1, Form::kDirect, 3, 1},
         {1, 1, 577, 32, 288, 20, Form::kDirect, 6, 6},
+        {1, 1, 2049, 16, 40, 20, Form::kStaged, 16, 2},
     };
     for (const Cut& cut : cuts) {
         const Shape s{cut.batch, cut.heads, cut.tokens, cut.dim};
@@ -442,6 +451,115 @@ TEST_P(CudaMatchTest, EveryFormAndCutAgreesWithCpu) {
             const UseOptions order(with(seed, cut.multiprocessors, kHopperShared));
             EXPECT_EQ(on_cuda(contiguous(x, s), cut.r, 1, static_cast<unsigned char>(seed)), want);
         }
+    }
+}
+
+// Weights of every kind of image: none hidden, some, all but one, one set, all, padding.
+std::vector<float> some_weights(const Shape& s, unsigned seed) {
+    std::mt19937 engine(seed);
+    std::vector<float> out;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        const auto one = int64_t(engine() % uint64_t(s.tokens));
+        for (int64_t n = 0; n < s.tokens; ++n) {
+            const bool seen[] = {engine() % 3 != 0,
+                                 true,
+                                 engine() % 3 == 0,
+                                 n == one,
+                                 n % 2 == 0,
+                                 n % 2 == 1,
+                                 false,
+                                 n < one};
+            out.push_back(seen[b % 8] ? 2.0f : n % 3 == 0 ? -0.0f : 0.0f);
+        }
+    }
+    return out;
+}
+
+// In both forms that take them, by one block an image and by several, ranked by counting and by
+// radix. Hidden tokens hold NaN, and so do some visible ones.
+TEST_P(CudaMatchTest, HiddenTokensTakeNoPart) {
+    const Case cases[] = {
+        {{8, 2, 21, 16}, 7, 0},  {{8, 1, 50, 33}, 100, 2},  {{8, 1, 9, 70}, 2, 1},
+        {{1, 3, 300, 8}, 60, 1}, {{2, 1, 1040, 8}, 300, 1}, {{2, 2, 40, 136}, 8, 3},
+    };
+    for (const auto& [shape, r, prefix] : cases) {
+        if (GetParam() == DType::kFloat64 && shape.tokens > 1000) continue;  // slow here
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, dim " << shape.dim);
+        Array x = random_metric(GetParam(), shape, 5);
+        Metric m = contiguous(x, shape);
+        const std::vector<float> weight = some_weights(shape, 3);
+        const int64_t image = shape.heads * shape.tokens;
+        for (int64_t i = 0; i < shape.batch * image; ++i) {
+            const int64_t n = i % shape.tokens;
+            const bool hidden = weight[size_t(i / image * shape.tokens + n)] == 0;
+            if (hidden || n % 13 == 4 || n == 3) x.set(i * shape.dim + n % shape.dim, kNaN);
+        }
+        const Plan without = on_cpu(m, r, prefix);
+        const std::vector<float> ones(weight.size(), 1.0f);
+        for_each_machine([&] {
+            m.weight = weight.data();
+            EXPECT_EQ(on_cuda(m, r, prefix), on_cpu(m, r, prefix));
+            m.weight = ones.data();
+            EXPECT_EQ(on_cuda(m, r, prefix), without);
+        });
+        const UseOptions plain(with(7, 2, kNoTile));
+        m.weight = weight.data();
+        EXPECT_EQ(on_cuda(m, r, prefix), on_cpu(m, r, prefix)) << "plain";
+    }
+}
+
+std::vector<int32_t> every(int32_t step, int32_t first, int64_t tokens) {
+    std::vector<int32_t> out;
+    for (int32_t n = first; n < tokens; n += step) out.push_back(n);
+    return out;
+}
+
+TEST_P(CudaMatchTest, TargetsAreWhatOthersMergeInto) {
+    struct WithTargets {
+        Case c;
+        std::vector<int32_t> targets;
+    };
+    const WithTargets cases[] = {
+        {{{8, 2, 45, 16}, 30, 2}, every(4, 3, 45)},
+        {{{8, 1, 45, 33}, 100, 2}, {2}},
+        {{{8, 1, 45, 33}, 44, 0}, {44}},
+        {{{3, 1, 20, 70}, 3, 1}, {1, 2, 3, 4, 19}},
+        {{{2, 3, 700, 8}, 520, 1}, every(4, 2, 700)},
+        {{{1, 1, 300, 8}, 20, 0}, every(2, 1, 300)},
+    };
+    for (const auto& [c, targets] : cases) {
+        const auto& [shape, r, prefix] = c;
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, dim " << shape.dim);
+        if (GetParam() == DType::kFloat64 && shape.tokens > 500) continue;  // slow here
+        const Array x = random_metric(GetParam(), shape, 5);
+        const std::vector<float> weight = some_weights(shape, 3);
+        Metric m = contiguous(x, shape);
+        m.targets = &targets;
+        for (const float* weights : {static_cast<const float*>(nullptr), weight.data()}) {
+            m.weight = weights;
+            const Plan want = on_cpu(m, r, prefix);
+            for_each_machine([&] { EXPECT_EQ(on_cuda(m, r, prefix), want); });
+            const UseOptions plain(with(7, 2, kNoTile));
+            EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain";
+        }
+    }
+}
+
+// Some plan, and no access outside (in the sanitizer build).
+TEST_P(CudaMatchTest, BadTargetsReachNothingOutside) {
+    const Shape shape{2, 2, 31, 16};
+    const Array x = random_metric(GetParam(), shape, 5);
+    const std::vector<int32_t> sets[] = {{-1, 5, 99}, {INT32_MIN, INT32_MAX}, {31}, {-7}};
+    for (const auto& targets : sets) {
+        Metric m = contiguous(x, shape);
+        m.targets = &targets;
+        for_each_machine([&] {
+            const Plan got = on_cuda(m, 20, 1);
+            EXPECT_EQ(got, plan_of(got.assign, 2, 31, got.rows));
+            for (int32_t row : got.assign) EXPECT_LT(row, got.rows);
+        });
+        const UseOptions plain(with(7, 2, kNoTile));
+        on_cuda(m, 20, 1);
     }
 }
 
@@ -503,7 +621,9 @@ TEST(MatchTiles, FitTheMachineAndCoverTheWork) {
                         if (t.form != tiles::Form::kPlain && t.blocks_per_image() == 1) {
                             EXPECT_LE(set, tiles::kMostRows) << "its maxima stay in registers";
                         }
-                        EXPECT_EQ(t.form == tiles::Form::kStaged && heads == 1, false);
+                        if (t.form == tiles::Form::kStaged && heads == 1) {
+                            EXPECT_GE(set, tiles::kManyRows);
+                        }
                     }
                 }
             }
@@ -518,10 +638,14 @@ TEST(MatchTiles, UsualShapes) {
     EXPECT_EQ(vit.form, Form::kDirect);
     EXPECT_EQ(vit.blocks_per_image(), 1);
     EXPECT_LE(vit.shared_bytes, kHopper.shared_for_two());
-    // One image: one block, behind many that stage its rows.
+    // One image: four blocks, behind many that stage its rows; of many images, or small ones, one.
     const tiles::Tiles one = tiles::choose(1, 12, 98, 98, 64, 2, kHopper);
     EXPECT_EQ(one.form, Form::kStaged);
-    EXPECT_EQ(one.blocks_per_image(), 1);
+    EXPECT_EQ(one.blocks_a, 4);
+    EXPECT_EQ(one.splits_b, 1);
+    EXPECT_EQ(tiles::choose(33, 12, 98, 98, 64, 2, kHopper).blocks_a, 4);
+    EXPECT_EQ(tiles::choose(34, 12, 98, 98, 64, 2, kHopper).blocks_a, 1);
+    EXPECT_EQ(tiles::choose(1, 12, 64, 64, 64, 2, kHopper).blocks_a, 1);
     // More tokens: even parts, and two blocks per multiprocessor.
     const tiles::Tiles more = tiles::choose(64, 16, 289, 288, 64, 2, kHopper);
     EXPECT_EQ(more.form, Form::kStaged);
@@ -529,12 +653,13 @@ TEST(MatchTiles, UsualShapes) {
     EXPECT_EQ(more.rows_b, 96);
     EXPECT_EQ(more.blocks_per_image(), 4);
     EXPECT_LE(more.shared_bytes, kHopper.shared_for_two());
-    // Diffusion: enough blocks for every multiprocessor, tiles not below 64 x 64.
+    // Diffusion: enough blocks for every multiprocessor, tiles not below 64 x 32.
     const tiles::Tiles large = tiles::choose(2, 1, 2048, 2048, 320, 2, kHopper);
     EXPECT_GE(2 * large.blocks_per_image(), kHopper.multiprocessors);
     EXPECT_GE(large.rows_a, 64);
-    EXPECT_GE(large.rows_b, 64);
-    EXPECT_EQ(large.form, Form::kDirect);
+    EXPECT_GE(large.rows_b, 32);
+    EXPECT_EQ(large.form, Form::kStaged);
+    EXPECT_EQ(tiles::choose(2, 1, 288, 288, 64, 2, kHopper).form, Form::kDirect);
     EXPECT_EQ(tiles::choose(2, 12, 98, 98, 64, 8, kHopper).form, Form::kPlain);
 }
 

@@ -125,6 +125,43 @@ TEST_P(CudaMerge, AgreesWithPlainLoops) {
     }
 }
 
+TEST_P(CudaMerge, ManyRowsGoInPairs) {
+    if (tome::element_size(GetParam()) != 2) return;
+    // An odd number of rows, some of them empty; members near their row's number and far from it.
+    Plan plan = random_plan(8, 61, 33, 19);
+    std::vector<float> sizes = random_sizes(8 * 61, 5);
+    for (size_t i = 0; i < sizes.size(); i += 3) sizes[i] = 1;
+    const auto merged = [&](const View& x, const float* size, Reduce reduce, int multiprocessors) {
+        const tome_emulation::UseOptions use({.multiprocessors = multiprocessors});
+        EXPECT_EQ(tome::tiles::pairs_serve(8 * 33, 2 * x.channels, multiprocessors),
+                  multiprocessors == 1);
+        Merged got = empty_merged(x, plan);
+        EXPECT_EQ(tome::merge_cuda(merge_params(x, plan, size, reduce, got), nullptr), cudaSuccess)
+            << tome_emulation::last_failure();
+        return got;
+    };
+    for (int64_t channels : {8, 264, 768}) {
+        const View x(GetParam(), 8, 61, channels, 0, unsigned(channels));
+        for (Reduce reduce : {Reduce::kMean, Reduce::kSum, Reduce::kAmax}) {
+            const float* size = channels == 264 ? nullptr : sizes.data();
+            expect_merged(merged(x, size, reduce, 1), x, plan, size, reduce);
+            if (HasFatalFailure()) return;
+        }
+    }
+    // The same bits as the other kernel's, also where the plan leads outside.
+    const View x(GetParam(), 8, 61, 40, 0, 1);
+    for (int32_t bad : {-1, 61, 1 << 30, std::numeric_limits<int32_t>::min()}) {
+        for (size_t at : {size_t{0}, size_t{5}, size_t{32}, size_t{33}}) {
+            plan.members[at] = plan.members[61 + at] = bad;
+            plan.offsets[at] = plan.offsets[34 + at] = bad;
+            const Merged pairs = merged(x, sizes.data(), Reduce::kMean, 1);
+            const Merged want = merged(x, sizes.data(), Reduce::kMean, 132);
+            EXPECT_EQ(pairs.out, want.out);
+            EXPECT_EQ(pairs.size, want.size);
+        }
+    }
+}
+
 TEST_P(CudaMerge, ManyMembers) {
     // Rows of more members than a warp has lanes.
     std::vector<int32_t> assign;

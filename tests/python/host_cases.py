@@ -88,5 +88,5 @@ def all_cases() -> list[Case]:
     """The cases of every library."""
     from importlib import import_module
 
-    libraries = ("timm", "torchvision", "open_clip")
+    libraries = ("timm", "transformers", "torchvision", "open_clip")
     return [case for library in libraries for case in import_module(f"host_cases_{library}").CASES]

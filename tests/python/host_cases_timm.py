@@ -227,7 +227,7 @@ BLOCKS = [
 # --- NaFlexVit ------------------------------------------------------------------------------------
 
 
-def _naflex(options: dict[str, Any]) -> nn.Module:
+def naflex(options: dict[str, Any]) -> nn.Module:
     settings = {
         "patch_size": 4,
         "embed_dim": 32,
@@ -240,25 +240,19 @@ def _naflex(options: dict[str, Any]) -> nn.Module:
     return loud(naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**settings), num_classes=5))
 
 
-def _packed(batch: int, seed: int, noise: float = 0.0) -> Inputs:
-    """Patches of pictures of 8 x 5, the rest of 64 tokens padded with ``noise``."""
+def packed(batch: int, seed: int, noise: float = 0.0, total: int = TOKENS) -> Inputs:
+    """Patches of pictures of 8 x 5, the rest of ``total`` tokens padded with ``noise``."""
     generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(batch, TOKENS, 48, generator=generator)
-    patches[:, 40:] = noise
-    rows = torch.arange(TOKENS)
-    coord = torch.stack((rows // 5, rows % 5), dim=1)
-    coord[40:] = 0
-    valid = (rows < 40).expand(batch, -1)
-    return {"x": patches, "patch_coord": coord.expand(batch, -1, -1), "patch_valid": valid}
-
-
-def _whole_packed(batch: int, seed: int) -> Inputs:
-    """All tokens are patches, of pictures of 8 x 8."""
-    patches = torch.randn(batch, TOKENS, 48, generator=torch.Generator().manual_seed(seed))
-    rows = torch.arange(TOKENS)
-    coord = torch.stack((rows // GRID, rows % GRID), dim=1).expand(batch, -1, -1)
-    valid = torch.ones(batch, TOKENS, dtype=torch.bool)
-    return {"x": patches, "patch_coord": coord, "patch_valid": valid}
+    patches = torch.full((batch, total, 48), noise)
+    patches[:, :40] = torch.randn(batch, 40, 48, generator=generator)
+    rows = torch.arange(total)
+    valid = rows < 40
+    coord = torch.stack((rows // 5, rows % 5), dim=1) * valid.unsqueeze(1)
+    return {
+        "x": patches,
+        "patch_coord": coord.expand(batch, -1, -1),
+        "patch_valid": valid.expand(batch, -1),
+    }
 
 
 def _paired_naflex(model: Any, inputs: Inputs) -> Inputs:
@@ -269,37 +263,32 @@ def _paired_naflex(model: Any, inputs: Inputs) -> Inputs:
     return _paired_images(inputs)
 
 
-def _flexible(
-    name: str, inputs: Any = _inputs, equal_tokens: Any = None, hidden: Any = None, **options: Any
-) -> Case:
-    make = partial(_naflex, options)
+def _flexible(name: str, **options: Any) -> Case:
+    make = partial(naflex, options)
     model: Any = make()
     prefix = model.num_prefix_tokens
     return Case(
         f"timm: {name}",
         make,
-        inputs,
+        _inputs,
         _logits,
         prefix + TOKENS,
         prefix,
         LAYERS,
         class_token=model.has_class_token,
-        equal_tokens=equal_tokens,
-        hidden=hidden,
+        equal_tokens=_paired_naflex,
+        hidden=packed,
     )
 
 
 FLEX = [
+    _flexible("NaFlex, avg", class_token=True, global_pool="avg"),
     _flexible(
-        "NaFlex, pictures, avg", equal_tokens=_paired_naflex, class_token=True, global_pool="avg"
+        "NaFlex, avgmax, prefix", reg_tokens=2, global_pool="avgmax", pool_include_prefix=True
     ),
-    _flexible(
-        "NaFlex, rotary",
-        equal_tokens=_paired_naflex,
-        rope_type="axial",
-        class_token=True,
-        global_pool="token",
-    ),
+    _flexible("NaFlex, attention pool", global_pool="map"),
+    _flexible("NaFlex, rotary", rope_type="axial", class_token=True, global_pool="token"),
+    _flexible("NaFlex, mixed", rope_type="mixed", pos_embed="none", global_pool="avg"),
 ]
 
 CASES = [

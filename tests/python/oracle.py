@@ -53,8 +53,17 @@ def check_plan(
         assert dropped == [n for n in range(num_tokens) if to[n] == -1]
 
 
-def match_plan(metric: Tensor, r: int, prefix: int) -> tuple[list[list[int]], float]:
-    """Bipartite soft matching by loops in float64.
+def match_plan(
+    metric: Tensor,
+    r: int,
+    prefix: int,
+    weight: Tensor | None = None,
+    targets: list[int] | None = None,
+) -> tuple[list[list[int]], float]:
+    """Bipartite soft matching by loops in float64; tokens of weight 0 take no part.
+
+    ``targets`` are what others merge into, None means the odd positions. An image of which all are
+    hidden must have room for its other tokens.
 
     Returns the assignment of every image, and the smallest gap between a choice made and the best
     one refused: where it is below rounding, another choice would have been as right.
@@ -63,13 +72,23 @@ def match_plan(metric: Tensor, r: int, prefix: int) -> tuple[list[list[int]], fl
     rows = rows.mean(1) if rows.dim() == 4 else rows
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-300)
     num_tokens = rows.shape[1]
-    r = max(0, min(r, max(0, num_tokens - prefix) // 2))
-    a = [n for n in range(min(prefix, num_tokens), num_tokens) if n % 2 == 0]
-    b = [n for n in range(min(prefix, num_tokens), num_tokens) if n % 2 == 1]
+    behind = range(prefix, num_tokens)
+    odd = [n for n in behind if n % 2 == 1] if targets is None else targets
+    r = max(0, min(r, len(behind) // 2 if targets is None else len(behind) - len(odd)))
+    r = r if odd else 0
     assigns, gap = [], float("inf")
-    for image in rows:
+    for number, image in enumerate(rows):
         if r == 0:
             assigns.append(list(range(num_tokens)))
+            continue
+        seen = [weight is None or weight[number, n] != 0 for n in range(num_tokens)]
+        a = [n for n in behind if n not in odd and seen[n]]
+        b = [n for n in odd if seen[n]]
+        merged = min(r, len(a), len(b) if targets is None or not b else num_tokens)
+        assert b or len(a) + prefix <= num_tokens - r
+        if merged == 0:
+            order = [*range(prefix), *a, *b]
+            assigns.append([order.index(n) if n in order else -1 for n in range(num_tokens)])
             continue
         scores = image[a] @ image[b].T
         best = []
@@ -79,12 +98,12 @@ def match_plan(metric: Tensor, r: int, prefix: int) -> tuple[list[list[int]], fl
             others = [s for k, s in enumerate(row) if k != j]
             gap = min([gap] + [row[j] - s for s in others])
         ranked = sorted(best, key=lambda entry: (-entry[0], entry[1]))
-        if r < len(ranked):
-            gap = min(gap, ranked[r - 1][0] - ranked[r][0])
-        joins = {a[i]: b[j] for _, i, j in ranked[:r]}
+        if merged < len(ranked):
+            gap = min(gap, ranked[merged - 1][0] - ranked[merged][0])
+        joins = {a[i]: b[j] for _, i, j in ranked[:merged]}
         order = list(range(prefix)) + [n for n in a if n not in joins] + b
         row_of = {n: row for row, n in enumerate(order)}
-        assigns.append([row_of[joins.get(n, n)] for n in range(num_tokens)])
+        assigns.append([row_of.get(joins.get(n, n), -1) for n in range(num_tokens)])
     return assigns, gap
 
 

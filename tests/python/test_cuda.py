@@ -80,6 +80,26 @@ def test_match_agrees_with_the_cpu(
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim", "r"),
+    [(5, 12, 197, 64, 13), (3, 1, 64, 48, 32), (4, 2, 50, 33, 8), (4, 3, 1200, 64, 400)],
+)
+def test_match_hides_what_the_cpu_hides(
+    dtype: torch.dtype, batch: int, heads: int, tokens: int, dim: int, r: int
+) -> None:
+    keys = separated_keys(batch, heads, tokens, dim).to(dtype)
+    weight = torch.ones(batch, tokens)
+    weight[1, tokens // 3 :] = 0
+    # Pairs of tokens, so that the nearest of those that are seen is still clear.
+    weight[2] = (torch.rand(tokens // 2 + 1) > 0.5).repeat_interleave(2)[:tokens]
+    keys[weight[:, None].expand(-1, heads, -1) == 0] = float("nan")
+    got, want = (tome_ext.match(x, r, 1, weight=weight.to(x.device)) for x in (keys.cuda(), keys))
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+@on_gpu
 @pytest.mark.parametrize(("tokens", "r"), [(4096, 2048), (16384, 4096)])
 def test_large_matches_are_as_good_as_the_cpus(tokens: int, r: int) -> None:
     keys = torch.randn(1, tokens, 64)

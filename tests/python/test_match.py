@@ -215,6 +215,193 @@ def test_half_types_are_scored_in_float32():
         )
 
 
+def hide(metric: torch.Tensor, weight: torch.Tensor, prefix: int, seed: int) -> torch.Tensor:
+    """The metric with something else in its hidden tokens: NaN, or random numbers."""
+    hidden = weight == 0
+    hidden[:, :prefix] = False
+    hidden = hidden[..., None] if metric.dim() == 3 else hidden[:, None, :, None]
+    other = torch.randn(metric.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(hidden, float("nan") if seed % 2 else other.to(metric.dtype), metric)
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    r=st.integers(-2, 30),
+    prefix=st.integers(0, 4),
+    heads=st.integers(0, 2),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_hidden_tokens_take_no_part(batch, tokens, r, prefix, heads, density, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, 7) if heads else (batch, tokens, 7)
+    metric = torch.randn(shape, generator=generator).to(dtype)
+    seen = torch.rand(batch, tokens, generator=generator) < density
+    weight = torch.where(seen, torch.randint(1, 5, (batch, tokens), generator=generator), 0).float()
+    plan = tome_ext.match(metric, r, prefix, weight=weight)
+    removed = max(0, min(r, max(0, tokens - prefix) // 2))
+    check_plan(*plan, tokens, tokens - removed)
+    for ours, twin in zip(plan, reference.match(metric, r, prefix, weight=weight), strict=True):
+        assert torch.equal(ours, twin)
+    expected, gap = match_plan(metric, r, prefix, weight)
+    if gap > 1e-5:
+        assert plan.assign.tolist() == expected
+    # What hidden tokens hold changes nothing, however it comes.
+    strange = hide(metric, weight, prefix, seed)
+    wide = torch.stack((weight, weight), 2)[..., 0]
+    for ours, other in zip(plan, tome_ext.match(strange, r, prefix, weight=wide), strict=True):
+        assert torch.equal(ours, other)
+    # No size is lost, and rows are of one kind.
+    ones = torch.ones(batch, tokens, 1)
+    merged, size = plan.merge(ones, weight)
+    assert torch.equal(size.sum(1), weight.sum(1))
+    if removed:
+        alive = (plan.offsets.diff(dim=1) > 0)[:, prefix:]
+        assert torch.equal(size[:, prefix:] > 0, alive)
+        assert torch.equal(alive, alive.sort(dim=1, descending=True)[0])  # empty ones last
+        assert torch.equal(plan.unmerge(merged)[:, prefix:, 0] > 0, weight[:, prefix:] > 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_that_hides_nothing_changes_nothing(shape, dtype):
+    batch, heads, tokens, dim, r, prefix = shape
+    metric = torch.randn(batch, heads, tokens, dim).to(dtype)
+    weight = torch.rand(batch, tokens) + 0.5
+    weight[:, :prefix] = 0  # no prefix is hidden
+    for ours, other in zip(
+        tome_ext.match(metric, r, prefix, weight=weight),
+        tome_ext.match(metric, r, prefix),
+        strict=True,
+    ):
+        assert torch.equal(ours, other)
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    r=st.integers(-2, 40),
+    prefix=st.integers(0, 4),
+    heads=st.integers(0, 2),
+    spread=st.sampled_from([0.0, 0.05, 0.3, 0.8, 1.0]),
+    density=st.sampled_from([None, 0.0, 0.3, 0.8]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_targets_are_what_others_merge_into(
+    batch, tokens, r, prefix, heads, spread, density, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, 7) if heads else (batch, tokens, 7)
+    metric = torch.randn(shape, generator=generator).to(dtype)
+    chosen = torch.rand(tokens, generator=generator) < spread
+    targets = chosen.nonzero().flatten()
+    targets = targets[targets >= prefix].to(torch.int32)
+    weight = None
+    if density is not None:
+        weight = (torch.rand(batch, tokens, generator=generator) < density).float()
+    plan = tome_ext.match(metric, r, prefix, weight=weight, targets=targets)
+    others = max(0, tokens - prefix) - len(targets)
+    removed = max(0, min(r, others)) if len(targets) else 0
+    check_plan(*plan, tokens, tokens - removed)
+    twin = reference.match(metric, r, prefix, weight=weight, targets=targets)
+    for ours, theirs in zip(plan, twin, strict=True):
+        assert torch.equal(ours, theirs)
+    if weight is None:
+        _, size = plan.merge(torch.ones(batch, tokens, 1))
+        assert (size.sum(1) == tokens).all()
+        assert ((size > 1).sum(1) <= len(targets)).all()
+    else:
+        strange = hide(metric, weight, prefix, seed)
+        other = tome_ext.match(strange, r, prefix, weight=weight, targets=targets)
+        for ours, theirs in zip(plan, other, strict=True):
+            assert torch.equal(ours, theirs)
+        # However few targets are seen, no size is lost.
+        _, size = plan.merge(torch.ones(batch, tokens, 1), weight)
+        assert torch.equal(size.sum(1), weight.sum(1))
+        if batch and not (weight[:, targets.long()].sum(1) > 0).all():
+            return  # the oracle knows no such images
+    expected, gap = match_plan(metric, r, prefix, weight, targets.tolist())
+    if gap > 1e-5:
+        assert plan.assign.tolist() == expected
+
+
+def test_where_all_targets_are_hidden_what_does_not_fit_joins_the_first():
+    x, weight = torch.randn(2, 9, 4), torch.ones(2, 9)
+    targets = torch.tensor([4, 6], dtype=torch.int32)
+    weight[0, [4, 6]] = 0
+    weight[1, [1, 2, 3, 4, 5, 6]] = 0
+    plan = tome_ext.match(x, 6, 1, weight=weight, targets=targets)  # 9 - 6 = 3 rows
+    # 7 are seen for 2 rows beside that of token 4: 5 of them join it.
+    assert plan.assign[0].tolist() == [0, 2, 2, 2, 2, 2, -1, 2, 1]
+    assert plan.merge(x, weight)[1][0].tolist() == [1, 1, 5]
+    # Here they fit.
+    assert plan.assign[1].tolist() == [0, -1, -1, -1, -1, -1, -1, 1, 2]
+
+
+def test_odd_positions_as_targets_change_nothing():
+    metric = torch.randn(2, 3, 31, 8)
+    for prefix in (0, 1, 2):
+        first = prefix + 1 - prefix % 2
+        odd = torch.arange(first, 31, 2, dtype=torch.int32)
+        expected = tome_ext.match(metric, 9, prefix)
+        for ours, theirs in zip(
+            tome_ext.match(metric, 9, prefix, targets=odd), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [[3, 3], [5, 4], [0, 4], [-1], [4, 12], [2**31 - 1], [-(2**31)]])
+def test_targets_out_of_range_or_order_are_refused(bad):
+    index = next(i for i, n in enumerate(bad) if n < max([1, *(b + 1 for b in bad[:i])]) or n > 11)
+    expected = (
+        rf"ascending tokens behind the prefix, below N = 12, got targets\[{index}\] = {bad[index]}$"
+    )
+    for r in (0, 3):
+        with pytest.raises(RuntimeError, match=expected):
+            tome_ext.match(
+                torch.randn(2, 12, 4), r, 1, targets=torch.tensor(bad, dtype=torch.int32)
+            )
+
+
+def test_compiles_with_weights_and_targets_into_one_graph():
+    def merge(x, weight, targets):
+        plan = tome_ext.match(x, 6, 1, weight=weight)
+        x, weight = plan.merge(x, weight)
+        return tome_ext.match(x, 4, 1, weight=weight, targets=targets).merge(x, weight)
+
+    compiled = torch.compile(merge, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, tokens in ((3, 20), (2, 31)):
+        x, weight = torch.randn(batch, tokens, 8), (torch.rand(batch, tokens) > 0.4).float()
+        targets = torch.arange(2, 14, tokens // 5, dtype=torch.int32)
+        for ours, expected in zip(
+            compiled(x, weight, targets), merge(x, weight, targets), strict=True
+        ):
+            assert torch.equal(ours, expected)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 24), min_size=1, max_size=4),
+    r=st.integers(1, 14),
+    prefix=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_padded_images_have_the_plans_they_have_alone(lengths, r, prefix, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 24
+    metric = torch.randn(len(lengths), tokens, 6, generator=generator)
+    weight = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).float()
+    padded = tome_ext.match(metric, r, prefix, weight=weight)
+    for image, length in enumerate(lengths):
+        alone = tome_ext.match(metric[image : image + 1, :length], r, prefix)
+        assert torch.equal(padded.assign[image, :length], alone.assign[0])
+        assert (padded.assign[image, length:] == -1).all()
+        filled = padded.offsets[image].clamp_max(length).unique()
+        assert torch.equal(filled, alone.offsets[0])
+
+
 @given(
     batch=st.integers(0, 3),
     tokens=st.integers(0, 40),
@@ -226,7 +413,7 @@ def test_plan_from_any_assignment(batch, tokens, rows, seed):
     assign = torch.randint(-1, max(rows, 0), (batch, tokens), generator=generator)
     plan = tome_ext.MergePlan.from_assign(assign, rows)
     check_plan(*plan, tokens, rows)
-    for ours, twin in zip(plan[1:], reference.plan(assign, rows), strict=True):
+    for ours, twin in zip(plan[1:], reference.plan(plan.assign, rows), strict=True):
         assert torch.equal(ours, twin)
     assert torch.equal(reference.row_of_token(plan.members, plan.offsets), assign)
 

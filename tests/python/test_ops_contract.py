@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ def samples():
         metric = torch.randn(2, 3, 21, 8).to(dtype)
         yield OPS.match.default, (metric, 4, 1)
         yield OPS.match.default, (metric[:, 0], 0, 0)
+        yield OPS.match.default, (metric, 4, 1), {"weight": (torch.rand(2, 21) > 0.5).float()}
+        targets = torch.tensor([2, 5, 6, 13, 20], dtype=torch.int32)
+        yield OPS.match.default, (metric, 14, 1), {"targets": targets}
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
         if dtype != torch.bfloat16:
@@ -60,11 +64,14 @@ def attention_samples(dtype):
 
 # Named by number: the tensors in the arguments are random.
 @pytest.mark.parametrize(
-    ("op", "args"),
-    [pytest.param(*each, id=f"{each[0]}-{i}") for i, each in enumerate(samples())],
+    ("op", "args", "kwargs"),
+    [
+        pytest.param(op, args, *(kwargs or [{}]), id=f"{op}-{i}")
+        for i, (op, args, *kwargs) in enumerate(samples())
+    ],
 )
-def test_opcheck(op, args):
-    torch.library.opcheck(op, args)
+def test_opcheck(op, args, kwargs):
+    torch.library.opcheck(op, args, kwargs)
 
 
 def test_deterministic_algorithms_change_nothing():
@@ -142,6 +149,139 @@ def test_errors_say_what_was_expected_and_what_came(call, expected, got):
         call()
     assert expected in str(error.value)
     assert got in str(error.value)
+
+
+Q, K = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 9, 8)
+OUT, LSE = OPS.attention_forward(Q, K, K)
+ROWS = torch.randn(2, 6, 4)
+SIZE = torch.ones(2, 9)
+MEMBERS, OFFSETS = PLAN[1:]
+NO_ROWS = OFFSETS[:, :0]
+
+# Calls that the kernels refuse: the operator and its arguments.
+BAD_CALLS = [
+    ("match", X[0], 1),
+    ("match", X[None, None], 1),
+    ("match", INT[..., None], 1),
+    ("match", X[:, None][:, :0], 1),
+    ("match", X, 1, -1),
+    ("match", X, 1, {"weight": SIZE[:, :8]}),
+    ("match", X, 1, {"weight": SIZE[:1]}),
+    ("match", X[:, None], 1, {"weight": SIZE[0]}),
+    ("match", X, 0, {"weight": SIZE.half()}),
+    ("match", X, 1, {"weight": SIZE.bool()}),
+    ("match", X, 1, {"targets": INT}),
+    ("match", X, 0, {"targets": INT[0].long()}),
+    ("match", X, 1, 5, {"targets": torch.arange(4, 9, dtype=torch.int32)}),
+    ("match", X, 1, 20, {"targets": INT[0, :1]}),
+    ("select", X, 1),
+    ("select", X[..., 0].half(), 1),
+    ("select", X[..., 0], -1),
+    ("select", X[..., 0], 1, -2),
+    ("plan", X, 3),
+    ("plan", X[..., 0], 3),
+    ("plan", INT.long(), 3),
+    ("plan", INT, -1),
+    ("plan", INT, 2**31 - 1),
+    ("merge", X[0], None, MEMBERS, OFFSETS),
+    ("merge", X.int(), None, MEMBERS, OFFSETS),
+    ("merge", X[:1], None, MEMBERS, OFFSETS),
+    ("merge", X[:, :8], None, MEMBERS, OFFSETS),
+    ("merge", X, None, MEMBERS.long(), OFFSETS),
+    ("merge", X, None, MEMBERS, OFFSETS.long()),
+    ("merge", X, None, MEMBERS, OFFSETS[:1]),
+    ("merge", X, None, MEMBERS, OFFSETS[0]),
+    ("merge", X, None, MEMBERS, NO_ROWS),
+    ("merge", X, SIZE[:, :8], MEMBERS, OFFSETS),
+    ("merge", X, SIZE[0], MEMBERS, OFFSETS),
+    ("merge", X, SIZE.half(), MEMBERS, OFFSETS),
+    ("merge", X, None, MEMBERS, OFFSETS, "max"),
+    ("merge_add_norm", X[0], X[0], None, MEMBERS, OFFSETS),
+    ("merge_add_norm", X, X[:, :8], None, MEMBERS, OFFSETS),
+    ("merge_add_norm", X, X.double(), None, MEMBERS, OFFSETS),
+    ("merge_add_norm", X, X, SIZE[:1], MEMBERS, OFFSETS),
+    ("merge_add_norm", X, X, None, MEMBERS, OFFSETS, X[0, 0, :3]),
+    ("merge_add_norm", X, X, None, MEMBERS, OFFSETS, None, X[0, 0].double()),
+    ("merge_add_norm", X, X, None, MEMBERS, OFFSETS, None, None, X[0]),
+    ("merge_add_norm", X, X, None, MEMBERS, OFFSETS, None, None, None, -1.0),
+    ("merge_backward", ROWS[0], None, MEMBERS, OFFSETS),
+    ("merge_backward", ROWS.int(), None, MEMBERS, OFFSETS),
+    ("merge_backward", X, None, MEMBERS, OFFSETS),
+    ("merge_backward", ROWS, SIZE[:, :8], MEMBERS, OFFSETS),
+    ("merge_backward", ROWS, None, MEMBERS, NO_ROWS),
+    ("merge_backward", ROWS, None, MEMBERS, OFFSETS, "amax"),
+    ("merge_backward", ROWS, None, MEMBERS, OFFSETS, "max"),
+    ("unmerge", ROWS[0], INT),
+    ("unmerge", ROWS.int(), INT),
+    ("unmerge", ROWS[:1], INT),
+    ("unmerge", ROWS, INT.long()),
+    ("unmerge", ROWS, INT[0]),
+    ("attention_forward", Q[0], K, K),
+    ("attention_forward", Q.int(), K.int(), K.int()),
+    ("attention_forward", Q, K[:1], K[:1]),
+    ("attention_forward", Q, K[:, :2], K[:, :2]),
+    ("attention_forward", Q, K[..., :7], K[..., :7]),
+    ("attention_forward", Q, K.double(), K.double()),
+    ("attention_forward", Q, K, K[:, :, :8]),
+    ("attention_forward", Q, K, K.half()),
+    ("attention_forward", Q, K, K[0]),
+    ("attention_forward", Q, K, K, SIZE[:, :8]),
+    ("attention_forward", Q, K, K, SIZE.double()),
+    ("attention", Q, K, K, SIZE[:1]),
+    ("attention_backward", K, Q, K, K, None, OUT, LSE),
+    ("attention_backward", OUT, Q, K, K[:, :, :8], None, OUT, LSE),
+    ("attention_backward", OUT, Q, K, K, SIZE[:, :8], OUT, LSE),
+    ("attention_backward", OUT, Q, K, K, None, OUT.half(), LSE),
+    ("attention_backward", OUT, Q, K, K, None, OUT, LSE[..., 0]),
+    ("attention_backward", OUT, Q, K, K, None, OUT, LSE.double()),
+    ("cls_attention", Q[0], K),
+    ("cls_attention", Q.int(), K.int()),
+    ("cls_attention", Q, K[..., :7]),
+    ("cls_attention", Q[:, :, :0], K),
+    ("cls_attention", Q[:, :0], K[:, :0]),
+    ("cls_attention", Q, K, SIZE[:, :8]),
+]
+
+
+def error_of(call, args, kwargs):
+    with pytest.raises(RuntimeError) as error:
+        call(*args, **kwargs)
+    text = str(error.value).splitlines()[0]
+    return re.sub(r"^\w+, [^,]*\.cpp:\d+, ", "", text)  # where the compiled one was raised
+
+
+@pytest.mark.parametrize(
+    "bad", [pytest.param(bad, id=f"{bad[0]}-{i}") for i, bad in enumerate(BAD_CALLS)]
+)
+def test_fakes_and_twins_refuse_what_the_kernels_refuse(bad):
+    """In the same words: a program that traces is one that runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    name, *args = bad
+    kwargs = args.pop() if isinstance(args[-1], dict) else {}
+    refused = error_of(getattr(OPS, name), args, kwargs)
+    assert ": expected " in refused
+    assert error_of(getattr(reference, name), args, kwargs) == refused
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
+    meta_kwargs = {k: x.to("meta") for k, x in kwargs.items()}
+    assert error_of(getattr(OPS, name), meta, meta_kwargs) == refused
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+    fake_kwargs = {k: mode.from_tensor(x) for k, x in kwargs.items()}
+    with mode:
+        assert error_of(getattr(OPS, name), fake, fake_kwargs) == refused
+
+
+def test_fakes_refuse_two_devices():
+    for name, args in (
+        ("merge", (X.to("meta"), None, *PLAN[1:])),
+        ("unmerge", (ROWS.to("meta"), INT)),
+        ("attention_forward", (Q.to("meta"), K, K)),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"expected one device, got \w on meta and \w+ on cpu"
+        ):
+            getattr(reference, name)(*args)
 
 
 def spoiled(tensor, at, value):

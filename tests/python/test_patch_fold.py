@@ -160,11 +160,11 @@ def norms(model: Any, x: Tensor) -> int:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_blocks_without_gradients_leave_the_next_norm_and_compute_the_same(
+def test_blocks_for_inference_leave_the_next_norm_and_compute_the_same(
     name: str, mode: Callable[[], Any]
 ) -> None:
     model = tiny(**VARIANTS[name]).double()
-    tome_ext.patch.timm(model, r=[9, 4, 7][: len(model.blocks)])
+    tome_ext.patch.timm(model, r=[9, 4, 7][: len(model.blocks)], inference=True)
     x = images(dtype=torch.float64)
     expected = model(x)
     with mode():
@@ -177,6 +177,8 @@ def test_how_many_norms_are_left() -> None:
     every = norms(model, x)
     assert every == 2 * 3 + 1
     tome_ext.patch.timm(model, r=[9, 4, 7])
+    assert norms(model, x) == 3 + 1
+    tome_ext.patch.timm(model, r=[9, 4, 7], inference=True)
     assert norms(model, x) == 2  # the first block's, and that behind the last
     # A block that reduces nothing runs its own forward, and so does the one before it.
     model.r = [9, 0, 7]
@@ -220,14 +222,14 @@ def norm_differently(model: Any) -> None:
 def test_blocks_do_not_leave_a_norm_that_someone_else_must_see(
     change: Callable[[Any], None], alone: int
 ) -> None:
-    model = tome_ext.patch.timm(tiny(init_values=0.5), r=8)
+    model = tome_ext.patch.timm(tiny(init_values=0.5), r=8, inference=True)
     assert norms(model, images()) == 2
     change(model)
     assert norms(model, images()) == 2 + alone
 
 
 def test_tokens_that_are_replaced_between_blocks_are_normed_anew() -> None:
-    model = tome_ext.patch.timm(tiny().double(), r=8)
+    model = tome_ext.patch.timm(tiny().double(), r=8, inference=True)
     tokens = images(dtype=torch.float64)
     with torch.no_grad():
         x = model._pos_embed(model.patch_embed(tokens))
@@ -242,7 +244,7 @@ def test_tokens_that_are_replaced_between_blocks_are_normed_anew() -> None:
 
 
 def test_copies_leave_norms_as_their_original_does() -> None:
-    model = tome_ext.patch.timm(tiny(), r=8)
+    model = tome_ext.patch.timm(tiny(), r=8, inference=True)
     assert norms(copy.deepcopy(model), images()) == 2
     assert norms(pickle.loads(pickle.dumps(model)), images()) == 2
     replica = model.blocks[0]._replicate_for_data_parallel()

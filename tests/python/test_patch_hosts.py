@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from host_cases import loud
+from host_cases import cast, loud
+from host_cases_timm import naflex, packed
 from models import GRID, images, tiny
 from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer
+from timm.models import beit, eva
 from torch import Tensor, nn
 from torchvision.models import swin_t, vision_transformer
 
@@ -56,6 +58,7 @@ def masks() -> dict[str, dict[str, Tensor]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_reads_masks_as_torch_does(name: str, batch_first: bool) -> None:
@@ -122,6 +125,95 @@ def test_open_clip_dual_model_leaves_the_text_tower_alone() -> None:
     assert model.tome.num_tokens == model.visual.tome.num_tokens == TOKENS - 10
     with pytest.raises(ValueError, match="got its tower"):
         tome_ext.patch.remove(model.visual)
+
+
+# --- timm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "avgmax", "map"])
+@pytest.mark.parametrize("rope", ["", "axial", "mixed"])
+def test_naflex_padding_changes_nothing(pool: str, rope: str) -> None:
+    options = {"global_pool": pool, "class_token": True, "rope_type": rope}
+    model = tome_ext.patch.timm(naflex(options).double(), r=6)
+    alone, padded = (cast(packed(2, 0, 1.0, total), torch.float64) for total in (40, 64))
+    expected = model(**alone)
+    assert model.tome.num_tokens == 41 - 18
+    torch.testing.assert_close(model(**padded), expected, rtol=0, atol=1e-10)
+    model.r = 0
+    torch.testing.assert_close(model(**padded), model(**alone), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("family", ["Eva", "NaFlex", "BEiT"])
+def test_timm_intermediates_are_over_the_original_tokens(
+    family: str, as_dict: bool, fmt: str
+) -> None:
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "depth": 3}
+    model: Any = {
+        "Eva": lambda: loud(eva.Eva(**size, use_rot_pos_emb=True)),
+        "NaFlex": lambda: naflex({"class_token": True}),
+        "BEiT": lambda: loud(beit.Beit(**size, use_rel_pos_bias=True)),
+    }[family]()
+    asked = {"indices": [0, -1], "return_prefix_tokens": True, "output_fmt": fmt}
+    if as_dict:
+        if family != "NaFlex":
+            pytest.skip("only NaFlexVit has output_dict")
+        asked["output_dict"] = True
+    expected = model.forward_intermediates(images(), **asked)
+    tome_ext.patch.timm(model)
+    for r in (0, 6):
+        model.r = r
+        got = model.forward_intermediates(images(), **asked)
+        for y, like in zip(flat(got), flat(expected), strict=True):
+            assert torch.equal(y, like) if r == 0 else y.shape[0] == like.shape[0]
+    maps = got["image_intermediates"] if as_dict else got[1]
+    final = got["image_features"] if as_dict else got[0]
+    assert final.shape[1] == 65 - 18
+    for y in maps:
+        patches = y if as_dict else y[0]
+        assert patches.shape[1:] == ((32, 8, 8) if fmt == "NCHW" else (64, 32))
+
+
+def test_every_supported_class_of_timm_is_in_a_family() -> None:
+    from tome_ext.patch.hosts import timm as host
+
+    named = {name.rpartition(".")[2] for family in host.FAMILIES for name in family.classes}
+    for form in host.FORMS:
+        assert {part.__qualname__ for part in (*form.owners, *form.blocks)} <= named
+        assert {part.__qualname__ for part in form.attentions} <= named
+
+
+def flat(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    return [y for part in (x.values() if isinstance(x, dict) else x) for y in flat(part)]
+
+
+def test_naflex_says_which_merged_tokens_are_valid() -> None:
+    model = tome_ext.patch.timm(naflex({"class_token": True}), r=6)
+    inputs = packed(2, 0)
+    out = model.forward_features(inputs.pop("x"), **inputs)
+    assert out["patch_valid"].shape == (2, 64 - 18)
+    assert (out["patch_valid"].sum(1) == 40 - 18).all()
+    assert model.forward_head(**out).isfinite().all()
+
+
+def test_training_drops_patches_of_rotary_models() -> None:
+    for kind in ("cat", "mixed"):
+        model: Any = eva.Eva(
+            32, 4, embed_dim=32, depth=3, num_heads=2, use_rot_pos_emb=True, rope_type=kind,
+            patch_drop_rate=0.5, num_classes=5,
+        )  # fmt: skip
+        tome_ext.patch.timm(loud(model).train(), r=4)
+        model.set_grad_checkpointing()
+        model(images()).square().sum().backward()
+        assert model.tome.num_tokens == 33 - 12
+        for name, p in model.named_parameters():
+            assert p.grad is None or p.grad.isfinite().all(), name
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 
 class OwnPool(VisionTransformer):

@@ -141,6 +141,25 @@ def test_equal_similarities_are_ordered_alike_in_onnx_runtime() -> None:
     assert_plans_equal(run(metric), tome.match(metric, 6, num_prefix_tokens=1))
 
 
+class MatchVisible(nn.Module):
+    def forward(self, metric: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        grid = torch.arange(2, 25, 3, dtype=torch.int32)
+        return (
+            *tome.match(metric, 9, num_prefix_tokens=1, weight=weight),
+            *tome.match(metric, 14, num_prefix_tokens=1, weight=weight, targets=grid),
+            *tome.match(metric, 11, num_prefix_tokens=1, targets=grid),
+        )
+
+
+def test_hidden_tokens_take_no_part_in_onnx_runtime() -> None:
+    metric, weight = torch.randn(5, 25, 6), torch.randint(3, (5, 25)).float()
+    weight[0], weight[1, 1::2], weight[2, 7:] = 0, 0, 0
+    example, batch = (metric[:2], weight[:2]), torch.export.Dim("batch", min=2)
+    proto = to_onnx(MatchVisible().eval(), example, dynamic_shapes=({0: batch}, {0: batch}))
+    assert_standard(proto)
+    assert_plans_equal(session(proto)(metric, weight), MatchVisible()(metric, weight))
+
+
 def test_amax_is_refused_by_name() -> None:
     class Largest(nn.Module):
         def forward(self, tokens: Tensor) -> Tensor:
@@ -179,7 +198,15 @@ def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, see
     if ties:
         metric = torch.eye(4)[torch.randint(3, (2, n), generator=generator)]
         metric[:, n // 2 :: 5] = 0.0
-    assert_plans_equal(_onnx.match(metric, r, prefix), reference.match(metric, r, prefix))
+    weight = torch.randint(3, (2, n), generator=generator).float()
+    some = torch.rand(n, generator=generator) < 0.4
+    targets = (some & (torch.arange(n) >= prefix)).nonzero().flatten().to(torch.int32)
+    for weights in (None, weight, torch.zeros(2, n)):
+        for chosen in (None, targets):
+            assert_plans_equal(
+                _onnx.match(metric, r, prefix, weight=weights, targets=chosen),
+                reference.match(metric, r, prefix, weight=weights, targets=chosen),
+            )
 
 
 @settings(max_examples=60)

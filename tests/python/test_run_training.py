@@ -285,6 +285,6 @@ def test_after_sharding_the_patch_is_neither_put_on_nor_taken_off(two_processes:
     patch, patch_changed_nothing = two_processes["refusals"]["patch"]
     assert "FSDPVisionTransformer; patch first, then call fully_shard" in patch
     remove, remove_changed_nothing = two_processes["refusals"]["remove"]
-    assert "expected ToMeVisionTransformer, got FSDPToMeVisionTransformer" in remove
+    assert "made of VisionTransformer, got FSDPVisionTransformer" in remove
     assert patch_changed_nothing
     assert remove_changed_nothing

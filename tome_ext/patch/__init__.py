@@ -27,6 +27,7 @@ __all__ = [
     "remove",
     "timm",
     "torchvision",
+    "transformers",
 ]
 
 
@@ -41,6 +42,7 @@ def auto(
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
     restore_tokens: bool = False,
+    inference: bool = False,
     host: str | None = None,
 ) -> Any:
     """Patch a Vision Transformer, so that its blocks go on with fewer tokens.
@@ -63,7 +65,8 @@ def auto(
     ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
     share their value and dropped ones are 0. Average pooling and attention pooling weight merged
     tokens by size, as if over the original tokens; after pruning they are over the tokens that are
-    left. Tokens that a mask hides merge with none.
+    left. Tokens that a mask hides merge with none, and are dropped by the first layer that merges:
+    a model that averages over hidden tokens too no longer does.
 
     In blocks that reduce tokens, and in those behind them, no attention matrix is built, whatever
     the model's settings say: ``torch.ops.tome.attention`` computes attention, or
@@ -92,6 +95,11 @@ def auto(
             does in training. Costs a pass over the tokens in each block that fuses.
         restore_tokens: return tokens at their full number, each merged one as often as it counts,
             for whatever reads them as a grid.
+        inference: promise that the model is only run without gradients. Each block then computes
+            the first norm of the next one together with its own last sum, in one pass over the
+            tokens instead of three, where nothing observes or changes the modules in between. The
+            results differ in rounding from those with gradients, which are still right if they are
+            asked for after all.
         host: the library, where it should not be found by the model's class: a name of
             :data:`tome_ext.patch.registry.HOSTS`.
 
@@ -112,6 +120,7 @@ def auto(
         keep_rate,
         bool(trace_source),
         bool(restore_tokens),
+        bool(inference),
     )
     find = find_tower if host is None else HOSTS[host].find_tower
     return patch_model(model, find, settings)
@@ -124,10 +133,11 @@ def timm(
     trace_source: bool = False,
     **settings: Any,
 ) -> Any:
-    """:func:`auto` for a model of timm (vit, deit, deit3, dinov2, siglip, clip, so150m, ...).
+    """:func:`auto` for a model of timm (vit, deit, dinov2, dinov3, siglip, eva02, naflexvit, ...).
 
-    Takes a :class:`timm.models.VisionTransformer` or ``VisionTransformerDistilled`` whose blocks
-    are all ``vision_transformer.Block`` with ``Attention``.
+    Takes a ``VisionTransformer``, ``VisionTransformerDistilled``, ``Eva``, ``NaFlexVit``, ``Beit``
+    or ``VisionTransformerRelPos`` with the library's own blocks and attentions;
+    :data:`tome_ext.patch.hosts.timm.FAMILIES` has the list.
     """
     return auto(model, r, prop_attn, trace_source, host="timm", **settings)
 
@@ -144,3 +154,25 @@ def open_clip(model: nn.Module, r: Schedule = 0, prop_attn: bool = True, **setti
     a ``TimmModel`` around a model that :func:`timm` takes.
     """
     return auto(model, r, prop_attn, host="open_clip", **settings)
+
+
+def transformers(
+    model: nn.Module,
+    r: Schedule = 0,
+    prop_attn: bool = True,
+    trace_source: bool = False,
+    **settings: Any,
+) -> Any:
+    """:func:`auto` for a model of Hugging Face's Transformers.
+
+    Takes a vision tower (:data:`tome_ext.patch.hosts.transformers.FAMILIES` lists them) by itself,
+    with a head, or inside a larger model. A tower by itself, or under a classifier or a dual
+    encoder, returns merged tokens and hidden states, each of the length it has at that layer:
+    ``model.tome.unmerge(hidden_states[k], k)`` spreads one. Under any other model of Transformers,
+    as a backbone, a depth estimator or a language model, both come back at full length, as with
+    ``restore_tokens=True``.
+
+    Any ``attn_implementation`` serves, also one set later; it computes the attention of blocks
+    before the first that merges. ``output_attentions`` needs ``r = 0``.
+    """
+    return auto(model, r, prop_attn, trace_source, host="transformers", **settings)

@@ -49,7 +49,11 @@ class Host:
 
     def owns(self, model: nn.Module) -> bool:
         """Whether the class of ``model``, or one it derives from, comes from this library."""
-        return any(base.__module__.split(".")[0] == self.package for base in type(model).__mro__)
+        # Not by a base that is no module: wrappers of other libraries mix in such of Transformers'.
+        return any(
+            base.__module__.split(".")[0] == self.package and issubclass(base, nn.Module)
+            for base in type(model).__mro__
+        )
 
     def find_tower(self, model: nn.Module) -> Tower:
         """What ``model`` is made of.
@@ -78,6 +82,9 @@ HOSTS: dict[str, Host] = {
     ),
     "open_clip": Host(
         "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 3.0"
+    ),
+    "transformers": Host(
+        "transformers", "transformers", "tome_ext.patch.hosts.transformers", "transformers >= 5.18"
     ),
 }
 

@@ -15,12 +15,20 @@
 
 namespace tome {
 
+// Tokens of an image: those of a list, or every second one.
+struct TokenSet {
+    int64_t first, count;
+    const int32_t* list = nullptr;
+
+    int64_t operator[](int64_t i) const { return list == nullptr ? first + 2 * i : list[i]; }
+};
+
 struct Kernels {
-    // The nearest B token of every A token of one image, and how similar it is.
-    //   nearest    (num_a) out: index within set B
-    //   similarity (num_a) out: double for float64 metrics, else float
-    void (*nearest)(const MatchParams& params, int64_t image, const Threads& threads,
-                    int32_t* nearest, void* similarity);
+    // The nearest token of b of every token of a, of one image, and how similar it is.
+    //   nearest    (a.count) out: index within b, 0 if nothing may be chosen
+    //   similarity (a.count) out: double for float64 metrics, else float
+    void (*nearest)(const MatchParams& params, const TokenSet& a, const TokenSet& b, int64_t image,
+                    const Threads& threads, int32_t* nearest, void* similarity);
 
     // Output rows [begin, end) of the flattened (batch, rows).
     void (*merge_rows)(const MergeParams& params, int64_t begin, int64_t end);
@@ -65,6 +73,24 @@ constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
     const int64_t first_b = prefix + 1 - prefix % 2;
     return {first_a, first_b, tokens > first_a ? (tokens - first_a + 1) / 2 : 0,
             tokens > first_b ? (tokens - first_b + 1) / 2 : 0};
+}
+
+#if defined(__CUDACC__)
+#define TOME_ALSO_ON_DEVICE __host__ __device__
+#else
+#define TOME_ALSO_ON_DEVICE
+#endif
+
+// How many tokens an image merges of which some are hidden: r, already cut by cut_r, cut to visible
+// sets in the same way. Its visible rows fit the rows of all images: a set that r is cut to was as
+// large as the uncut r, so that at least the difference of its tokens are hidden. Only where all
+// targets are hidden may too many sources be left; then as many merge as must, and one target
+// stands.
+TOME_ALSO_ON_DEVICE constexpr int64_t visible_r(int64_t r, int64_t visible_a, int64_t visible_b,
+                                                int64_t hidden, bool has_targets) {
+    if (has_targets && visible_b == 0) return r > hidden ? r - hidden + 1 : 0;
+    const int64_t least = has_targets || visible_a < visible_b ? visible_a : visible_b;
+    return r < least ? r : least;
 }
 
 // Rows of no bytes may come with null pointers, which memcpy and memset must not be given.

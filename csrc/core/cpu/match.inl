@@ -118,7 +118,7 @@ struct PackedColumns {
 };
 
 template <class In, class T>
-void pack_panel(const MatchParams& p, int64_t image, const Sets& sets,
+void pack_panel(const MatchParams& p, int64_t image, const TokenSet& set,
                 const PackedColumns<T>& packed, int64_t panel, T* rows) {
     constexpr int64_t kLanes = Vector<T>::kLanes;
     const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
@@ -129,10 +129,9 @@ void pack_panel(const MatchParams& p, int64_t image, const Sets& sets,
         for (int64_t i = 0; i < kLanes; ++i) {
             bool usable = false;
             if (column + i < packed.end) {
-                const int64_t token = sets.first_b + 2 * (column + i);
-                const int64_t ahead = std::min(token + 2 * kTokensAhead, p.tokens - 1);
+                const int64_t ahead = set[std::min(column + i + kTokensAhead, set.count - 1)];
                 prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
-                usable = load_unit_row<In, T>(metric + token * p.stride_token, p.heads,
+                usable = load_unit_row<In, T>(metric + set[column + i] * p.stride_token, p.heads,
                                               p.stride_head, p.dim, rows + i * p.dim);
             } else {
                 std::fill(rows + i * p.dim, rows + (i + 1) * p.dim, T(0));
@@ -198,7 +197,7 @@ void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& p
 // Rows [begin, begin + rows) of set A against the packed columns, joined with what earlier chunks
 // of columns left in nearest and similarity.
 template <class In, class T>
-void match_tile(const MatchParams& p, int64_t image, const Sets& sets,
+void match_tile(const MatchParams& p, int64_t image, const TokenSet& set,
                 const PackedColumns<T>& packed, int64_t begin, int64_t rows, T* tile,
                 int32_t* nearest, T* similarity) {
     constexpr int kLanes = Vector<T>::kLanes;
@@ -206,11 +205,10 @@ void match_tile(const MatchParams& p, int64_t image, const Sets& sets,
     const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
     bool usable[kTileRows];
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = sets.first_a + 2 * (begin + i);
-        const int64_t ahead = std::min(token + 2 * kTokensAhead, p.tokens - 1);
+        const int64_t ahead = set[std::min(begin + i + kTokensAhead, set.count - 1)];
         prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
-        usable[i] = load_unit_row<In, T>(metric + token * p.stride_token, p.heads, p.stride_head,
-                                         p.dim, tile + i * p.dim);
+        usable[i] = load_unit_row<In, T>(metric + set[begin + i] * p.stride_token, p.heads,
+                                         p.stride_head, p.dim, tile + i * p.dim);
     }
     TileBest<T> best;
     for (int i = 0; i < kTileRows; ++i) {
@@ -245,46 +243,45 @@ void match_tile(const MatchParams& p, int64_t image, const Sets& sets,
 }
 
 template <class In>
-void nearest_of(const MatchParams& p, int64_t image, const Threads& threads, int32_t* nearest,
-                void* similarity) {
+void nearest_of(const MatchParams& p, const TokenSet& a, const TokenSet& b, int64_t image,
+                const Threads& threads, int32_t* nearest, void* similarity) {
     using T = typename Accumulate<In>::Type;
-    const Sets sets = split_sets(p.tokens, p.num_prefix_tokens);
     const int64_t chunk = std::min<int64_t>(tuning::columns_per_chunk(p.dim, sizeof(T), kPanel<T>),
-                                            (sets.num_b + kPanel<T> - 1) / kPanel<T> * kPanel<T>);
+                                            (b.count + kPanel<T> - 1) / kPanel<T> * kPanel<T>);
     const Scratch<T> values(chunk * p.dim);
     const Scratch<T> bias(chunk);
-    const int64_t tiles = (sets.num_a + kTileRows - 1) / kTileRows;
-    for (int64_t begin = 0; begin < sets.num_b; begin += chunk) {
+    const int64_t tiles = (a.count + kTileRows - 1) / kTileRows;
+    for (int64_t begin = 0; begin < b.count; begin += chunk) {
         const PackedColumns<T> packed{values.get(), bias.get(), begin,
-                                      std::min(begin + chunk, sets.num_b)};
+                                      std::min(begin + chunk, b.count)};
         threads.parallel_for(packed.panels(), 1, [&](int64_t first, int64_t last) {
             const Scratch<T> rows(Vector<T>::kLanes * p.dim);
             for (int64_t panel = first; panel < last; ++panel) {
-                pack_panel<In, T>(p, image, sets, packed, panel, rows.get());
+                pack_panel<In, T>(p, image, b, packed, panel, rows.get());
             }
         });
         threads.parallel_for(tiles, 1, [&](int64_t first, int64_t last) {
             const Scratch<T> tile(kTileRows * p.dim);
             for (int64_t t = first; t < last; ++t) {
-                match_tile<In, T>(p, image, sets, packed, t * kTileRows,
-                                  std::min<int64_t>(kTileRows, sets.num_a - t * kTileRows),
-                                  tile.get(), nearest, static_cast<T*>(similarity));
+                match_tile<In, T>(p, image, a, packed, t * kTileRows,
+                                  std::min<int64_t>(kTileRows, a.count - t * kTileRows), tile.get(),
+                                  nearest, static_cast<T*>(similarity));
             }
         });
     }
 }
 
-void nearest(const MatchParams& params, int64_t image, const Threads& threads, int32_t* nearest,
-             void* similarity) {
+void nearest(const MatchParams& params, const TokenSet& a, const TokenSet& b, int64_t image,
+             const Threads& threads, int32_t* nearest, void* similarity) {
     switch (params.dtype) {
         case DType::kFloat32:
-            return nearest_of<float>(params, image, threads, nearest, similarity);
+            return nearest_of<float>(params, a, b, image, threads, nearest, similarity);
         case DType::kFloat16:
-            return nearest_of<Half>(params, image, threads, nearest, similarity);
+            return nearest_of<Half>(params, a, b, image, threads, nearest, similarity);
         case DType::kBFloat16:
-            return nearest_of<BFloat>(params, image, threads, nearest, similarity);
+            return nearest_of<BFloat>(params, a, b, image, threads, nearest, similarity);
         case DType::kFloat64:
-            return nearest_of<double>(params, image, threads, nearest, similarity);
+            return nearest_of<double>(params, a, b, image, threads, nearest, similarity);
     }
 }
 

@@ -217,6 +217,21 @@ __device__ __forceinline__ void store_word(T* to, typename Word<sizeof(T) * kCou
     *reinterpret_cast<typename Word<sizeof(T) * kCount>::Type*>(to) = value;
 }
 
+// The same to global memory, and not taken apart: what it makes of several registers of its own the
+// compiler may store by fours of bytes, a quarter of every sector at a time.
+template <class T, int kCount>
+__device__ __forceinline__ void store_global(T* to, typename Word<sizeof(T) * kCount>::Type value) {
+#ifndef TOME_EMULATION
+    if constexpr (sizeof(T) * kCount == 16) {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                     "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                     : "memory");
+        return;
+    }
+#endif
+    store_word<T, kCount>(to, value);
+}
+
 // From one to the other. As elements, 16-bit values take a whole register each: words are for what
 // is held, vectors for what is computed with.
 template <class T, int kCount>

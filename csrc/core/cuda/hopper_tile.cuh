@@ -72,8 +72,8 @@ __device__ __forceinline__ void write_rows(const float (&d)[32], const float (&f
             }
             gather_row(words);
             if (row < count) {
-                device::store_word<T, 8>(to + row * stride + part * 32 + lane % 4 * 8,
-                                         make_uint4(words[0], words[1], words[2], words[3]));
+                device::store_global<T, 8>(to + row * stride + part * 32 + lane % 4 * 8,
+                                           make_uint4(words[0], words[1], words[2], words[3]));
             }
         }
     }

@@ -48,6 +48,11 @@ cudaError_t identity_plan(const MatchParams& p, cudaStream_t stream) {
 
 namespace {
 
+Sets sets_of(const MatchParams& p) {
+    if (p.targets == nullptr) return split_sets(p.tokens, p.num_prefix_tokens);
+    return {0, 0, p.tokens - p.num_prefix_tokens - p.num_targets, p.num_targets};
+}
+
 cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Tiles& out) {
     device::Chip chip;
     const cudaError_t error = device::current_chip(chip);
@@ -56,8 +61,8 @@ cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Ti
     const int64_t element_bytes = p.dtype == DType::kFloat64   ? 8
                                   : p.dtype == DType::kFloat32 ? 4
                                                                : 2;
-    out =
-        match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes, device);
+    out = match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes,
+                              device, p.weight != nullptr || p.targets != nullptr);
     return cudaSuccess;
 }
 
@@ -70,8 +75,8 @@ match_tiles::Workspace workspace_of(const MatchParams& p, const Sets& sets,
 }  // namespace
 
 size_t match_cuda_workspace_bytes(const MatchParams& p) {
-    if (cut_r(p.tokens, p.r, p.num_prefix_tokens) == 0) return 0;
-    const Sets sets = split_sets(p.tokens, p.num_prefix_tokens);
+    if (cut_r(p) == 0) return 0;
+    const Sets sets = sets_of(p);
     match_tiles::Tiles tiles{};
     // The form that needs most, should there be no device: then match_cuda says so.
     if (choose_tiles(p, sets, tiles) != cudaSuccess) tiles.form = match_tiles::Form::kStaged;
@@ -83,9 +88,9 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
     if (p.batch == 0) return cudaSuccess;
     MatchArgs m{};
     m.p = p;
-    m.r = cut_r(p.tokens, p.r, p.num_prefix_tokens);
+    m.r = cut_r(p);
     if (m.r == 0) return identity_plan(p, stream);
-    m.sets = split_sets(p.tokens, p.num_prefix_tokens);
+    m.sets = sets_of(p);
     cudaError_t error = choose_tiles(p, m.sets, m.tiles);
     if (error != cudaSuccess) return error;
     m.layout = match_tiles::layout(p.dim, m.tiles.rows_a, m.tiles.rows_b, m.tiles.buffers);

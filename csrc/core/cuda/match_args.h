@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 #include "device.h"
@@ -27,7 +28,66 @@ struct MatchArgs {
     Packed* best;            // (batch, num_a): see pack_score; for float64 ordered scores alone
     int32_t* columns;        // (batch, num_a): nearest B token, float64 only
     uint32_t* tickets;  // (batch): blocks done, 0 at the start; unused with one block per image
+
+    // Whether the sets are not simply every second token, which takes kernels of its own.
+    bool listed() const { return p.weight != nullptr || p.targets != nullptr; }
 };
+
+// The tokens of one image's set from its row `begin` on. First where every second token is of the
+// set, and takes part; then for the kernels that serve what MatchArgs::listed says.
+struct Rows {
+    int64_t first_token;
+
+    __device__ __forceinline__ Rows(const MatchArgs& m, int64_t /*image*/, bool of_a, int64_t begin)
+        : first_token((of_a ? m.sets.first_a : m.sets.first_b) + 2 * begin) {}
+    __device__ __forceinline__ int64_t token(int64_t i) const { return first_token + 2 * i; }
+    __device__ __forceinline__ bool takes_part(int64_t /*i*/) const { return true; }
+};
+
+struct ListedRows {
+    const MatchParams& p;
+    const float* weight;  // (tokens) of the image, or null
+    Rows every_second;
+    int64_t begin;
+    bool of_a;
+
+    __device__ __forceinline__ ListedRows(const MatchArgs& m, int64_t image, bool of_a_,
+                                          int64_t begin_)
+        : p(m.p),
+          weight(m.p.weight == nullptr ? nullptr : m.p.weight + image * m.p.tokens),
+          every_second(m, image, of_a_, begin_),
+          begin(begin_),
+          of_a(of_a_) {}
+
+    // Always a token of the image, whatever the targets are. If they are what they should be, set A
+    // is all others behind the prefix.
+    __device__ __forceinline__ int64_t token(int64_t i) const {
+        if (p.targets == nullptr) return every_second.token(i);
+        const int64_t row = begin + i;
+        if (!of_a) return is_token(p.targets[row]) ? p.targets[row] : 0;
+        // How many targets lie before it: the first of them that `row` others precede does not.
+        int64_t before = 0, past = p.num_targets;
+        while (before < past) {
+            const int64_t middle = (before + past) / 2;
+            if (p.targets[middle] - p.num_prefix_tokens - middle > row) {
+                past = middle;
+            } else {
+                before = middle + 1;
+            }
+        }
+        return p.num_prefix_tokens + row + before;
+    }
+    __device__ __forceinline__ bool takes_part(int64_t i) const {
+        if (p.targets != nullptr && !of_a && !is_token(p.targets[begin + i])) return false;
+        return weight == nullptr || weight[token(i)] != 0;
+    }
+    __device__ __forceinline__ bool is_token(int32_t target) const {
+        return target >= p.num_prefix_tokens && target < p.tokens;
+    }
+};
+
+template <bool kListed>
+using RowsOf = std::conditional_t<kListed, ListedRows, Rows>;
 
 // Where a group holds a lane's fragment of a step: the record at the lane's own place, so that a
 // warp loads 512 bytes in a row; but every other step swaps neighbouring runs of 64 bytes. Then the

@@ -162,6 +162,21 @@ __device__ __forceinline__ void write_assign(const MatchArgs& m, const Packed* b
     }
 }
 
+// count += value > limit, in two instructions; the compiler takes three, each waiting for the last.
+__device__ __forceinline__ void count_above(uint32_t value, uint32_t limit, int& count) {
+#ifdef TOME_EMULATION
+    count += value > limit;
+#else
+    asm("{\n"
+        ".reg .pred above;\n"
+        "setp.gt.u32 above, %1, %2;\n"
+        "@above add.s32 %0, %0, 1;\n"
+        "}"
+        : "+r"(count)
+        : "r"(value), "r"(limit));
+#endif
+}
+
 // Up to kCountingRank A tokens: the whole plan by counting, in three steps with a barrier between,
 // and nothing that one thread does for all.
 //
@@ -190,7 +205,7 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     const auto whole = [](int count) { return (count + 3) / 4 * 4; };  // vectors of four
     for (int i = thread; i < whole(num_a); i += kThreads) {
         const Packed best = i < num_a ? best_of(i) : 0;
-        small.scores[i] = static_cast<uint32_t>(best >> 32);
+        small.scores[i] = static_cast<uint32_t>(best >> 32) + 1;  // from 1: one below exists
         // 0 is "nothing may be chosen", and then the first of B.
         small.nearest[i] = best == 0 ? 0 : static_cast<int32_t>(~static_cast<uint32_t>(best));
     }
@@ -198,26 +213,44 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     for (int n = thread; n < prefix; n += kThreads) assign[n] = members[n] = offsets[n] = n;
     __syncthreads();
 
-    int lanes = 1;  // that count for one token
-    while (lanes < device::kWarp && 2 * lanes * num_a <= kThreads) lanes *= 2;
+    // Eight lanes share out the scores, and each compares what it loads for four tokens: else a
+    // loop of loads, each waited for, takes as long as all the rest of match.
+    constexpr int kLanes = 8, kAtOnce = 4;
     const auto* scores = reinterpret_cast<const uint4*>(small.scores);
-    for (int base = 0; base < num_a; base += kThreads / lanes) {
-        const int i = base + thread / lanes;
-        const uint32_t mine = small.scores[i < num_a ? i : 0];
-        int before = 0;
-        for (int four = thread % lanes; four < whole(num_a) / 4; four += lanes) {
+    for (int base = 0; base < num_a; base += kAtOnce * (kThreads / kLanes)) {
+        int token[kAtOnce], before[kAtOnce] = {};
+        uint32_t mine[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            token[k] = base + k * (kThreads / kLanes) + thread / kLanes;
+            mine[k] = small.scores[token[k] < num_a ? token[k] : 0];
+        }
+#pragma unroll 2
+        for (int four = thread % kLanes; four < whole(num_a) / 4; four += kLanes) {
             const uint4 others = scores[four];
             const uint32_t other[4] = {others.x, others.y, others.z, others.w};
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                before += other[j] > mine || (other[j] == mine && 4 * four + j < i);
+            for (int k = 0; k < kAtOnce; ++k) {
+                // Of vectors before the token's own, equal scores too.
+                const uint32_t limit = mine[k] - (four < token[k] / 4 ? 1 : 0);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) count_above(other[j], limit, before[k]);
             }
         }
-        for (int by = lanes / 2; by > 0; by /= 2) {
-            before += __shfl_xor_sync(device::kFullMask, before, by);
+        for (int by = kLanes / 2; by > 0; by /= 2) {
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                before[k] += __shfl_xor_sync(device::kFullMask, before[k], by);
+            }
         }
-        if (i < num_a && thread % lanes == 0 && before < r) {
-            atomicOr(&state.merged[i / 32], 1u << (i % 32));
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int i = token[k];
+            if (i >= num_a || thread % kLanes != k) continue;  // a lane for each
+            const uint4 own = scores[i / 4];
+            before[k] += (i % 4 > 0 && own.x == mine[k]) + (i % 4 > 1 && own.y == mine[k]) +
+                         (i % 4 > 2 && own.z == mine[k]);
+            if (before[k] < r) atomicOr(&state.merged[i / 32], 1u << (i % 32));
         }
     }
     __syncthreads();
@@ -251,8 +284,8 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
             const uint32_t other[4] = {others.x, others.y, others.z, others.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                row_begin += other[j] < key;
-                before += other[j] < own;
+                count_above(key, other[j], row_begin);
+                count_above(own, other[j], before);
             }
         }
         const int nearest = static_cast<int>(key >> 16), index = static_cast<int>(key & 0xffff);
@@ -272,28 +305,127 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     if (thread == 0) offsets[m.p.tokens - m.r] = static_cast<int32_t>(m.p.tokens);
 }
 
+// Groups the tokens of an image whose assign is written.
+__device__ __forceinline__ void group_tokens(const MatchArgs& m, int64_t image,
+                                             unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t tokens = m.p.tokens, rows = tokens - m.r;
+    const int32_t* assign = m.p.assign + image * tokens;
+    int32_t* members = m.p.members + image * tokens;
+    int32_t* offsets = m.p.offsets + image * (rows + 1);
+    unsigned char* free = shared + sizeof(FinishShared);
+    const int64_t bytes = m.tiles.shared_bytes - int64_t{sizeof(FinishShared)};
+    const int warps = device::warps_that_place(tokens, rows, kThreads / device::kWarp, bytes);
+    if (warps > 1) {
+        device::plan_image_by_warps(assign, tokens, rows, members, offsets, warps,
+                                    reinterpret_cast<uint16_t*>(free), state.scratch);
+    } else {
+        int32_t* cursor = rows * 4 <= bytes ? reinterpret_cast<int32_t*>(free) : offsets + 1;
+        device::plan_image(assign, tokens, rows, members, offsets, cursor, state.scratch);
+    }
+}
+
+// How many rows of a set take part. Every thread of the block gets the same answer.
+template <class Set>
+__device__ __forceinline__ int64_t count_visible(const Set& set, int64_t count, int* scratch) {
+    int mine = 0, total = 0;
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) mine += set.takes_part(i);
+    device::block_exclusive_sum(mine, &total, scratch);
+    return total;
+}
+
+// As finish_image, for listed sets: ranks, rows and the cut of r are of what is visible, and the
+// rows left at the end stay empty. See MatchParams.
+template <class T>
+__device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t image,
+                                                    unsigned char* shared) {
+    auto& state = *reinterpret_cast<FinishShared*>(shared);
+    const int64_t thread = threadIdx.x, prefix = m.p.num_prefix_tokens, tokens = m.p.tokens;
+    const int64_t num_a = m.sets.num_a, num_b = m.sets.num_b;
+    const ListedRows a(m, image, true, 0), b(m, image, false, 0);
+    Packed* best = m.best + image * num_a;
+    int32_t* columns = sizeof(T) == 8 ? m.columns + image * num_a : nullptr;
+    int32_t* assign = m.p.assign + image * tokens;
+
+    const int64_t visible_a = count_visible(a, num_a, state.scratch);
+    const int64_t visible_b = count_visible(b, num_b, state.scratch);
+    const int64_t hidden = num_a + num_b - visible_a - visible_b;
+    const int64_t r = visible_r(m.r, visible_a, visible_b, hidden, m.p.targets != nullptr);
+    const bool first_stands = visible_b == 0 && r > 0;
+
+    // A visible token for which nothing may be chosen has the first visible one of B, or the one
+    // that stands in, and a score below all others: 1, where hidden ones keep 0.
+    if (thread == 0) state.bin = first_stands ? 0u : 0xffffffffu;
+    __syncthreads();
+    for (int64_t j = thread; j < num_b; j += kThreads) {
+        if (!b.takes_part(j)) continue;
+        atomicMin(&state.bin, static_cast<uint32_t>(j));
+        break;
+    }
+    for (int64_t n = thread; n < tokens; n += kThreads) {
+        assign[n] = n < prefix ? static_cast<int32_t>(n) : -1;
+    }
+    __syncthreads();
+    const uint32_t first_b = state.bin;
+    for (int64_t i = thread; i < num_a; i += kThreads) {
+        if (best[i] != 0 || !a.takes_part(i)) continue;
+        if constexpr (sizeof(T) == 8) {
+            best[i] = 1;
+            columns[i] = static_cast<int32_t>(first_b);
+        } else {
+            best[i] = Packed{1} << 32 | ~first_b;
+        }
+    }
+    __syncthreads();
+    Cut cut{~Packed{0}, 0};  // includes none
+    if (r > 0) {
+        cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, r, state)
+                             : cut_by_radix(best, num_a, r, state);
+    }
+
+    // Output rows: prefix | visible A tokens that stay | visible B tokens | empty ones.
+    int64_t row = prefix;
+    const auto give_rows = [&](const ListedRows& set, int64_t count, const auto& stays) {
+        for (int64_t base = 0; base < count; base += kThreads) {
+            const int64_t i = base + thread;
+            const bool mine = i < count && stays(i);
+            int total = 0;
+            const int before = device::block_exclusive_sum(mine, &total, state.scratch);
+            if (mine) assign[set.token(i)] = static_cast<int32_t>(row + before);
+            row += total;
+        }
+    };
+    give_rows(a, num_a,
+              [&](int64_t i) { return a.takes_part(i) && !cut.includes(score_of<T>(best[i]), i); });
+    give_rows(b, num_b, [&](int64_t j) { return b.takes_part(j) || (first_stands && j == 0); });
+    __syncthreads();  // rows of B before they are looked up
+    for (int64_t i = thread; i < num_a; i += kThreads) {
+        if (!cut.includes(score_of<T>(best[i]), i)) continue;
+        const int64_t nearest =
+            sizeof(T) == 8 ? int64_t{columns[i]} : int64_t{~static_cast<uint32_t>(best[i])};
+        assign[a.token(i)] = assign[b.token(nearest)];
+    }
+    __syncthreads();
+    group_tokens(m, image, shared);
+}
+
 // One block, after last_block_of_image said so.
 template <class T>
 __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
                                              unsigned char* shared) {
     auto& state = *reinterpret_cast<FinishShared*>(shared);
-    const int64_t num_a = m.sets.num_a, tokens = m.p.tokens, rows = tokens - m.r;
+    const int64_t num_a = m.sets.num_a;
     const Packed* best = m.best + image * num_a;
     if (sizeof(T) == 4 && num_a <= kCountingRank) {
         finish_small_image(m, image, shared, [&](int64_t i) { return best[i]; });
         return;
     }
-    int32_t* assign = m.p.assign + image * tokens;
     const Cut cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, m.r, state)
                                    : cut_by_radix(best, num_a, m.r, state);
-    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch, assign);
+    write_assign<T>(m, best, m.columns + image * num_a, cut, state.scratch,
+                    m.p.assign + image * m.p.tokens);
     __syncthreads();
-    int32_t* offsets = m.p.offsets + image * (rows + 1);
-    const bool fits = int64_t{sizeof(FinishShared)} + rows * 4 <= m.tiles.shared_bytes;
-    int32_t* cursor =
-        fits ? reinterpret_cast<int32_t*>(shared + sizeof(FinishShared)) : offsets + 1;
-    device::plan_image(assign, tokens, rows, m.p.members + image * tokens, offsets, cursor,
-                       state.scratch);
+    group_tokens(m, image, shared);
 }
 
 }  // namespace tome::match_cuda_detail

@@ -35,15 +35,18 @@ struct Factor {
 
 // 16 tokens, 16 lanes each.
 //   image   (heads, tokens, dim) strided
+//   set     (count) rows
 //   factors (kPlainRows) shared, out
-//   usable  (kPlainRows) shared, out: 0 where the token holds NaN or infinity, or is past `count`
-template <class In, class T>
-__device__ void measure_rows(const MatchParams& p, const In* image, int64_t first_token,
-                             int64_t count, Factor<T>* factors, unsigned char* usable) {
+//   usable  (kPlainRows) shared, out: 0 where the token holds NaN or infinity, takes no part or is
+//   past
+//           `count`
+template <class In, class T, class Set>
+__device__ void measure_rows(const MatchParams& p, const In* image, const Set& set, int64_t count,
+                             Factor<T>* factors, unsigned char* usable) {
     const int row = static_cast<int>(threadIdx.x) / kPlainRows;
     const int lane = static_cast<int>(threadIdx.x) % kPlainRows;
     const bool exists = row < count;
-    const In* x = image + (first_token + 2 * int64_t{exists ? row : 0}) * p.stride_token;
+    const In* x = image + set.token(exists ? row : 0) * p.stride_token;
     T largest = 0;
     int bad = 0;
     for (int64_t d = lane; exists && d < p.dim; d += kPlainRows) {
@@ -69,20 +72,20 @@ __device__ void measure_rows(const MatchParams& p, const In* image, int64_t firs
     }
     if (lane == 0) {
         factors[row] = {scale, zero ? T(0) : T(1) / static_cast<T>(sqrt(square))};
-        usable[row] = exists && !bad;
+        usable[row] = exists && !bad && set.takes_part(row);
     }
 }
 
 // Channels [begin, begin + kPlainDepth) of 16 tokens at length 1; zeros past the end.
 //   out (kPlainRows, kPlainDepth + 1) shared, out
-template <class In, class T>
-__device__ void stage_step(const MatchParams& p, const In* image, int64_t first_token,
-                           int64_t count, int64_t begin, const Factor<T>* factors, T* out) {
+template <class In, class T, class Set>
+__device__ void stage_step(const MatchParams& p, const In* image, const Set& set, int64_t count,
+                           int64_t begin, const Factor<T>* factors, T* out) {
     for (int i = static_cast<int>(threadIdx.x); i < kPlainRows * kPlainDepth; i += kThreads) {
         const int row = i / kPlainDepth, d = i % kPlainDepth;
         T value = 0;
         if (row < count && begin + d < p.dim && factors[row].by != 0) {
-            const In* x = image + (first_token + 2 * int64_t{row}) * p.stride_token;
+            const In* x = image + set.token(row) * p.stride_token;
             value = mean_heads(x, p, begin + d) * factors[row].scale * factors[row].by;
         }
         out[row * (kPlainDepth + 1) + d] = value;
@@ -97,7 +100,7 @@ __device__ void stage_step(const MatchParams& p, const In* image, int64_t first_
 //   16 of A    | thread =  |           |     scores: one chain of multiply-adds over dim, staged
 //              | (row, col)| --> next  |     kPlainDepth channels at a time
 //              +-----------+-----------+-
-template <class In>
+template <class In, bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     match_plain_kernel(const __grid_constant__ MatchArgs m) {
     device::let_next_kernel_begin();  // merge: see match.cu
@@ -117,18 +120,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     unsigned char* usable_b = usable_a + kPlainRows;
 
     const In* metric = static_cast<const In*>(m.p.metric) + image * m.p.stride_batch;
-    const int64_t first_a = m.sets.first_a + 2 * begin_a, count_a = m.sets.num_a - begin_a;
-    measure_rows<In, T>(m.p, metric, first_a, count_a, factors_a, usable_a);
+    const RowsOf<kListed> set_a(m, image, true, begin_a);
+    const int64_t count_a = m.sets.num_a - begin_a;
+    measure_rows<In, T>(m.p, metric, set_a, count_a, factors_a, usable_a);
     Packed best = 0;  // ordered score
     auto best_column = static_cast<int32_t>(0);
     for (int64_t tile = 0; tile < m.sets.num_b; tile += kPlainRows) {
-        const int64_t first_b = m.sets.first_b + 2 * tile, count_b = m.sets.num_b - tile;
-        measure_rows<In, T>(m.p, metric, first_b, count_b, factors_b, usable_b);
+        const RowsOf<kListed> set_b(m, image, false, tile);
+        const int64_t count_b = m.sets.num_b - tile;
+        measure_rows<In, T>(m.p, metric, set_b, count_b, factors_b, usable_b);
         __syncthreads();
         T score = 0;
         for (int64_t begin = 0; begin < m.p.dim; begin += kPlainDepth) {
-            stage_step<In, T>(m.p, metric, first_a, count_a, begin, factors_a, a);
-            stage_step<In, T>(m.p, metric, first_b, count_b, begin, factors_b, b);
+            stage_step<In, T>(m.p, metric, set_a, count_a, begin, factors_a, a);
+            stage_step<In, T>(m.p, metric, set_b, count_b, begin, factors_b, b);
             __syncthreads();
             const int64_t left = m.p.dim - begin;
             const int depth = left < kPlainDepth ? static_cast<int>(left) : kPlainDepth;
@@ -161,13 +166,19 @@ __global__ void __launch_bounds__(kThreads, 2)
             m.best[at] = best == 0 ? 0 : best << 32 | ~static_cast<uint32_t>(best_column);
         }
     }
-    if (last_block_of_image(m, image, shared)) finish_image<T>(m, image, shared);
+    if (!last_block_of_image(m, image, shared)) return;
+    if constexpr (kListed) {
+        finish_listed_image<T>(m, image, shared);
+    } else {
+        finish_image<T>(m, image, shared);
+    }
 }
 
 template <class In>
 cudaError_t launch_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
-    return device::launch(match_plain_kernel<In>, grid, dim3(kThreads),
-                          static_cast<size_t>(m.tiles.shared_bytes), stream, m);
+    const auto kernel = m.listed() ? match_plain_kernel<In, true> : match_plain_kernel<In, false>;
+    return device::launch(kernel, grid, dim3(kThreads), static_cast<size_t>(m.tiles.shared_bytes),
+                          stream, m);
 }
 
 }  // namespace

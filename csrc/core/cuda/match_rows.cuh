@@ -116,10 +116,10 @@ __device__ __forceinline__ void sum_heads(const In* x, const MatchParams& p, int
 // lane reads back only slots that it wrote itself, so nothing here waits. The arithmetic is spelled
 // out (no multiply-add where none is written): the bits don't depend on the kernel this is part of.
 //   image (heads, tokens, dim) strided
-//   rows  (count) tokens first_token, first_token + 2, ..; those past `count` are unusable
+//   set   (count) rows; those past `count`, and those that take no part, are unusable
 //   out   (slots) of the group, shared or global
-template <class In, bool kVector, bool kShort, bool kIsA>
-__device__ __forceinline__ void stage_rows(const MatchArgs& m, const In* image, int64_t first_token,
+template <class In, bool kVector, bool kShort, bool kIsA, class Set>
+__device__ __forceinline__ void stage_rows(const MatchArgs& m, const In* image, const Set& set,
                                            int64_t count, int quarter, Record* out) {
     using namespace match_tiles;
     const int lane = static_cast<int>(threadIdx.x) % device::kWarp;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void stage_rows(const MatchArgs& m, const In* image, 
     const int turns = kShort ? 1 : (pieces + kLanesPerRow - 1) / kLanesPerRow;
     const float share = 1.0f / static_cast<float>(p.heads);
     const bool exists = row < count;
-    const In* x = image + (first_token + 2 * int64_t{exists ? row : 0}) * p.stride_token;
+    const In* x = image + set.token(exists ? row : 0) * p.stride_token;
 
     const auto piece_of = [&](int turn) { return turn * kLanesPerRow + lane % kLanesPerRow; };
     // A piece's two records; see slot() for the reason that some lanes begin with the second.
@@ -187,7 +187,7 @@ __device__ __forceinline__ void stage_rows(const MatchArgs& m, const In* image, 
     }
     square = over_row_lanes(square, [](float a, float b) { return a + b; });
     const float factor = kUnit / sqrtf(square);
-    const bool usable = exists && finite, zero = largest == 0;
+    const bool usable = exists && finite && set.takes_part(row), zero = largest == 0;
     for (int turn = 0; turn < turns; ++turn) {
         const int piece = piece_of(turn);
         fetch(piece);

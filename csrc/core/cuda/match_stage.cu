@@ -15,7 +15,7 @@ using match_tiles::kStageThreads;
 //   image 0: groups of A | groups of B   image 1: ...
 //
 // It also clears what blocks of the second kernel meet in.
-template <class In, bool kVector, bool kShort>
+template <class In, bool kVector, bool kShort, bool kListed>
 __global__ void __launch_bounds__(kStageThreads, 5)
     match_stage_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
@@ -35,22 +35,27 @@ __global__ void __launch_bounds__(kStageThreads, 5)
                 m.best[image * m.sets.num_a + row + thread] = 0;
             }
         }
-        stage_rows<In, kVector, kShort, true>(m, metric, m.sets.first_a + 2 * row,
+        stage_rows<In, kVector, kShort, true>(m, metric, RowsOf<kListed>(m, image, true, row),
                                               m.sets.num_a - row, quarter, out);
     } else {
         const int64_t row = int64_t{group - m.groups_a} * kRowStep;
-        stage_rows<In, kVector, kShort, false>(m, metric, m.sets.first_b + 2 * row,
+        stage_rows<In, kVector, kShort, false>(m, metric, RowsOf<kListed>(m, image, false, row),
                                                m.sets.num_b - row, quarter, out);
     }
 }
 
+template <class In, bool kListed>
+auto kernel_for(const MatchArgs& m) {
+    const bool is_short = m.p.dim <= kShortDim;
+    return vectors_serve<In>(m.p) ? is_short ? match_stage_kernel<In, true, true, kListed>
+                                             : match_stage_kernel<In, true, false, kListed>
+           : is_short ? match_stage_kernel<In, false, true, kListed>
+                                  : match_stage_kernel<In, false, false, kListed>;
+}
+
 template <class In>
 cudaError_t launch_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
-    const bool is_short = m.p.dim <= kShortDim;
-    const auto kernel = vectors_serve<In>(m.p) ? is_short ? match_stage_kernel<In, true, true>
-                                                          : match_stage_kernel<In, true, false>
-                        : is_short ? match_stage_kernel<In, false, true>
-                                               : match_stage_kernel<In, false, false>;
+    const auto kernel = m.listed() ? kernel_for<In, true>(m) : kernel_for<In, false>(m);
     return device::launch_overlapping(kernel, grid, dim3(kStageThreads), 0, stream, m);
 }
 

@@ -156,10 +156,11 @@ __device__ __forceinline__ int groups_of_tile(const MatchArgs& m, int tile) {
 }
 
 // The end of a block's work: `mine` is the best of thread's row.
+template <bool kListed>
 __device__ __forceinline__ void finish_block(const MatchArgs& m, const Place& place, Packed mine,
                                              unsigned char* shared) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (m.blocks_per_image == 1) {
+    if (!kListed && m.blocks_per_image == 1) {
         __syncthreads();  // what follows takes the same memory
         finish_small_image(m, place.image, shared, [&](int64_t) { return mine; });
         return;
@@ -172,7 +173,12 @@ __device__ __forceinline__ void finish_block(const MatchArgs& m, const Place& pl
             atomicMax(to, mine);
         }
     }
-    if (last_block_of_image(m, place.image, shared)) finish_image<float>(m, place.image, shared);
+    if (!last_block_of_image(m, place.image, shared)) return;
+    if constexpr (kListed) {
+        finish_listed_image<float>(m, place.image, shared);
+    } else {
+        finish_image<float>(m, place.image, shared);
+    }
 }
 
 // Stages the rows it needs.
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const In* metric = static_cast<const In*>(m.p.metric) + place.image * m.p.stride_batch;
     for (int i = warp; i < 4 * place.groups_a; i += kWarps) {
         const int64_t row = int64_t{place.first_group_a + i / 4} * kRowStep;
-        stage_rows<In, kVector, kShort, true>(m, metric, m.sets.first_a + 2 * row,
+        stage_rows<In, kVector, kShort, true>(m, metric, Rows(m, place.image, true, row),
                                               m.sets.num_a - row, i % 4,
                                               rows_a + i / 4 * group_records);
     }
@@ -201,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int groups_b = groups_of_tile(m, tile);
         for (int i = warp; i < 4 * groups_b; i += kWarps) {
             const int64_t row = int64_t{tile} * m.tiles.rows_b + i / 4 * kRowStep;
-            stage_rows<In, kVector, kShort, false>(m, metric, m.sets.first_b + 2 * row,
+            stage_rows<In, kVector, kShort, false>(m, metric, Rows(m, place.image, false, row),
                                                    m.sets.num_b - row, i % 4,
                                                    rows_b + i / 4 * group_records);
         }
@@ -211,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads();
         if (thread < place.count_a) mine = larger(mine, best_of_row(m, best, across));
     }
-    finish_block(m, place, mine, shared);
+    finish_block<false>(m, place, mine, shared);
 }
 
 // Starts copies of `groups` staged groups, for the whole block.
@@ -223,6 +229,7 @@ __device__ __forceinline__ void copy_groups(const Record* from, int groups, int 
 }
 
 // Takes rows that match_stage.cu staged; copies a tile while the one before it is scored.
+template <bool kListed>
 __global__ void __launch_bounds__(kThreads, 2)
     match_score_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
@@ -271,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         if (thread < place.count_a) mine = larger(mine, best_of_row(m, best, across));
     }
-    finish_block(m, place, mine, shared);
+    finish_block<kListed>(m, place, mine, shared);
 }
 
 template <class In>
@@ -305,7 +312,8 @@ cudaError_t launch_match_direct(const MatchArgs& m, dim3 grid, cudaStream_t stre
 }
 
 cudaError_t launch_match_score(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
-    return device::launch_overlapping(match_score_kernel, grid, dim3(kThreads),
+    const auto kernel = m.listed() ? match_score_kernel<true> : match_score_kernel<false>;
+    return device::launch_overlapping(kernel, grid, dim3(kThreads),
                                       static_cast<size_t>(m.tiles.shared_bytes), stream, m);
 }
 

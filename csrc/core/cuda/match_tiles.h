@@ -42,6 +42,16 @@ constexpr int kMostRows = 128;
 // than two.
 constexpr int kGoodRows = 64, kGoodColumns = 32;
 
+// From this many A tokens on, keys of one head are staged as well: one kernel would read each key,
+// and split it, once for every 128 A tokens. Measured on an H100 with 2048 and 8192 A tokens, where
+// it takes half the time; below 1024 the blocks that repeat it are few.
+constexpr int64_t kManyRows = 1024;
+
+// Units of 16 x 32 scores that a warp works through one after another, above which it is worth the
+// wait for one another to divide an image of up to 128 x 128 among blocks of kFewRows.
+constexpr int64_t kUnitsInTurn = 2;
+constexpr int kFewRows = 32;
+
 // A record is 4 channels of a token, split: 16 bytes. A step is k = 16 of mma.
 constexpr int64_t steps_of(int64_t dim) { return ceil_div(dim, 16); }
 constexpr int64_t group_records(int64_t dim) { return steps_of(dim) * 4 * kRowStep; }
@@ -171,9 +181,16 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     // Two blocks per multiprocessor.
     const int64_t wanted = 2 * int64_t{device.multiprocessors}, images = batch > 0 ? batch : 1;
     int rows_b = most_rows(num_b), rows_a = most_rows(num_a);
-    // Blocks of an image have to meet, which takes about as long as all scores of an image of up to
-    // 128 x 128: there one block does it all.
-    if (num_a > kMostRows) {
+    // Blocks of an image have to meet, which takes about as long as most scores of an image of up
+    // to 128 x 128: there one block does it all, unless it would be long at it while others have
+    // nothing to do (N = 197, one image, on an H100: 8.0 us in four blocks, 8.8 us in one).
+    if (num_a <= kMostRows) {
+        const int64_t units = ceil_div(num_a, kRowStep) * ceil_div(num_b, 2 * kRowStep);
+        const bool is_long = units > kUnitsInTurn * (kThreads / 32);
+        if (is_long && images * ceil_div(num_a, kFewRows) <= device.multiprocessors) {
+            rows_a = kFewRows;
+        }
+    } else {
         const int divided = even_part(num_a, images < wanted ? wanted / images : 1);
         const int least = divided < kGoodRows ? kGoodRows : divided;
         rows_a = least < rows_a ? least : rows_a;
@@ -189,16 +206,22 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
 }
 
-// num_a and num_b are 1 or more.
+// num_a and num_b are 1 or more; `listed`: the sets are, see MatchArgs.
 constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_b, int64_t dim,
-                       int64_t element_bytes, const Device& device) {
+                       int64_t element_bytes, const Device& device, bool listed = false) {
     // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
     if (element_bytes == 8) return plain(num_a, 8);
     if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
 
+    // One of the two forms is enough for listed sets: each is a dozen kernels.
+    if (listed) return staged(batch, num_a, num_b, dim, device);
+
     // Staged rows take 4 bytes a channel: at most half of what the keys do in all heads. Of fewer
-    // heads the keys themselves are as quickly read again, and take no further memory.
-    if (heads * element_bytes < 8) return direct(batch, num_a, num_b, dim, device);
+    // heads the keys themselves are as quickly read again, unless very often, and take no further
+    // memory.
+    if (heads * element_bytes < 8 && num_a < kManyRows) {
+        return direct(batch, num_a, num_b, dim, device);
+    }
     // An image per multiprocessor, each in one tile: nothing would be read twice, and rows need no
     // way through L2.
     if (batch >= device.multiprocessors && num_a <= kMostRows && num_b <= kMostRows) {

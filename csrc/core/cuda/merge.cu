@@ -60,7 +60,7 @@ __device__ __forceinline__ void copy_chunk(const T* from, T* to, int64_t first, 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         if (lane.has<kVec>(u)) {
-            store_word<T, kVec>(to + lane.begin + u * kWarp * kVec, held[u]);
+            store_global<T, kVec>(to + lane.begin + u * kWarp * kVec, held[u]);
         }
     }
 }
@@ -118,12 +118,12 @@ __device__ __forceinline__ A reduce_vectors(const Row<T>& row, bool weighted, A 
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
         if (!lane.has<kVec>(u)) continue;
-        Vector<T, kVec> out;
+        A out[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-            out.v[i] = narrow<T>(kMaximum ? sum[u][i] : divide(sum[u][i], by, inverse));
+            out[i] = kMaximum ? sum[u][i] : divide(sum[u][i], by, inverse);
         }
-        store_vector(to + lane.begin + u * kWarp * kVec, out);
+        store_global<T, kVec>(to + lane.begin + u * kWarp * kVec, narrow_word<T>(out));
     }
     return total;
 }
@@ -144,43 +144,113 @@ __device__ __forceinline__ A reduce_chunk(const Row<T>& row, bool weighted, A di
     return total;
 }
 
+// A warp's chunk of row m of image b.
+template <class T, int kVec>
+__device__ __forceinline__ void merge_chunk(const MergeParams& p, int64_t b, int64_t m,
+                                            int64_t first) {
+    using A = typename Accumulate<T>::Type;
+    const Row<T> row{static_cast<const T*>(p.x) + b * p.stride_batch,
+                     p.stride_token,
+                     p.tokens,
+                     p.channels,
+                     members_of(p, b, m),
+                     p.size == nullptr ? nullptr : p.size + b * p.tokens};
+    const bool sized = row.size != nullptr;
+    T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels;
+    A total = 0;
+
+    const int64_t only = row.members.count == 1 ? row.members.tokens[0] : -1;
+    if (inside(only, p.tokens)) total = sized ? A(row.size[only]) : A(1);
+    if (row.members.count == 0) {
+        copy_chunk<T, kVec>(nullptr, out, first, p.channels);
+    } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1)) {
+        copy_chunk<T, kVec>(row.x + only * p.stride_token, out, first, p.channels);
+    } else if (p.reduce == Reduce::kAmax) {
+        total = reduce_chunk<T, kVec, true>(row, sized, A(1), out, first);
+    } else {
+        const A divisor = p.reduce == Reduce::kSum ? A(1) : A(0);
+        total = reduce_chunk<T, kVec, false>(row, sized, divisor, out, first);
+        if (p.reduce == Reduce::kMean && total == 0 && sized) {
+            // Padding: nothing says how to weigh it, but it stays finite.
+            reduce_chunk<T, kVec, false>(row, false, A(0), out, first);
+        }
+    }
+    if (first == 0 && lane_id() == 0) p.out_size[b * p.rows + m] = static_cast<float>(total);
+}
+
 template <class T, int kVec>
 __global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
     merge_kernel(const __grid_constant__ Work<MergeParams> work) {
-    using A = typename Accumulate<T>::Type;
     const MergeParams& p = work.p;
     wait_for_earlier_kernels();  // they may have written x, size and the plan, and have read `out`
 #pragma unroll 1
     for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
-        for_each_chunk(work, [&](int64_t m, int64_t first) {
-            const Row<T> row{static_cast<const T*>(p.x) + b * p.stride_batch,
-                             p.stride_token,
-                             p.tokens,
-                             p.channels,
-                             members_of(p, b, m),
-                             p.size == nullptr ? nullptr : p.size + b * p.tokens};
-            const bool sized = row.size != nullptr;
-            T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels;
-            A total = 0;
+        for_each_chunk(work,
+                       [&](int64_t m, int64_t first) { merge_chunk<T, kVec>(p, b, m, first); });
+    }
+}
 
-            const int64_t only = row.members.count == 1 ? row.members.tokens[0] : -1;
-            if (inside(only, p.tokens)) total = sized ? A(row.size[only]) : A(1);
-            if (row.members.count == 0) {
-                copy_chunk<T, kVec>(nullptr, out, first, p.channels);
-            } else if (inside(only, p.tokens) && (p.reduce != Reduce::kSum || total == 1)) {
-                copy_chunk<T, kVec>(row.x + only * p.stride_token, out, first, p.channels);
-            } else if (p.reduce == Reduce::kAmax) {
-                total = reduce_chunk<T, kVec, true>(row, sized, A(1), out, first);
-            } else {
-                const A divisor = p.reduce == Reduce::kSum ? A(1) : A(0);
-                total = reduce_chunk<T, kVec, false>(row, sized, divisor, out, first);
-                if (p.reduce == Reduce::kMean && total == 0 && sized) {
-                    // Padding: nothing says how to weigh it, but it stays finite.
-                    reduce_chunk<T, kVec, false>(row, false, A(0), out, first);
+// Two rows of one chunk each to a warp; tiles::pairs_serve says where. Most rows are copies of one
+// token: those of both are on their way together, and so are the offsets and the members at the
+// places from the first row's number on, among which theirs mostly are.
+template <class T, int kVec>
+__global__ void __launch_bounds__(kBlock, tiles::kBlocksResident)
+    merge_pairs_kernel(const __grid_constant__ Work<MergeParams> work) {
+    using Bits = typename Word<sizeof(T) * kVec>::Type;
+    const MergeParams& p = work.p;
+    wait_for_earlier_kernels();
+    const auto own = static_cast<int>(lane_id());
+#pragma unroll 1
+    for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+        for_each_item(work.items, [&](int64_t item) {
+            const int64_t m = 2 * item;
+            const int count = m + 1 < p.rows ? 2 : 1;
+            const int32_t* members = p.members + b * p.tokens;
+            const int64_t offset = p.offsets[b * (p.rows + 1) + m + (own < count ? own : count)];
+            const int32_t near = m + own < p.tokens ? members[m + own] : -1;
+
+            // Lane 0 has the first row, lane 1 the second.
+            const auto begin = static_cast<int32_t>(clamp(offset, 0, p.tokens));
+            const int32_t end = __shfl_down_sync(kFullMask, begin, 1);
+            const int64_t at = begin - m;
+            int32_t only = __shfl_sync(kFullMask, near, static_cast<int>(at & (kWarp - 1)));
+            bool copies = own < count && end - begin == 1;
+            if (copies && !inside(at, kWarp)) only = members[begin];
+            copies = copies && inside(only, p.tokens);
+            const float size = copies && p.size != nullptr ? p.size[b * p.tokens + only] : 1.0f;
+            if (p.reduce == Reduce::kSum) copies = copies && size == 1.0f;
+            if (!copies) only = -1;
+
+            const Lane lane = Lane::of<kVec>(0, p.channels);
+            const T* x = static_cast<const T*>(p.x) + b * p.stride_batch + lane.begin;
+            T* out = static_cast<T*>(p.out) + (b * p.rows + m) * p.channels + lane.begin;
+            Bits held[2][kUnroll];
+            int32_t token[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                token[j] = __shfl_sync(kFullMask, only, j);
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    held[j][u] = Bits{};
+                    if (token[j] >= 0 && lane.has<kVec>(u)) {
+                        held[j][u] =
+                            load_word<T, kVec>(x + token[j] * p.stride_token + u * kWarp * kVec);
+                    }
                 }
             }
-            if (first == 0 && lane_id() == 0) {
-                p.out_size[b * p.rows + m] = static_cast<float>(total);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    if (token[j] >= 0 && lane.has<kVec>(u)) {
+                        store_global<T, kVec>(out + j * p.channels + u * kWarp * kVec, held[j][u]);
+                    }
+                }
+            }
+            if (copies) p.out_size[b * p.rows + m + own] = size;
+#pragma unroll 1
+            for (int j = 0; j < count; ++j) {
+                if (__shfl_sync(kFullMask, only, j) < 0) merge_chunk<T, kVec>(p, b, m + j, 0);
             }
         });
     }
@@ -256,10 +326,11 @@ __global__ void __launch_bounds__(kBlock)
             for (int u = 0; u < kUnroll; ++u) {
                 if (!lane.has<kVec>(u)) continue;
                 const int64_t c = lane.begin + u * kWarp * kVec;
-                Vector<T, kVec> value = load_vector<T, kVec>(grad + c);
+                const Vector<T, kVec> value = load_vector<T, kVec>(grad + c);
+                A weighed[kVec];
 #pragma unroll
-                for (int i = 0; i < kVec; ++i) value.v[i] = narrow<T>(widen(value.v[i]) * weight);
-                store_vector(out + c, value);
+                for (int i = 0; i < kVec; ++i) weighed[i] = widen(value.v[i]) * weight;
+                store_global<T, kVec>(out + c, narrow_word<T>(weighed));
             }
         });
     }
@@ -294,16 +365,21 @@ using Kernel = void (*)(Work<P>);
 template <class P>
 using Launch = cudaError_t (*)(Kernel<P>, dim3, dim3, size_t, cudaStream_t, const Work<P>&);
 
-// Starts `vectors` if all addresses allow 16 bytes at a time, else `elements`. `rows` are the
-// output's, of every image.
+// Whether all addresses allow 16 bytes at a time.
+template <class P>
+bool vectors_serve(const P& p, const void* from, const void* to, int64_t stride_batch,
+                   int64_t stride_row, int64_t element) {
+    return tiles::vectors_fit(reinterpret_cast<uintptr_t>(from), reinterpret_cast<uintptr_t>(to),
+                              stride_batch * element, stride_row * element, p.channels * element);
+}
+
+// Starts `vectors` if they serve, else `elements`. `rows` are the output's, of every image.
 template <class P>
 cudaError_t launch_rows(Launch<P> start, Kernel<P> vectors, Kernel<P> elements, const P& p,
                         const void* from, const void* to, int64_t stride_batch, int64_t stride_row,
                         int64_t rows, int64_t element, cudaStream_t stream) {
     if (p.batch == 0 || rows == 0) return cudaSuccess;
-    const bool fit =
-        tiles::vectors_fit(reinterpret_cast<uintptr_t>(from), reinterpret_cast<uintptr_t>(to),
-                           stride_batch * element, stride_row * element, p.channels * element);
+    const bool fit = vectors_serve(p, from, to, stride_batch, stride_row, element);
     const int64_t chunks = tiles::chunks_per_row(p.channels, fit ? 16 / element : 1);
     Work<P> work{p, chunks > 0 ? chunks : 1, 0};  // a row without channels still has a size
     work.items = rows * work.chunks;
@@ -316,6 +392,20 @@ cudaError_t launch_rows(Launch<P> start, Kernel<P> vectors, Kernel<P> elements, 
 cudaError_t merge_cuda(const MergeParams& p, cudaStream_t stream) {
     const auto go = [&]<class T>(T) {
         constexpr int kVec = 16 / sizeof(T);
+        if constexpr (sizeof(T) == 2) {
+            if (vectors_serve(p, p.x, p.out, p.stride_batch, p.stride_token, sizeof(T))) {
+                Chip chip;
+                const cudaError_t error = current_chip(chip);
+                if (error != cudaSuccess) return error;
+                if (tiles::pairs_serve(p.batch * p.rows, p.channels * int64_t{sizeof(T)},
+                                       chip.multiprocessors)) {
+                    const Work<MergeParams> work{p, 1, (p.rows + 1) / 2};
+                    return launch_overlapping(merge_pairs_kernel<T, kVec>,
+                                              grid_of(work.items, p.batch), dim3(kBlock), 0, stream,
+                                              work);
+                }
+            }
+        }
         return launch_rows<MergeParams>(launch_overlapping, merge_kernel<T, kVec>,
                                         merge_kernel<T, 1>, p, p.x, p.out, p.stride_batch,
                                         p.stride_token, p.rows, sizeof(T), stream);

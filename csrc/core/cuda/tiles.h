@@ -1,7 +1,7 @@
 // Every choice of tile and launch of merge, merge_add_norm, plan and select, with its reason;
 // match_tiles.h has match's. Plain C++: tests/cpp covers it. The reasons come from counting bytes,
-// registers and blocks, and from what ptxas reports; none of these choices has been measured
-// against another on a GPU yet.
+// registers and blocks, and from what ptxas reports; where one was measured against another, that
+// is said.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,17 @@ inline constexpr int kWarpsPerBlock = 4;
 // warps with up to 2 KiB each on their way, 56 KiB; the 3.35 TB/s of an H100's data sheet ask one
 // of its 132 multiprocessors for 25 KiB per microsecond of latency.
 inline constexpr int kBlocksResident = 7;
+
+// Whether warps of the merge kernel take two rows each, which must be one chunk. A row of three
+// vectors per lane, ViT-B's 768 channels in 16-bit floats, leaves a warp too few loads on their
+// way: two to a warp took 58.7 us instead of 61.4 on an H100, at B = 256 and N = 197. A full chunk
+// has enough (1024 channels: 56.9 us and 56.6). And they halve the number of warps, which is slower
+// where they would all have a place at once anyway (4.5 us and 3.4 at B = 1): only from four times
+// as many rows on as the multiprocessors hold.
+constexpr bool pairs_serve(int64_t rows, int64_t row_bytes, int multiprocessors) {
+    const int64_t held = int64_t{2} * kWarpsPerBlock * kBlocksResident * multiprocessors;
+    return row_bytes <= int64_t{3} * 32 * 16 && rows >= 4 * held;
+}
 
 // Vectors of 16 bytes serve where every address they'd have is a multiple of 16.
 constexpr bool vectors_fit(uint64_t from, uint64_t to, int64_t stride_batch_bytes,

@@ -11,9 +11,10 @@
 #include "tome_core/cuda.h"
 
 #include <array>
-#include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "../calls.h"
 #include "../checks.h"
@@ -46,165 +47,84 @@ class OnDevice {
 
 // The operator of this name in plain PyTorch. Of its errors torch keeps the text from 2.13 on;
 // before, it prints them.
-template <size_t kOutputs, class... Args>
-std::array<Tensor, kOutputs> plain(const char* name, const Args&... args) {
-    static_assert(kOutputs <= sizeof...(args));
+template <class Outputs, class... Args>
+Outputs plain(const char* name, const Args&... args) {
     std::array<StableIValue, sizeof...(args)> stack{torch::stable::detail::from(args)...};
     const std::string full_name = std::string("tome::_plain_") + name;
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher(full_name.c_str(), "", stack.data(), TORCH_ABI_VERSION));
-    std::array<Tensor, kOutputs> outputs;
-    for (size_t i = 0; i < kOutputs; ++i) {
-        outputs[i] = torch::stable::detail::to<Tensor>(stack[i]);
+    if constexpr (std::is_same_v<Outputs, Tensor>) {
+        return torch::stable::detail::to<Tensor>(stack[0]);
+    } else {
+        return [&]<size_t... i>(std::index_sequence<i...>) {
+            static_assert(sizeof...(i) <= sizeof...(args));
+            return Outputs{torch::stable::detail::to<Tensor>(stack[i])...};
+        }(std::make_index_sequence<std::tuple_size_v<Outputs>>{});
     }
-    return outputs;
-}
-
-template <class... Args>
-std::tuple<Tensor, Tensor> plain_2(const char* name, const Args&... args) {
-    auto [a, b] = plain<2>(name, args...);
-    return {a, b};
-}
-
-template <class... Args>
-std::tuple<Tensor, Tensor, Tensor> plain_3(const char* name, const Args&... args) {
-    auto [a, b, c] = plain<3>(name, args...);
-    return {a, b, c};
-}
-
-void check_launch(cudaError_t error, const char* op) {
-    STD_TORCH_CHECK(error == cudaSuccess, op,
-                    ": the CUDA launch failed: ", cudaGetErrorString(error));
-}
-
-std::tuple<Tensor, Tensor, Tensor> match(Tensor metric, int64_t r, int64_t num_prefix_tokens) {
-    const OnDevice on(metric);
-    const MatchCall call(metric, r, num_prefix_tokens);
-    if (!on.runs_kernels()) return plain_3("match", metric, r, num_prefix_tokens);
-    // Torch's allocator hands it out again only to work behind this on the same stream.
-    const auto bytes = static_cast<int64_t>(match_cuda_workspace_bytes(call.params));
-    const Tensor workspace = empty_like_with(call.metric, {bytes}, ScalarType::Byte);
-    check_launch(match_cuda(call.params, workspace.mutable_data_ptr(), on.stream()), "match");
-    return call.outputs();
-}
-
-std::tuple<Tensor, Tensor, Tensor> select(Tensor scores, int64_t keep, int64_t num_prefix_tokens,
-                                          bool fuse) {
-    const OnDevice on(scores);
-    const SelectCall call(scores, keep, num_prefix_tokens, fuse);
-    if (!on.runs_kernels()) return plain_3("select", scores, keep, num_prefix_tokens, fuse);
-    check_launch(select_cuda(call.params, on.stream()), "select");
-    return call.outputs();
-}
-
-std::tuple<Tensor, Tensor> plan(Tensor assign, int64_t num_rows) {
-    const OnDevice on(assign);
-    const PlanCall call(assign, num_rows);
-    if (!on.runs_kernels()) return plain_2("plan", assign, num_rows);
-    check_launch(plan_cuda(call.params, on.stream()), "plan");
-    return call.outputs();
-}
-
-std::tuple<Tensor, Tensor> merge(Tensor x, std::optional<Tensor> size, Tensor members,
-                                 Tensor offsets, std::string reduce) {
-    const OnDevice on(x);
-    const MergeCall call(x, size, members, offsets, reduce);
-    if (!on.runs_kernels()) return plain_2("merge", x, size, members, offsets, reduce);
-    check_launch(merge_cuda(call.params, on.stream()), "merge");
-    return call.outputs();
-}
-
-std::tuple<Tensor, Tensor, Tensor> merge_add_norm(Tensor x, Tensor branch,
-                                                  std::optional<Tensor> size, Tensor members,
-                                                  Tensor offsets, std::optional<Tensor> scale,
-                                                  std::optional<Tensor> weight,
-                                                  std::optional<Tensor> bias, double eps) {
-    const OnDevice on(x);
-    const MergeAddNormCall call(x, branch, size, members, offsets, scale, weight, bias, eps);
-    if (!on.runs_kernels()) {
-        return plain_3("merge_add_norm", x, branch, size, members, offsets, scale, weight, bias,
-                       eps);
-    }
-    check_launch(merge_add_norm_cuda(call.params, on.stream()), "merge_add_norm");
-    return call.outputs();
-}
-
-Tensor merge_backward(Tensor grad, std::optional<Tensor> size, Tensor members, Tensor offsets,
-                      std::string reduce) {
-    const OnDevice on(grad);
-    const MergeBackwardCall call(grad, size, members, offsets, reduce);
-    if (!on.runs_kernels()) {
-        return plain<1>("merge_backward", grad, size, members, offsets, reduce)[0];
-    }
-    check_launch(merge_backward_cuda(call.params, on.stream()), "merge_backward");
-    return call.out;
-}
-
-Tensor unmerge(Tensor x, Tensor assign) {
-    const OnDevice on(x);
-    const UnmergeCall call(x, assign);
-    if (!on.runs_kernels()) return plain<1>("unmerge", x, assign)[0];
-    check_launch(unmerge_cuda(call.params, on.stream()), "unmerge");
-    return call.out;
 }
 
 // What the CPU takes and these kernels do not.
-void check_cuda_heads(DType dtype, const Tensor& q) {
+void check_cuda_dtype(DType dtype, const Tensor& q) {
     STD_TORCH_CHECK(dtype != DType::kFloat64,
                     "q: expected float32, float16 or bfloat16 on CUDA, got ", describe(q));
+}
+void check_cuda_heads(DType dtype, const Tensor& q) {
+    check_cuda_dtype(dtype, q);
     STD_TORCH_CHECK(q.size(3) <= kMaxCudaHeadDim, "q: expected at most ", kMaxCudaHeadDim,
                     " channels per head on CUDA, got ", describe(q));
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v,
-                                             std::optional<Tensor> size,
-                                             std::optional<double> scale) {
-    const OnDevice on(q);
-    const AttentionCall call(q, k, v, size, scale);
-    if (!on.runs_kernels()) return plain_2("attention_forward", q, k, v, size, scale);
-    check_cuda_heads(call.params.dtype, q);
-    check_launch(attention_cuda(call.params, on.stream()), "attention_forward");
-    return call.outputs();
+// Torch's allocator hands it out again only to work behind this on the same stream.
+Tensor workspace(const Tensor& like, size_t bytes) {
+    return empty_like_with(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v,
-                                                      std::optional<Tensor> size, Tensor out,
-                                                      Tensor lse, std::optional<double> scale) {
-    const OnDevice on(q);
-    const AttentionBackwardCall call(grad, q, k, v, size, out, lse, scale);
-    if (!on.runs_kernels()) {
-        return plain_3("attention_backward", grad, q, k, v, size, out, lse, scale);
+cudaError_t start(const MatchCall& call, cudaStream_t stream) {
+    const Tensor space = workspace(call.metric, match_cuda_workspace_bytes(call.params));
+    return match_cuda(call.params, space.mutable_data_ptr(), stream);
+}
+cudaError_t start(const SelectCall& call, cudaStream_t s) { return select_cuda(call.params, s); }
+cudaError_t start(const PlanCall& call, cudaStream_t s) { return plan_cuda(call.params, s); }
+cudaError_t start(const MergeCall& call, cudaStream_t s) { return merge_cuda(call.params, s); }
+cudaError_t start(const MergeAddNormCall& call, cudaStream_t s) {
+    return merge_add_norm_cuda(call.params, s);
+}
+cudaError_t start(const MergeBackwardCall& call, cudaStream_t s) {
+    return merge_backward_cuda(call.params, s);
+}
+cudaError_t start(const UnmergeCall& call, cudaStream_t s) { return unmerge_cuda(call.params, s); }
+cudaError_t start(const AttentionCall& call, cudaStream_t stream) {
+    check_cuda_heads(call.params.dtype, call.tensors.q);
+    return attention_cuda(call.params, stream);
+}
+cudaError_t start(const AttentionBackwardCall& call, cudaStream_t stream) {
+    check_cuda_heads(call.params.dtype, call.tensors.q);
+    const Tensor space =
+        workspace(call.tensors.q, attention_backward_cuda_workspace_bytes(call.params));
+    return attention_backward_cuda(call.params, space.mutable_data_ptr(), stream);
+}
+cudaError_t start(const ClsAttentionCall& call, cudaStream_t stream) {
+    check_cuda_dtype(call.params.dtype, call.q);
+    return cls_attention_cuda(call.params, stream);
+}
+
+struct Cuda {
+    template <class Call, class... Rest>
+    static auto run(const Call& call, const Tensor& first, const Rest&... rest) {
+        const OnDevice on(first);
+        using Outputs = decltype(call.outputs());
+        if (!on.runs_kernels()) return plain<Outputs>(Call::kName, first, rest...);
+        const cudaError_t error = start(call, on.stream());
+        STD_TORCH_CHECK(error == cudaSuccess, Call::kName,
+                        ": the CUDA launch failed: ", cudaGetErrorString(error));
+        return call.outputs();
     }
-    check_cuda_heads(call.params.dtype, q);
-    const auto bytes = static_cast<int64_t>(attention_backward_cuda_workspace_bytes(call.params));
-    const Tensor workspace = empty_like_with(q, {bytes}, ScalarType::Byte);
-    check_launch(attention_backward_cuda(call.params, workspace.mutable_data_ptr(), on.stream()),
-                 "attention_backward");
-    return call.outputs();
-}
-
-Tensor cls_attention(Tensor q, Tensor k, std::optional<Tensor> size, std::optional<double> scale) {
-    const OnDevice on(q);
-    const ClsAttentionCall call(q, k, size, scale);
-    if (!on.runs_kernels()) return plain<1>("cls_attention", q, k, size, scale)[0];
-    STD_TORCH_CHECK(call.params.dtype != DType::kFloat64,
-                    "q: expected float32, float16 or bfloat16 on CUDA, got ", describe(q));
-    check_launch(cls_attention_cuda(call.params, on.stream()), "cls_attention");
-    return call.out;
-}
+};
 
 }  // namespace
 }  // namespace tome::torch_layer
 
 STABLE_TORCH_LIBRARY_IMPL(tome, CUDA, m) {
-    m.impl("match", TORCH_BOX(&tome::torch_layer::match));
-    m.impl("select", TORCH_BOX(&tome::torch_layer::select));
-    m.impl("plan", TORCH_BOX(&tome::torch_layer::plan));
-    m.impl("merge", TORCH_BOX(&tome::torch_layer::merge));
-    m.impl("merge_add_norm", TORCH_BOX(&tome::torch_layer::merge_add_norm));
-    m.impl("merge_backward", TORCH_BOX(&tome::torch_layer::merge_backward));
-    m.impl("unmerge", TORCH_BOX(&tome::torch_layer::unmerge));
-    m.impl("attention_forward", TORCH_BOX(&tome::torch_layer::attention_forward));
-    m.impl("attention_backward", TORCH_BOX(&tome::torch_layer::attention_backward));
-    m.impl("cls_attention", TORCH_BOX(&tome::torch_layer::cls_attention));
+    using namespace tome::torch_layer;
+    register_calls<Cuda>(m, AllCalls{});
 }

@@ -18,6 +18,7 @@ from .class_swap import Swapped
 from .trail import Trail
 
 __all__ = [
+    "SizedCall",
     "TomeMultiheadAttention",
     "check_multihead",
     "heads_of",
@@ -158,6 +159,31 @@ def pool_multihead(
     y = proportional_attention(q, k, v, size, dropout_p=dropout)
     out: Tensor = attn.out_proj(y.transpose(1, 2).flatten(2))
     return out
+
+
+class SizedCall:
+    """Stands for a block's call in attention behind the tower, which only counts its keys.
+
+    Attributes:
+        size: (B, M) float32, how often each key counts.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: Tensor) -> None:
+        self.size = size
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """As :meth:`BlockCall.attend`; ``attn_mask`` is over the present tokens."""
+        return proportional_attention(q, k, v, self.size, attn_mask, scale, dropout_p)
 
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:

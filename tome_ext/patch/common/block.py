@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ class BlockNames:
 
     Attributes:
         norm1, attn, norm2, mlp: modules.
+        dropout1, dropout2: modules that drop features of a branch before it is scaled.
         scale1, scale2: modules or parameters that multiply a branch (LayerScale).
-        drop1, drop2: modules that drop a branch, or features of it, while training.
+        drop1, drop2: modules that drop a scaled branch, or features of it, while training.
         scale_vector: attribute of the scale modules that holds their vector.
         order: "pre" for ``x + branch(norm(x))``, "post" for ``x + norm(branch(x))``, "own" for
             blocks that have their own ``_tome_reduce``.
@@ -44,6 +45,8 @@ class BlockNames:
     attn: str
     norm2: str
     mlp: str
+    dropout1: str | None = None
+    dropout2: str | None = None
     scale1: str | None = None
     scale2: str | None = None
     drop1: str | None = None
@@ -59,8 +62,11 @@ class TomeBlock(Swapped):
     """A transformer block that reduces its tokens between attention and MLP.
 
     Attributes of an instance: ``_tome`` is the tower's trail, ``_tome_layer`` the block's number,
-    ``_tome_names`` what its parts are called.
+    ``_tome_names`` what its parts are called. Of a class: ``_tome_drives`` says that its own
+    forward serves only where no tokens have merged yet.
     """
+
+    _tome_drives: ClassVar[bool] = False
 
     _tome: Trail
     _tome_layer: int
@@ -73,13 +79,13 @@ class TomeBlock(Swapped):
             out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         else:
             args, kwargs = self._tome_arguments(call, args, kwargs)
-            if call.reduces:
+            if call.reduces or self._tome_drives:
                 out = self._tome_reduce(call, x, args, kwargs)
             else:
                 out = self._tome_stay(call, x, args, kwargs)
                 call.check_attended()
         y = out[0] if isinstance(out, tuple) else out
-        if not call.reduces:
+        if call.tokens.layer == self._tome_layer:
             call.pass_on(y, call.tokens.size, None)
         trail.leave(call, y)
         return out
@@ -121,6 +127,10 @@ class TomeBlock(Swapped):
         finally:
             trail.call = None
 
+    def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
+        """The output of the block's MLP for normed tokens (B, M, C), without the residual."""
+        return self._modules[self._tome_names.mlp](normed)
+
     def _tome_reduce(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -129,8 +139,9 @@ class TomeBlock(Swapped):
         modules = self._modules  # nn.Module's own lookup takes microseconds for each
         if names.order == "post":
             attended = modules[names.norm1](self._tome_attend(call, x, args, kwargs))
-            x = call.merge(x + finished(self, names.scale1, names.drop1, attended))
-            branch = modules[names.norm2](modules[names.mlp](x))
+            attended = finished(self, names.dropout1, names.scale1, names.drop1, attended)
+            x = call.merge(x + attended)
+            branch = modules[names.norm2](self._tome_mlp(x))
         else:
             normed = take_norm(x)
             if normed is None:
@@ -138,18 +149,23 @@ class TomeBlock(Swapped):
             attended = self._tome_attend(call, normed, args, kwargs)
             x, normed = merged_and_normed(self, names, call, x, attended)
             del attended  # or its memory would be held until the MLP is done
-            branch = modules[names.mlp](normed)
+            branch = self._tome_mlp(normed)
             del normed
-            if not torch.is_grad_enabled():
+            if call.tokens.rules.settings.inference and not torch.is_grad_enabled():
                 out = added_and_normed(self, names, call, x, branch)
                 if out is not None:
                     return out
-        return x + finished(self, names.scale2, names.drop2, branch)
+        return x + finished(self, names.dropout2, names.scale2, names.drop2, branch)
 
 
-def finished(block: Any, scale: str | None, drop: str | None, branch: Tensor) -> Tensor:
+def finished(
+    block: Any, dropout: str | None, scale: str | None, drop: str | None, branch: Tensor
+) -> Tensor:
     """A branch's output, scaled and dropped."""
     modules = block._modules
+    if dropout is not None:
+        module = modules.get(dropout)
+        branch = branch if module is None else module(branch)
     if scale is not None:
         module = modules.get(scale)
         if module is not None:
@@ -176,7 +192,8 @@ def added_and_normed(
 ) -> Tensor | None:
     """The block's output, whose norm is left for the following block; None if that may not be.
 
-    Not where gradients are wanted: a checkpointed block is called again without the one before.
+    Only where the user has said that no gradients will be wanted: a checkpointed block is called
+    again without the one before it, and must find the same norm to the bit, or ties turn.
     """
     # torch.compile fuses them itself, and a traced program may run with gradients.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -192,6 +209,7 @@ def added_and_normed(
     if (
         not is_plain_norm(next_names, norm)
         or drops(block, names.drop2, names)
+        or drops(block, names.dropout2, names)
         or observed(block)
         or observed(following)
         or hooks_on_all_modules()
@@ -241,13 +259,19 @@ def merged_and_normed(
 ) -> tuple[Tensor, Tensor]:
     """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
     norm = block._modules[names.norm2]
-    if call.averages and is_plain_norm(names, norm) and not drops(block, names.drop1, names):
+    if (
+        call.averages
+        and is_plain_norm(names, norm)
+        and not drops(block, names.drop1, names)
+        and not drops(block, names.dropout1, names)
+    ):
         plain, vector = plain_scale(block, names.scale1, names)
         if plain and not hooks_on_all_modules():
             weight, bias = norm.weight, norm.bias
             if fit(x, attended, vector, weight, bias):
                 return call.merge_add_norm(x, attended, vector, weight, bias, norm.eps)
-    x = call.merge(x + finished(block, names.scale1, names.drop1, attended))
+    attended = finished(block, names.dropout1, names.scale1, names.drop1, attended)
+    x = call.merge(x + attended)
     return x, norm(x)
 
 
@@ -268,7 +292,10 @@ def plain_scale(block: Any, name: str | None, names: BlockNames) -> tuple[bool, 
         return True, None
     scale = block._modules.get(name)
     if scale is None:
-        return True, getattr(block, name, None)
+        vector = getattr(block, name, None)
+        if isinstance(vector, Tensor):
+            return True, vector
+        return vector is None or vector == 1, None
     if observed(scale):
         return False, None
     if type(scale) is nn.Identity:

@@ -118,6 +118,24 @@ class BlockCall:
         plan = self.plan_so_far()
         return None if plan is None else positions.representatives(plan, coordinates)
 
+    def relative_bias(self, bias: Tensor, coordinates: Tensor) -> Tensor:
+        """A bias of pairs of original tokens, for pairs of the present ones.
+
+        A token takes the rows and columns of :meth:`position_ids`. The result is dense, B times as
+        large as a bias that serves the whole batch, and keeps attention from being flash.
+
+        Args:
+            bias: (1, H, N, N), added to the logits.
+            coordinates: (N, K), as there.
+
+        Returns:
+            (B, H, M, M); the bias as it came if nothing has merged.
+        """
+        ids = self.position_ids(coordinates)
+        if ids is None:
+            return bias
+        return bias[0][:, ids.unsqueeze(2), ids.unsqueeze(1)].transpose(0, 1)
+
     def mask(self, q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
         """The caller's mask over original tokens, carried to the present ones.
 
@@ -182,8 +200,8 @@ class BlockCall:
             dropout_p: probability of dropping an attention weight.
             scale: factor of the logits; None means ``D ** -0.5``.
             metric: (B, H, M, D) in place of the keys as what tokens are matched by.
-            bias: float, added to the logits of the present tokens, broadcastable to (B, H, M, M);
-                in place of a mask.
+            bias: added to the logits, of the present tokens, broadcastable to (B, H, M, M); as
+                from :meth:`relative_bias`. Not with ``attn_mask`` or ``is_causal``.
 
         Returns:
             (B, H, M, D).
@@ -197,7 +215,7 @@ class BlockCall:
                 raise ValueError("expected a mask or a bias, got both")
             attn_mask = self.mask(q, attn_mask, is_causal)
         elif bias is not None:
-            attn_mask = bias
+            attn_mask = bias.to(q.dtype)
         if k.shape[1] != q.shape[1]:  # grouped queries
             metric = k if metric is None else metric
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -8,13 +8,15 @@ Pickle and ``deepcopy`` rebuild the subclass from its two parts.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["Swapped", "is_outermost", "restore", "swap"]
+__all__ = ["Swapped", "has_own_forward", "is_outermost", "restore", "swap"]
 
 PREFIX = "_tome"  # of every attribute that a swap adds to a module
+KEPT = ("_old_forward", "forward")  # attributes of a module that may hold its class's forward
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -58,9 +60,37 @@ def _rebuild(mixin: type, base: type) -> Any:
 
 def swap(module: nn.Module, mixin: type[Swapped], **attributes: object) -> None:
     """Put ``mixin`` in front of the module's class and set attributes, each named ``_tome...``."""
-    module.__class__ = _swapped_class(mixin, type(module))
+    before = type(module)
+    module.__class__ = _swapped_class(mixin, before)
     for name, value in attributes.items():
         setattr(module, name, value)
+    _rebind(module, before)
+
+
+def has_own_forward(module: Any) -> bool:
+    """Whether calling the module runs another forward than its class's.
+
+    Hooks as those of accelerate, which keep the forward they replaced in ``_old_forward``, run it.
+    """
+    own = vars(module)
+    if "forward" not in own:
+        return False
+    return not any(_is_forward(own.get(name), module, type(module)) for name in KEPT)
+
+
+def _is_forward(method: Any, module: nn.Module, owner: Any) -> bool:
+    return (
+        isinstance(method, MethodType)
+        and method.__self__ is module
+        and method.__func__ is owner.forward
+    )
+
+
+def _rebind(module: Any, before: type) -> None:
+    """After a swap: where others keep the module's forward, let it be that of the class now."""
+    for name in KEPT:
+        if _is_forward(vars(module).get(name), module, before):
+            setattr(module, name, MethodType(type(module).forward, module))
 
 
 def is_outermost(module: Swapped) -> bool:
@@ -72,4 +102,6 @@ def restore(module: Swapped) -> None:
     """Undo :func:`swap`: the module's own class, and no attribute of ours."""
     for name in [name for name in vars(module) if name.startswith(PREFIX)]:
         delattr(module, name)
+    before = type(module)
     module.__class__ = module._tome_base
+    _rebind(module, before)

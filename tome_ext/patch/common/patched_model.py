@@ -16,10 +16,10 @@ from torch import nn
 
 from ...schedule import KeepRate, Method, Schedule
 from .block import TomeBlock
-from .class_swap import Swapped, is_outermost, restore, swap
+from .class_swap import Swapped, has_own_forward, is_outermost, restore, swap
 from .rules import Settings, make_rules
 from .token_state import Tokens
-from .trail import Trail
+from .trail import Reader, Trail
 
 __all__ = ["PatchedModel", "Tower", "find_patched", "patch_model", "remove"]
 
@@ -30,13 +30,14 @@ class Tower:
 
     Attributes:
         module: the module that returns the tokens.
-        mixin: the class that it gets.
+        mixin: the class that it gets, ``module_attributes`` its attributes (``_tome...``).
         blocks: its blocks in order, each with the class that it gets.
         others: further modules, their classes and attributes (``_tome...``) of their own.
         num_prefix_tokens: leading tokens that never merge.
         class_token: whether the first of them is a class token.
         block_attributes: attributes (``_tome...``) of every block.
         info: further entries of ``_tome_info``, for code written for the published patch.
+        reader: what reads the tokens that the tower returns; see :class:`Trail`.
     """
 
     module: nn.Module
@@ -47,6 +48,8 @@ class Tower:
     others: list[tuple[nn.Module, type[Swapped], dict[str, Any]]] = field(default_factory=list)
     block_attributes: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    reader: Reader = "tokens"
+    module_attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class PatchedModel(Swapped):
@@ -194,7 +197,8 @@ def patch_model(
         return model
     tower = find_tower(model)
     _check_method(settings, tower.class_token)
-    trail = Trail(make_rules(settings, len(tower.blocks), tower.num_prefix_tokens))
+    rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)
+    trail = Trail(rules, tower.reader)
     held = {
         "_tome": trail,
         "_tome_class_token": tower.class_token,
@@ -206,7 +210,8 @@ def patch_model(
     for layer, (block, block_mixin) in enumerate(tower.blocks):
         swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
         trail.blocks[layer] = weakref.ref(block)
-    swap(tower.module, tower.mixin, _tome_part=tower.module is not model, **held)
+    part = tower.module is not model
+    swap(tower.module, tower.mixin, _tome_part=part, **held, **tower.module_attributes)
     if tower.module is not model:
         swap(model, PatchedModel, _tome_part=False, **held)
     return model
@@ -243,7 +248,7 @@ def remove(model: nn.Module) -> None:
         (name, module) for name, module in model.named_modules() if isinstance(module, Swapped)
     ]
     for name, module in swapped:
-        if "forward" in vars(module):
+        if has_own_forward(module):
             raise RuntimeError(
                 f"{name or 'the model'} ({type(module).__name__}): its forward was replaced after "
                 "patching; take that replacement off first"

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from .class_swap import has_own_forward
+
 __all__ = [
     "check_blocks",
     "check_classes",
@@ -74,7 +76,7 @@ def check_blocks(
         raise ValueError(f"model: expected at least one block, got {name} with none")
     for layer, (block, attn) in enumerate(zip(blocks, attentions, strict=True)):
         found = f"{name} with a {type(block).__qualname__} as block {layer}"
-        if "forward" in vars(block) or "forward" in vars(attn):
+        if has_own_forward(block) or has_own_forward(attn):
             raise ValueError(f"model: got {found}, whose forward or whose attention's is replaced")
         if any(block is other for other in blocks[:layer]):
             raise ValueError(f"model: expected blocks of their own, got {found}, which came before")

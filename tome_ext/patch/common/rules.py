@@ -20,6 +20,7 @@ class Settings:
     keep_rate: KeepRate | None = None
     trace_source: bool = False
     restore_tokens: bool = False
+    inference: bool = False
 
 
 class LayerRule(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,27 @@ from ..._torch import in_backward, record_on_storage
 from ...attention import unsupported
 from ...ops import describe
 from .block_call import BlockCall, attention_name
+from .class_swap import Swapped
 from .rules import Rules
 from .token_state import RECORD, Tokens, recorded
 
-__all__ = ["AttentionKind", "Trail", "attention_kind"]
+__all__ = ["AttentionKind", "Reader", "TokenNorm", "Trail", "attention_kind"]
+
+Reader = Literal["tokens", "mean", "grid"]
 
 OWN_ATTENTION = "the model's own, as nothing has merged"
+
+
+class TokenNorm(Swapped):
+    """A tower's last norm, whose output are the tokens that came in."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            tokens = recorded(x)
+            if tokens is not None and tokens.fit(y):
+                record_on_storage(y, RECORD, tokens)
+        return y
 
 
 class AttentionKind(NamedTuple):
@@ -50,6 +65,8 @@ class Trail:
 
     Attributes:
         rules: what forwards that begin from now on do; replaced as a whole.
+        reader: what reads the tower's tokens: "tokens", the user or what knows of sizes; "mean", a
+            mean over all of them; "grid", what needs every original token at its place.
         local: per thread: the call of a block that runs now, and the tokens that its last forward
             and recomputation ended with.
         used: per layer, by what its last call computed attention; None if not called since the
@@ -57,8 +74,9 @@ class Trail:
         blocks: weak references to the tower's blocks, which each block makes when it is copied.
     """
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, reader: Reader = "tokens") -> None:
         self.local = threading.local()
+        self.reader = reader
         self.rules = rules
         self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
 
@@ -73,10 +91,10 @@ class Trail:
 
     def __getstate__(self) -> dict[str, Any]:
         # What forwards left belongs to this object, not to copies.
-        return {"rules": self._rules}
+        return {"rules": self._rules, "reader": self.reader}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["rules"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def following(self, layer: int, block: object) -> Any:
         """The block behind ``block``, number ``layer``; None if it is the last or not known.
@@ -97,12 +115,15 @@ class Trail:
         return getattr(self.local, _slot(), None)
 
     @property
-    def call(self) -> BlockCall | None:
-        """The call of a block whose attention this thread runs; None outside of one."""
+    def call(self) -> Any:
+        """The call of a block whose attention this thread runs; None outside of one.
+
+        A :class:`BlockCall`, or what a pool puts here that has its ``attend``.
+        """
         return getattr(self.local, "call", None)
 
     @call.setter
-    def call(self, call: BlockCall | None) -> None:
+    def call(self, call: Any) -> None:
         self.local.call = call
 
     def enter(self, layer: int, x: Tensor) -> BlockCall:
@@ -117,21 +138,46 @@ class Trail:
             self.used[tokens.layer - 1] = call.attention
             record_on_storage(x, RECORD, tokens)
 
-    def finish(self, x: Tensor) -> Tensor:
+    def restores(self, rules: Rules) -> bool:
+        """Whether all that the tower returns is spread over the original tokens."""
+        return rules.settings.restore_tokens or self.reader == "grid"
+
+    def finish(self, x: Tensor, restore: bool = False) -> Tensor:
         """The tokens x (B, M, C) that a tower returns, after its last norm.
 
-        Spread over the original tokens if the user wants them so; else what is known of the last
-        block's tokens is said of them.
+        Spread over the original tokens if the user wants them so, or what reads them needs it, or
+        with ``restore``; else what is known of the last block's tokens is said of them. A mean over
+        tokens, each as often as it counts, is one weighted by size; so a mean's reader gets the
+        tokens of methods that prune as they are.
         """
         tokens = self.current
         if tokens is None or not tokens.fit(x):
             return x
-        if tokens.rules.settings.restore_tokens and tokens.reduced:
+        restore = restore or self.restores(tokens.rules)
+        if self.reader == "mean" and tokens.size is not None:
+            restore = True
+        if restore and tokens.reduced:
             x = tokens.unmerge(x)
             tokens = tokens._replace(num_tokens=x.shape[1], size=None, assigns=(), reduced=False)
         if not torch.compiler.is_compiling():
             record_on_storage(x, RECORD, tokens)
         return x
+
+    def merged(self, x: Tensor) -> Tokens | None:
+        """For modules that the tower's forward calls after its blocks: what ``x`` (B, M, C) are.
+
+        None if nothing was reduced.
+        """
+        tokens = self.current
+        if tokens is None or not tokens.reduced or not tokens.fit(x):
+            return None
+        return tokens
+
+    def same(self, x: Tensor, y: Tensor) -> None:
+        """Say that ``y`` (B, M, C), made of ``x`` outside of the tower, are the same tokens."""
+        tokens = None if torch.compiler.is_compiling() else recorded(x)
+        if tokens is not None:
+            record_on_storage(y, RECORD, tokens)
 
     def size_of(self, x: Tensor) -> Tensor | None:
         """Sizes (B, M) of the tokens ``x`` (B, M, C) that a forward returned; None for all 1.
@@ -143,7 +189,7 @@ class Trail:
         tokens = self.current if compiling else recorded(x)
         if tokens is not None and tokens.fit(x):
             return tokens.size
-        if compiling and tokens is not None and tokens.rules.settings.restore_tokens:
+        if compiling and tokens is not None and self.restores(tokens.rules):
             return None  # nothing is recorded while compiling: these are what finish has spread
         if self._rules.idle or not self._rules.method.sized:
             return None

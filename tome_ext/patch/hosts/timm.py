@@ -32,6 +32,7 @@ from ..common.refusals import (
     check_own_methods,
     class_name,
 )
+from ..common.trail import TokenNorm
 from ..registry import Family
 from .timm_bias import (
     TimmBeitAttention,
@@ -212,7 +213,10 @@ def find_tower(model: Any) -> Tower:
         module=model,
         mixin=form.mixin,
         blocks=[(block, form.blocks[type(block)]) for block in blocks],
-        others=[(attn, form.attentions[type(attn)], further) for attn in attentions],
+        others=[
+            *((attn, form.attentions[type(attn)], further) for attn in attentions),
+            *([(model.norm, TokenNorm, {})] if type(model.norm) is not nn.Identity else []),
+        ],
         num_prefix_tokens=int(model.num_prefix_tokens),
         class_token=bool(class_token),
         block_attributes={"_tome_own_table": True} if own_table else {},

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..common.attention_seam import weighted_mean
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
-from ..common.trail import AttentionKind, Trail, attention_kind
-from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, dropout_of, packed_qkv
+from ..common.trail import Trail
+from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, packed_qkv
 
 __all__ = [
     "TimmBeitAttention",
@@ -47,10 +47,7 @@ def of_present(call: BlockCall, bias: Tensor | None, window: Any) -> Tensor | No
         torch.arange(height, device=bias.device), torch.arange(width, device=bias.device)
     )
     prefix = call.tokens.rules.num_prefix_tokens
-    ids = call.position_ids(torch.nn.functional.pad(patches, (0, 0, prefix, 0)))
-    if ids is None:
-        return bias
-    return bias[0][:, ids[:, :, None], ids[:, None, :]].transpose(0, 1)
+    return call.relative_bias(bias, torch.nn.functional.pad(patches, (0, 0, prefix, 0)))
 
 
 class TimmBeitAttention(Swapped):
@@ -96,25 +93,17 @@ class TimmRelPosAttention(Swapped):
         return attended(self, call, x, q, k, v, bias=of_present(call, bias, window))
 
 
-class TimmBiasBlock(TimmBlock):
-    """What the blocks share."""
-
-    def _tome_attention_kind(self: Any) -> AttentionKind:
-        attn = self.attn
-        return attention_kind(attn, attn.qkv.out_features // 3 // attn.num_heads, dropout_of(attn))
-
-
-class TimmBeitBlock(TimmBiasBlock):
+class TimmBeitBlock(TimmBlock):
     """``timm.models.beit.Block`` that merges between attention and MLP."""
 
     _tome_names = replace(BLOCK, scale1="gamma_1", scale2="gamma_2")
 
 
-class TimmRelPosBlock(TimmBiasBlock):
+class TimmRelPosBlock(TimmBlock):
     """``RelPosBlock`` that merges between attention and MLP."""
 
 
-class TimmRelPosPostBlock(TimmBiasBlock):
+class TimmRelPosPostBlock(TimmBlock):
     """``ResPostRelPosBlock`` that merges between attention and MLP."""
 
     _tome_names = replace(BLOCK, order="post", scale1=None, scale2=None)

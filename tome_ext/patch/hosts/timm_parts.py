@@ -32,6 +32,7 @@ __all__ = [
     "attended",
     "causal",
     "dropout_of",
+    "head_dim_of",
     "packed_qkv",
     "pruned",
     "spread_intermediates",
@@ -61,6 +62,12 @@ def dropout_of(attn: Any) -> float:
     return getattr(attn.attn_drop, "p", 0.0) if dropping.training else 0.0
 
 
+def head_dim_of(attn: Any) -> int:
+    """Channels of a head; not all attentions say so, nor did EvaAttention in older timm."""
+    head_dim = getattr(attn, "head_dim", None)
+    return attn.proj.in_features // attn.num_heads if head_dim is None else head_dim
+
+
 def packed_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, H, M, D) of x (B, M, C), by one projection whose biases may be apart."""
     if getattr(attn, "q_bias", None) is None:
@@ -71,7 +78,7 @@ def packed_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             qkv = attn.qkv(x) + bias
         else:
             qkv = F.linear(x, attn.qkv.weight, bias)
-    qkv = qkv.reshape(*x.shape[:2], 3, attn.num_heads, -1)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
@@ -144,7 +151,7 @@ class TimmBlock(TomeBlock):
 
     def _tome_attention_kind(self: Any) -> AttentionKind:
         attn = self.attn
-        return attention_kind(attn, attn.head_dim, dropout_of(attn))
+        return attention_kind(attn, head_dim_of(attn), dropout_of(attn))
 
 
 class TimmPostBlock(TimmBlock):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.trail import Trail
-from .timm_parts import BLOCK, TimmBlock, attended, causal, packed_qkv
+from .timm_parts import BLOCK, TimmBlock, attended, causal, head_dim_of, packed_qkv
 
 __all__ = ["TimmRotaryAttention", "TimmRotaryBlock", "TimmRotaryPostBlock"]
 
@@ -73,7 +73,7 @@ class TimmRotaryAttention(Swapped):
             q, k, v = packed_qkv(self, x)
         else:
             q, k, v = (
-                project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                project(x).unflatten(-1, (-1, head_dim_of(self))).transpose(1, 2)
                 for project in (self.q_proj, self.k_proj, self.v_proj)
             )
         q, k = self.q_norm(q), self.k_norm(k)

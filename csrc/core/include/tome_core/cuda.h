@@ -17,6 +17,9 @@
 
 namespace tome {
 
+// Targets of match that are out of range or order are not followed out of the tokens either; which
+// plan they give is not said.
+
 // Device memory that match_cuda needs besides its outputs; 0 if none. Its content doesn't matter.
 size_t match_cuda_workspace_bytes(const MatchParams& params);
 

@@ -8,6 +8,16 @@
 namespace tome {
 
 // Strides are in elements. The last dimension of `metric` is contiguous.
+//
+// With `weight`, tokens behind the prefix are hidden where it is 0. A hidden token is neither
+// merged nor merged into, and no row is its own: it is dropped, and what it holds changes nothing.
+// Each image removes as many of its visible tokens as r and its visible sets allow (see cut_r); its
+// visible rows come first, and those that are left stay empty, so that all images have as many. But
+// if r is cut to 0 for all of them, the plan is the identity, and nothing is hidden.
+//
+// With `targets`, these are the tokens that others merge into, and all others behind the prefix are
+// what may merge. Where every target of an image is hidden and its other visible tokens are more
+// than the rows, as many of them as must, the first ones, merge into the first target.
 struct MatchParams {
     const void* metric;  // (batch, heads, tokens, dim): averaged over heads
     DType dtype;
@@ -18,6 +28,10 @@ struct MatchParams {
     int32_t* assign;            // (batch, tokens) out
     int32_t* members;           // (batch, tokens) out
     int32_t* offsets;           // (batch, tokens - cut_r + 1) out
+
+    const float* weight = nullptr;     // (batch, tokens), or null: nothing is hidden
+    const int32_t* targets = nullptr;  // (num_targets) ascending, or null: the odd positions
+    int64_t num_targets = 0;
 };
 
 // How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
@@ -26,7 +40,15 @@ constexpr int64_t cut_r(int64_t tokens, int64_t r, int64_t num_prefix_tokens) {
     return r <= 0 ? 0 : r < free / 2 ? r : free / 2;
 }
 
-void match(const MatchParams& params, const Threads& threads);
+// The same with targets: cut to the tokens that are none.
+constexpr int64_t cut_r(const MatchParams& p) {
+    if (p.targets == nullptr) return cut_r(p.tokens, p.r, p.num_prefix_tokens);
+    const int64_t free = p.tokens - p.num_prefix_tokens - p.num_targets;
+    return p.r <= 0 || p.num_targets == 0 || free <= 0 ? 0 : p.r < free ? p.r : free;
+}
+
+// Checks `targets` first and writes nothing if one is out of range or order.
+Status match(const MatchParams& params, const Threads& threads);
 
 // Groups tokens by output row: a stable counting sort of `assign`.
 struct PlanParams {

@@ -41,7 +41,7 @@ struct Threads {
     static Threads serial() { return {nullptr, nullptr, 1}; }
 };
 
-// Why a plan was refused. `index` and `value` locate the first offending entry.
+// Why a plan, or what makes one, was refused. `index` and `value` locate the first offending entry.
 struct Status {
     enum Code : int32_t {
         kOk,
@@ -49,6 +49,7 @@ struct Status {
         kMemberOutOfRange,   // a members entry is < 0 or >= the number of tokens
         kMemberRepeated,     // a token is a member of two rows
         kOffsetsNotOrdered,  // offsets do not start at 0, decrease, or pass the number of tokens
+        kTargetsNotOrdered,  // a target is of the prefix, past the last token, or not ascending
     } code = kOk;
     int64_t batch = 0;
     int64_t index = 0;

@@ -1,0 +1,907 @@
+"""Vision towers of Hugging Face's Transformers: which are supported, and what they are called.
+
+:data:`FAMILIES` is what is supported, as data; a family whose blocks are like another's is one
+entry there. All of them call their attention through Transformers' ``AttentionInterface``, which is
+where attention is reached: see :class:`TomeAttention`.
+
+Imports transformers, so it is itself imported only when a model is patched, or a patched one
+unpickled.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ...attention import proportional_attention
+from ..common.attention_seam import SizedCall, heads_of, pool_multihead, weighted_mean
+from ..common.block import BlockNames, TomeBlock
+from ..common.block_call import BlockCall
+from ..common.class_swap import Swapped
+from ..common.patched_model import PatchedModel, Tower
+from ..common.refusals import check_blocks, check_not_sharded, class_name
+from ..common.token_state import Tokens
+from ..common.trail import AttentionKind, Reader, Trail, attention_kind
+
+__all__ = ["FAMILIES", "REFUSED", "Family", "find_tower"]
+
+OLDEST = (5, 18)
+
+
+def check_version(version: str) -> None:
+    """Refuse versions whose towers, blocks and attentions have other parts.
+
+    The last to change were DINOv2's.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ImportError(f"this is transformers {version}")
+
+
+check_version(transformers.__version__)
+
+IMPLEMENTATION = "tome_ext"  # what the attention of an active block is called in Transformers
+# Keyword that carries the padding mask (B, N) that the user gave, or False for none, to the
+# attention modules.
+SHOWN = "tome_shown"
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+class MergingConfig:
+    """A config as an attention module sees it while its block merges."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+class TomeAttention(Swapped):
+    """Attention that calls the ``AttentionInterface``, and ours while its block merges.
+
+    Which function that interface calls is read from ``self.config``. While a block merges, that is
+    a view of the config with our function's name. So nothing is copied or written: config.json
+    stays as it was, ``set_attn_implementation`` works at any time, and other models of the same
+    config are left alone.
+    """
+
+    _tome_bias: ClassVar[bool] = False  # whether the mask is a bias over the present tokens
+
+    _tome: Trail
+
+    @property
+    def config(self: Any) -> Any:
+        # A property is looked up before the instance's own attribute of that name.
+        config = self.__dict__["config"]
+        return config if self._tome.call is None else MergingConfig(config)
+
+    @config.setter
+    def config(self: Any, config: Any) -> None:
+        self.__dict__["config"] = config
+
+
+class MaskedAttention(TomeAttention):
+    """Attention whose model may have been given a padding mask."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        tome_shown: Tensor | Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if tome_shown is not None and attention_mask is not None and self._tome.call is not None:
+            # Whatever form the model's implementation takes masks in (a float or bool matrix, a
+            # BlockMask), that of keys is exact and keeps attention on the operator. Without a
+            # padding mask there may still be one that hides nothing, as when exporting.
+            attention_mask = None if tome_shown is False else tome_shown[:, None, None, :] != 0
+        return super().forward(  # type: ignore[misc]
+            hidden_states, attention_mask, *args, **kwargs
+        )
+
+
+class BiasedAttention(TomeAttention):
+    """Attention with a bias of pairs, which its block has carried to the present tokens."""
+
+    _tome_bias = True
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What the ``AttentionInterface`` calls for the attention of a block that merges.
+
+    q, k and v are (B, H, M, D), returned is (B, M, H, D) and no attention matrix.
+    """
+    call = module._tome.call
+    if module._tome_bias:
+        out = call.attend(query, key, value, bias=attention_mask, dropout_p=dropout, scale=scaling)
+    else:
+        mask = as_mask(attention_mask)
+        out = call.attend(query, key, value, mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+
+
+def as_mask(mask: Any) -> Tensor | None:
+    """A mask of any implementation as one that broadcasts to (B, H, N, N)."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask: expected a tensor in a block that merges, got {type(mask).__name__}; "
+            "pass the padding mask (B, N), or use set_attn_implementation('sdpa')"
+        )
+    return mask[:, None, None, :] != 0 if mask.dim() == 2 else mask
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+class Layer(TomeBlock):
+    """A layer of a vision tower that merges between attention and MLP."""
+
+    _tome_attention: str  # path of the module that calls the AttentionInterface
+
+    def _tome_attention_kind(self: Any) -> AttentionKind:
+        attn = self.get_submodule(self._tome_attention)
+        head_dim = first_of(attn, "head_dim", "attention_head_size")
+        dropout = first_of(attn, "attention_dropout", "dropout_prob", "dropout")
+        return attention_kind(attn, head_dim, dropout if attn.training else 0.0)
+
+
+def first_of(module: nn.Module, *names: str) -> Any:
+    """The first attribute of those names that is there."""
+    return next(vars(module)[name] for name in names if name in vars(module))
+
+
+class RotaryLayer(Layer):
+    """DINOv3's: ``position_embeddings`` are (cosines, sines), (P, D) each, of the patches."""
+
+    def _tome_arguments(
+        self, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        if len(args) > 1:  # attention_mask comes first
+            kwargs["position_embeddings"], args = args[1], args[:1]
+        table = torch.cat(kwargs["position_embeddings"], dim=-1)
+        carried = call.rotary(table)
+        if carried is not table:
+            cos, sin = carried.unsqueeze(1).chunk(2, dim=-1)
+            kwargs["position_embeddings"] = (cos, sin)
+        return args, kwargs
+
+
+class VideoMAELayer(Layer):
+    """Its MLP is in two modules, the second of which adds the residual."""
+
+    def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
+        # Not the residual itself: what adds it later may do so together with the next norm.
+        nothing = normed.new_zeros(())
+        out: Tensor = self.output(self.intermediate(normed), nothing)
+        return out
+
+
+class VJEPA2Layer(Layer):
+    """It takes ids of tokens as positions, and returns a tuple."""
+
+    def _tome_arguments(
+        self: Any, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        plan = call.plan_so_far()
+        ids = None
+        if plan is not None:
+            attn = self.attention
+            every = torch.arange(plan.num_tokens, device=plan.assign.device)
+            places = torch.stack(attn.get_position_ids(every[None]), dim=-1)
+            ids = call.position_ids(places)
+        return (ids,), {}
+
+    def _tome_reduce(
+        self, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return super()._tome_reduce(call, x, args, kwargs), None
+
+
+class BeitLayer(Layer):
+    """It adds a relative-position bias, which a merged token takes from one of its members.
+
+    The bias of merged tokens differs between the images of a batch: (B, H, M, M) in place of
+    (1, H, N, N). It is exact for the positions that tokens take, but no flash attention takes it.
+    """
+
+    _tome_drives = True  # its own forward would make the bias anew, of the original tokens
+
+    def _tome_arguments(
+        self: Any, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {"attention_mask": self._tome_relative_bias(call, *args, **kwargs)}
+
+    def _tome_relative_bias(
+        self: Any,
+        call: BlockCall,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """The layer's bias and the one that all layers share, (1 or B, H, M, M)."""
+        assert resolution is not None
+        height, width = (side // self.patch_size for side in resolution)
+        bias = attention_mask
+        if self.relative_position_bias is not None:
+            num_tokens = height * width + 1
+            own = self.relative_position_bias(
+                (height, width), interpolate_pos_encoding, dim_size=num_tokens
+            )
+            bias = own if bias is None else own + bias
+        if bias is None:
+            return None
+        rows = torch.arange(height, device=bias.device).repeat_interleave(width)
+        columns = torch.arange(width, device=bias.device).repeat(height)
+        patches = torch.stack((rows, columns), dim=-1)
+        return call.relative_bias(bias, F.pad(patches, (0, 0, 1, 0)))
+
+
+# --- pools inside a tower or behind it ----------------------------------------------------------
+
+
+class ProbePool(Swapped):
+    """SigLIP's attention pool, which counts tokens by size."""
+
+    _tome: Trail
+
+    def forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        tokens = self._tome.merged(hidden_state)
+        size = None if tokens is None else counts(tokens, attention_mask)
+        if size is None:
+            masks = () if attention_mask is None else (attention_mask,)
+            out: Tensor = super().forward(hidden_state, *masks)  # type: ignore[misc]
+            return out
+        probe = self.probe.expand(hidden_state.shape[0], -1, -1)
+        x = pool_multihead(self.attention, probe, hidden_state, size)
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
+
+
+class ClassPool(Swapped):
+    """AIMv2's attention pool, which counts tokens by size."""
+
+    _tome: Trail
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        tokens = self._tome.merged(hidden_states)
+        size = None if tokens is None else counts(tokens, None)
+        if size is None:
+            out: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return out
+        query = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+        q, k, v = (
+            heads_of(x, self.num_heads)
+            for x in (query, self.k_proj(hidden_states), self.v_proj(hidden_states))
+        )
+        pooled = proportional_attention(q, k, v, size).transpose(1, 2).flatten(2)
+        return self.output_proj(pooled.mean(dim=1))
+
+
+class MeanPool(Swapped):
+    """BEiT's pool: the mean of the patch tokens, each as often as it counts; or the class token."""
+
+    _tome: Trail
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        tokens = self._tome.merged(hidden_states)
+        if self.layernorm is None or tokens is None or tokens.size is None:
+            out: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return out
+        return self.layernorm(weighted_mean(hidden_states[:, 1:], tokens.size[:, 1:]))
+
+
+def counts(tokens: Tokens, shown: Tensor | None) -> Tensor | None:
+    """How often each token (B, M) counts in a pool, with a padding mask (B, N) of the original.
+
+    None if all count once.
+    """
+    counted = tokens.rules.method.proportional
+    if shown is None:
+        return tokens.size if counted else None
+    plan = tokens.plan
+    assert plan is not None
+    visible = plan.merge(shown.to(torch.float32).unsqueeze(-1), reduce="sum")[0].squeeze(-1)
+    return visible if counted else (visible > 0).to(torch.float32)
+
+
+class PoolLayer(Swapped):
+    """A layer of V-JEPA 2's attentive pooler, whose attention counts tokens by size."""
+
+    _tome_crosses: ClassVar[bool] = False  # whether tokens are the second argument
+
+    _tome: Trail
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trail: Trail = self._tome
+        x = args[1 if self._tome_crosses else 0]
+        size = trail.size_of(x)
+        if size is None or not trail.rules.method.proportional:
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        else:
+            trail.call = SizedCall(size)
+            try:
+                out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                trail.call = None
+        if not self._tome_crosses:
+            trail.same(x, out[0])
+        return out
+
+
+class CrossPoolLayer(PoolLayer):
+    """The layer of that pooler whose query reads the tokens."""
+
+    _tome_crosses = True
+
+
+# --- towers -------------------------------------------------------------------------------------
+
+
+class TransformersTower(PatchedModel):
+    """A vision tower. What it returns knows of merged tokens, or is at full length."""
+
+    _tome_mask: tuple[str, int] | None  # argument that is a padding mask (B, N), and its place
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Trainers and exporters read the names of arguments from the signature.
+        of_model = getattr(super(), "forward", None)
+        if of_model is not None and "_tome_base" in vars(cls):
+            mixin = vars(cls)["_tome_mixin"]
+
+            @functools.wraps(of_model)
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return mixin.forward(self, *args, **kwargs)
+
+            cls.forward = forward  # type: ignore[method-assign]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trail: Trail = self._tome
+        rules = trail.rules
+        if rules.idle:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        refuse_attentions(self, kwargs)
+        if self._tome_mask is not None:
+            name, index = self._tome_mask
+            mask = args[index] if index < len(args) else kwargs.get(name)
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+                kwargs[SHOWN] = False if mask is None else mask
+        as_dict = kwargs.pop("return_dict", None)
+        if as_dict is None:
+            as_dict = getattr(self.config, "return_dict", True)
+        out = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
+        out.last_hidden_state = trail.finish(out.last_hidden_state)
+        states = getattr(out, "hidden_states", None)
+        tokens = trail.current
+        if states is not None and tokens is not None and trail.restores(rules):
+            out.hidden_states = tuple(
+                None if x is None else tokens.unmerge(x, layer) for layer, x in enumerate(states)
+            )
+        return out if as_dict else out.to_tuple()
+
+
+def refuse_attentions(tower: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse to return attention matrices, which blocks that merge do not build."""
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(tower.config, "output_attentions", False)
+    if wanted:
+        raise ValueError(
+            "output_attentions: expected False, got True of a model that merges tokens, whose "
+            "blocks build no attention matrix; set model.r = 0 for the matrices"
+        )
+
+
+class BeitTower(TransformersTower):
+    """BEiT's; its bias of pairs leaves no room for a mask."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attention_mask") is not None and not self._tome.rules.idle:
+            raise ValueError(
+                "attention_mask: expected None of a BEiT that merges tokens, got a mask; set "
+                "model.r = 0 to use one"
+            )
+        return super().forward(*args, **kwargs)
+
+
+class VJEPA2Tower(TransformersTower):
+    """V-JEPA 2: its predictor, and masks of tokens, want the encoder's tokens at full length."""
+
+    def forward(
+        self: Any,
+        pixel_values_videos: Tensor,
+        context_mask: Any = None,
+        target_mask: Any = None,
+        skip_predictor: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        full = not skip_predictor or context_mask is not None or target_mask is not None
+        if full and not self._tome.rules.idle:
+            kwargs["tome_full"] = True
+        return super().forward(
+            pixel_values_videos,
+            context_mask=context_mask,
+            target_mask=target_mask,
+            skip_predictor=skip_predictor,
+            **kwargs,
+        )
+
+
+class VJEPA2Encoder(Swapped):
+    """The part of V-JEPA 2 before the predictor."""
+
+    _tome: Trail
+
+    def forward(self: Any, *args: Any, tome_full: bool = False, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self._tome.rules.idle:
+            out.last_hidden_state = self._tome.finish(out.last_hidden_state, tome_full)
+        return out
+
+
+# --- what is supported --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one module of ``transformers.models`` whose towers are built alike.
+
+    Attributes:
+        name: for people.
+        package: the module of ``transformers.models``.
+        towers: classes that return tokens, each with the path to its blocks.
+        layer: class of the blocks, ``attention`` of the module in them that calls the
+            AttentionInterface.
+        names: what a block calls its parts; see :class:`BlockNames`.
+        prefix: number of tokens before the patches; registers are counted from the config.
+        heads: classes around a tower, each with what reads the tower's tokens; around those not
+            listed, tokens and hidden states come back at full length.
+        pools: classes that read all tokens, each with what they become.
+        mask: the towers' argument that is a padding mask (B, N).
+        notes: for people.
+    """
+
+    name: str
+    package: str
+    towers: dict[str, str]
+    layer: str
+    attention: str
+    names: dict[str, str]
+    prefix: int = 1
+    heads: dict[str, Reader] = field(default_factory=dict)
+    pools: dict[str, type[Swapped]] = field(default_factory=dict)
+    mask: str | None = None
+    layer_mixin: type[Layer] = Layer
+    attention_mixin: type[TomeAttention] = MaskedAttention
+    tower_mixin: type[TransformersTower] = TransformersTower
+    notes: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module that its classes live in."""
+        return f"transformers.models.{self.package}.modeling_{self.package}"
+
+
+VIT = {
+    "norm1": "layernorm_before",
+    "attn": "attention",
+    "norm2": "layernorm_after",
+    "mlp": "mlp",
+    "drop1": "dropout",
+    "drop2": "dropout",
+}
+DINO = {
+    "norm1": "norm1",
+    "attn": "attention",
+    "norm2": "norm2",
+    "mlp": "mlp",
+    "scale1": "layer_scale1",
+    "scale2": "layer_scale2",
+    "drop1": "drop_path",
+    "drop2": "drop_path",
+    "scale_vector": "lambda1",
+}
+CLIP = {"norm1": "layer_norm1", "attn": "self_attn", "norm2": "layer_norm2", "mlp": "mlp"}
+
+
+def _vit(name: str, package: str, cls: str, **options: Any) -> Family:
+    return Family(
+        name, package, {f"{cls}Model": "layers"}, f"{cls}Layer", f"{cls}Attention", VIT,
+        mask="attention_mask", **options,
+    )  # fmt: skip
+
+
+def _dino(name: str, package: str, cls: str, path: str, **options: Any) -> Family:
+    return Family(
+        name, package, {f"{cls}Model": f"{path}.layer", f"{cls}Encoder": "layer"},
+        f"{cls}Layer", f"{cls}Attention", DINO,
+        notes="backbones and what is built on them get every state at full length", **options,
+    )  # fmt: skip
+
+
+def _clip(name: str, package: str, cls: str, **options: Any) -> Family:
+    return Family(
+        name, package, {f"{cls}VisionModel": "encoder.layers"}, f"{cls}EncoderLayer",
+        f"{cls}Attention", CLIP, **options,
+    )  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    _vit("ViT", "vit", "ViT", heads={"ViTForImageClassification": "tokens"}),
+    _vit(
+        "DeiT",
+        "deit",
+        "DeiT",
+        prefix=2,
+        heads={
+            "DeiTForImageClassification": "tokens",
+            "DeiTForImageClassificationWithTeacher": "tokens",
+        },
+    ),
+    _vit("ViT-MSN", "vit_msn", "ViTMSN", heads={"ViTMSNForImageClassification": "tokens"}),
+    _vit("ViT-MAE", "vit_mae", "ViTMAE", notes="its decoder gets tokens at full length"),
+    _vit("I-JEPA", "ijepa", "IJepa", prefix=0, heads={"IJepaForImageClassification": "mean"}),
+    _dino(
+        "DINOv2",
+        "dinov2",
+        "Dinov2",
+        "encoder",
+        mask="attention_mask",
+        heads={"Dinov2ForImageClassification": "mean"},
+    ),
+    _dino(
+        "DINOv2 with registers",
+        "dinov2_with_registers",
+        "Dinov2WithRegisters",
+        "encoder",
+        mask="attention_mask",
+        heads={"Dinov2WithRegistersForImageClassification": "mean"},
+    ),
+    _dino("DINOv3", "dinov3_vit", "DINOv3ViT", "model", layer_mixin=RotaryLayer),
+    _clip(
+        "CLIP",
+        "clip",
+        "CLIP",
+        heads={
+            "CLIPModel": "tokens",
+            "CLIPVisionModelWithProjection": "tokens",
+            "CLIPForImageClassification": "mean",
+        },
+    ),
+    _clip(
+        "MetaCLIP 2",
+        "metaclip_2",
+        "MetaClip2",
+        heads={
+            "MetaClip2Model": "tokens",
+            "MetaClip2VisionModelWithProjection": "tokens",
+            "MetaClip2ForImageClassification": "mean",
+        },
+    ),
+    _clip(
+        "SigLIP",
+        "siglip",
+        "Siglip",
+        prefix=0,
+        heads={"SiglipModel": "tokens", "SiglipForImageClassification": "mean"},
+        pools={"SiglipMultiheadAttentionPoolingHead": ProbePool},
+    ),
+    _clip(
+        "SigLIP 2",
+        "siglip2",
+        "Siglip2",
+        prefix=0,
+        mask="pixel_attention_mask",
+        heads={"Siglip2Model": "tokens", "Siglip2ForImageClassification": "mean"},
+        pools={"Siglip2MultiheadAttentionPoolingHead": ProbePool},
+        notes="padding neither merges nor counts",
+    ),
+    Family(
+        "AIMv2",
+        "aimv2",
+        {"Aimv2VisionModel": "encoder.layers"},
+        "Aimv2EncoderLayer",
+        "Aimv2Attention",
+        {"norm1": "rms_norm1", "attn": "attention", "norm2": "rms_norm2", "mlp": "ffn"},
+        prefix=0,
+        heads={"Aimv2Model": "tokens"},
+        pools={"Aimv2AttentionPoolingHead": ClassPool},
+    ),
+    Family(
+        "VideoMAE",
+        "videomae",
+        {"VideoMAEModel": "encoder.layer"},
+        "VideoMAELayer",
+        "VideoMAESelfAttention",
+        {
+            "norm1": "layernorm_before",
+            "attn": "attention",
+            "norm2": "layernorm_after",
+            "mlp": "intermediate",
+        },
+        prefix=0,
+        heads={"VideoMAEForVideoClassification": "mean"},
+        layer_mixin=VideoMAELayer,
+        attention_mixin=TomeAttention,
+    ),
+    Family(
+        "V-JEPA 2",
+        "vjepa2",
+        {"VJEPA2Model": "encoder.layer"},
+        "VJEPA2Layer",
+        "VJEPA2RopeAttention",
+        {
+            "norm1": "norm1",
+            "attn": "attention",
+            "norm2": "norm2",
+            "mlp": "mlp",
+            "drop1": "drop_path",
+            "drop2": "drop_path",
+        },
+        prefix=0,
+        heads={"VJEPA2ForVideoClassification": "tokens"},
+        pools={
+            "VJEPA2Encoder": VJEPA2Encoder,
+            "VJEPA2PoolerSelfAttentionLayer": PoolLayer,
+            "VJEPA2PoolerCrossAttentionLayer": CrossPoolLayer,
+            "VJEPA2PoolerSelfAttention": TomeAttention,
+            "VJEPA2PoolerCrossAttention": TomeAttention,
+        },
+        layer_mixin=VJEPA2Layer,
+        attention_mixin=TomeAttention,
+        tower_mixin=VJEPA2Tower,
+        notes="its predictor is not patched, and gets tokens at full length",
+    ),
+    Family(
+        "BEiT",
+        "beit",
+        {"BeitModel": "layers"},
+        "BeitLayer",
+        "BeitAttention",
+        {
+            "norm1": "layernorm_before",
+            "attn": "attention",
+            "norm2": "layernorm_after",
+            "mlp": "mlp",
+            "dropout1": "dropout",
+            "dropout2": "dropout",
+            "scale1": "lambda_1",
+            "scale2": "lambda_2",
+            "drop1": "drop_path",
+            "drop2": "drop_path",
+        },
+        heads={"BeitForImageClassification": "tokens"},
+        pools={"BeitPooler": MeanPool},
+        layer_mixin=BeitLayer,
+        attention_mixin=BiasedAttention,
+        tower_mixin=BeitTower,
+        notes="its relative-position bias becomes one per image, and keeps attention from flash",
+    ),
+    Family(
+        "InternVL",
+        "internvl",
+        {"InternVLVisionModel": "encoder.layer"},
+        "InternVLVisionLayer",
+        "InternVLVisionAttention",
+        {
+            "norm1": "layernorm_before",
+            "attn": "attention",
+            "norm2": "layernorm_after",
+            "mlp": "mlp",
+            "dropout2": "dropout",
+            "scale1": "lambda_1",
+            "scale2": "lambda_2",
+        },
+        attention_mixin=TomeAttention,
+    ),
+)
+
+PACKED = (
+    "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+    "qwen3_omni_moe", "glm4v", "glm4v_moe", "kimi_k25",
+)  # fmt: skip
+# Modules of transformers.models whose towers are not supported, and why.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("swin", "swinv2", "swin2sr", "donut"), "it attends within shifted windows"),
+    **dict.fromkeys(("hiera", "sam2", "edgetam"), "it attends within windows, and pools between"),
+    **dict.fromkeys(("sam", "sam_hq", "vitdet", "sam3"), "its tokens stay a grid"),
+    **dict.fromkeys(
+        PACKED, "it packs images into one sequence, and joins its tokens in groups of 2 x 2"
+    ),
+    **dict.fromkeys(("pixtral", "mistral3"), "it packs images into one sequence"),
+    **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet"), "it has no tokens"),
+    "data2vec": "its attention does not go through the AttentionInterface",
+    "mllama": "its tokens are tiled and padded",
+    "gemma4": "it pools tokens by their places",
+}
+
+_BY_MODULE = {family.module: family for family in FAMILIES}
+_WRAPPERS = ("TimmWrapperModel", "TimmWrapperForImageClassification")
+
+
+# --- finding the tower --------------------------------------------------------------------------
+
+
+def find_tower(model: Any) -> Tower:
+    """What a model of Transformers is made of; a ValueError that says why if it is unsupported."""
+    check_not_sharded(model)
+    found = list(_towers(model, "", []))
+    if not found:
+        raise ValueError(_unsupported(model))
+    if len(found) > 1:
+        names = ", ".join(name for name, *_ in found)
+        raise ValueError(
+            f"model: expected one vision tower, got {class_name(model)} with several ({names}); "
+            "patch them one by one"
+        )
+    _, module, around = found[0]
+    reader = _reader(around)
+    family = family_of(module)
+    if family is None:
+        from . import timm
+
+        tower = timm.find_tower(module.timm_model)
+        tower.reader = reader
+        return tower
+    return _tower(model, module, family, reader)
+
+
+def family_of(module: Any) -> Family | None:
+    """The family that has the module as a tower; of a subclass only if its forward is the same."""
+    base: Any
+    for base in type(module).__mro__:
+        family = _BY_MODULE.get(base.__module__)
+        if family is not None and base.__name__ in family.towers:
+            return family if type(module).forward is base.forward else None
+    return None
+
+
+def _towers(
+    module: Any, name: str, around: list[nn.Module]
+) -> Iterator[tuple[str, Any, list[nn.Module]]]:
+    """The outermost towers in a module: name, tower, and the models of Transformers around it."""
+    if family_of(module) is not None or type(module).__name__ in _WRAPPERS:
+        yield name or "the model", module, around
+        return
+    if isinstance(module, PreTrainedModel):
+        around = [*around, module]
+    for child, part in module.named_children():
+        yield from _towers(part, f"{name}.{child}" if name else child, around)
+
+
+def _reader(around: list[nn.Module]) -> Reader:
+    """What reads the tokens of a tower that is inside those models."""
+    if not around:
+        return "tokens"
+    if len(around) == 1:
+        for base in type(around[0]).__mro__:
+            family = _BY_MODULE.get(base.__module__)
+            if family is not None and base.__name__ in family.heads:
+                return family.heads[base.__name__]
+        if type(around[0]).__name__ in _WRAPPERS:
+            return "tokens"
+    return "grid"
+
+
+def _unsupported(model: Any) -> str:
+    """The error for a model without a tower that can be patched."""
+    known = ", ".join(family.name for family in FAMILIES)
+    why = ""
+    for module in model.modules():
+        parts = type(module).__module__.split(".")
+        if parts[:2] == ["transformers", "models"] and len(parts) > 2 and parts[2] in REFUSED:
+            why = f"; {parts[2]} is not supported: {REFUSED[parts[2]]}"
+            break
+    return (
+        f"model: expected a vision tower of {known}, or a model with one inside, got "
+        f"{class_name(model)}{why}"
+    )
+
+
+def _tower(model: Any, module: Any, family: Family, reader: Reader) -> Tower:
+    name = class_name(module)
+    path = next(
+        family.towers[base.__name__]
+        for base in type(module).__mro__
+        if base.__module__ == family.module and base.__name__ in family.towers
+    )
+    try:
+        blocks: list[Any] = list(module.get_submodule(path))
+    except AttributeError as error:
+        raise ValueError(
+            f"model: expected blocks in {path} of {name}, got transformers "
+            f"{transformers.__version__}, which has none there: {error}"
+        ) from error
+    attentions: list[Any] = []
+    for layer, block in enumerate(blocks):
+        attn = [
+            (path, part)
+            for path, part in block.named_modules()
+            if (type(part).__module__, type(part).__name__) == (family.module, family.attention)
+        ]
+        if (type(block).__module__, type(block).__name__) != (family.module, family.layer):
+            raise ValueError(
+                f"model: expected {family.layer} as blocks of {name}, got "
+                f"{class_name(block)} as block {layer}"
+            )
+        if len(attn) != 1 or "config" not in vars(attn[0][1]):
+            raise ValueError(
+                f"model: expected one {family.attention} in block {layer} of {name}, got "
+                f"{len(attn)} with a config; transformers is {transformers.__version__}"
+            )
+        attentions.append(attn[0])
+    check_blocks(module, blocks, [attn for _, attn in attentions])
+    if family.package == "ijepa" and module.pooler is not None:
+        raise ValueError(
+            f"model: got {name} with a pooler, which reads the first patch, wherever it merges; "
+            "expected add_pooling_layer=False"
+        )
+    prefix = family.prefix + getattr(module.config, "num_register_tokens", 0)
+    names = block_names(blocks[0], family.names)
+    pools: list[tuple[nn.Module, type[Swapped], dict[str, Any]]] = [
+        (part, family.pools[type(part).__name__], {})
+        for part in model.modules()
+        if type(part).__module__ == family.module and type(part).__name__ in family.pools
+    ]
+    return Tower(
+        module=module,
+        mixin=family.tower_mixin,
+        module_attributes={"_tome_mask": mask_argument(module, family)},
+        blocks=[(block, family.layer_mixin) for block in blocks],
+        others=[*((attn, family.attention_mixin, {}) for _, attn in attentions), *pools],
+        num_prefix_tokens=prefix,
+        class_token=family.prefix > 0,
+        block_attributes={"_tome_names": names, "_tome_attention": attentions[0][0]},
+        info={"class_token": family.prefix > 0, "distill_token": family.prefix > 1},
+        reader=reader,
+    )
+
+
+def mask_argument(module: Any, family: Family) -> tuple[str, int] | None:
+    """The tower's padding mask: name and place among its arguments."""
+    if family.mask is None:
+        return None
+    return family.mask, list(inspect.signature(module.forward).parameters).index(family.mask)
+
+
+def block_names(block: Any, names: dict[str, Any]) -> BlockNames:
+    """A family's names, with the classes of a block's parts that do what their name says."""
+
+    def classes(suffix: str, *parts: str) -> tuple[type, ...]:
+        modules = {type(block._modules.get(names.get(part))) for part in parts}
+        return tuple(cls for cls in modules if cls.__name__.endswith(suffix))
+
+    return BlockNames(
+        **names,
+        scale_classes=classes("LayerScale", "scale1"),
+        drop_classes=classes("DropPath", "drop1"),
+    )
