@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,12 @@ def test_models_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no supported model has 'resnet50x' in its name" in fails(capsys, "models", "resnet50x")
     assert "no library 'keras'" in fails(capsys, "models", "keras:vit")
     assert "no supported model" in fails(capsys, "models", "timm:swin_tiny*")
+
+
+def test_models_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    families = import_module("tome_ext.patch.hosts.transformers").FAMILIES
+    names = {row["name"] for row in listed(capsys, "hf:")}
+    assert names == {f"hf:{next(iter(family.towers))}" for family in families}
 
 
 def test_suggested_r() -> None:
