@@ -287,13 +287,17 @@ def _hf(wanted: Callable[[str], bool]) -> Iterator[Supported]:
         config = tower.config_class()
         depth = config.num_hidden_layers
         config.num_hidden_layers = 1
-        try:
-            with torch.device("meta"):
-                model = _models._hf_model(tower(config), "", config)
-        except Exception as error:  # a default config that makes no model
-            raise CommandError(f"{cls}: {one_line(error)}") from None
-        model.module.eval()
-        row = described(f"hf:{cls}", model, depth)
+        row = None
+        for device in ("meta", "cpu"):  # some forwards read numbers from their input
+            try:
+                with torch.device(device):
+                    model = _models._hf_model(tower(config), "", config)
+            except Exception as error:  # a default config that makes no model
+                raise CommandError(f"{cls}: {one_line(error)}") from None
+            model.module.eval()
+            row = described(f"hf:{cls}", model, depth)
+            if row is not None:
+                break
         if row is not None:
             yield row
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from tome_ext import _models, _supported, cli, demo
 from tome_ext._command import Reduction
-from tome_ext.bench import _contenders
+from tome_ext.bench import _contenders, _run
 from tome_ext.patch.registry import HOSTS
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -54,8 +55,11 @@ SIDES = {"tiny_clip": 64, "tiny_norms": 64, "tiny_timm": 160}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as few timed rounds as the demo allows."""
+    """With as few timed rounds as can be."""
     monkeypatch.setattr(demo, "TIMING_BUDGET", 0.0)
+    monkeypatch.setattr(demo, "FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(_run, "FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(_run, "WARM_UP", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,6 +132,7 @@ def evaluated(spec: str, pictures: Path, checkpoint: Path) -> list[dict[str, Any
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(TIMM))
 def test_timm(
     family: str, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
@@ -140,6 +145,7 @@ def test_timm(
     evaluated(spec, pictures, tmp_path / "two.pth")
 
 
+@pytest.mark.slow
 def test_torchvision(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torchvision = pytest.importorskip("torchvision")
     assert measured("torchvision:vit_b_32", tmp_path, capsys)["picture"]
@@ -289,6 +295,12 @@ def test_models_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no supported model has 'resnet50x' in its name" in fails(capsys, "models", "resnet50x")
     assert "no library 'keras'" in fails(capsys, "models", "keras:vit")
     assert "no supported model" in fails(capsys, "models", "timm:swin_tiny*")
+
+
+def test_models_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    families = import_module("tome_ext.patch.hosts.transformers").FAMILIES
+    names = {row["name"] for row in listed(capsys, "hf:")}
+    assert names == {f"hf:{next(iter(family.towers))}" for family in families}
 
 
 def test_suggested_r() -> None:
