@@ -1,7 +1,7 @@
 """What a run of bench/gpu.sh showed: what is right, what is wrong, and how the figures stand.
 
     python bench/gpu_report.py FOLDER...                    prints a page of Markdown
-    python bench/gpu_report.py FOLDER... --json bench/results/gpu_h200.json
+    python bench/gpu_report.py FOLDER... --json bench/results/gpu_h100.json
                                                             writes what bench/tables.py reads
 
 Several folders are of one machine and one build; of a row that was measured twice the last counts.

@@ -30,7 +30,7 @@ from tome_ext.patch.common.block_call import BlockCall
 from tome_ext.patch.hosts import timm_rotary
 
 SCHEDULES = (4, 8, 12)  # tokens to remove in each of four blocks, of 65
-EPOCHS, BATCH = 15, 64
+EPOCHS, BATCH = 30, 64
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

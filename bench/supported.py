@@ -2,8 +2,8 @@
 
     python bench/supported.py [--check]
 
-``--check`` changes nothing and fails if the table is stale. `tome-ext models` reads the same source,
-``FAMILIES`` of each module in ``tome_ext/patch/hosts``.
+``--check`` changes nothing and fails if the table is stale. `tome-ext models` reads the same
+source, ``FAMILIES`` of each module in ``tome_ext/patch/hosts``.
 """
 
 from __future__ import annotations

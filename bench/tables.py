@@ -294,16 +294,16 @@ def gpu_short_table(result: dict[str, Any]) -> str:
 # Where each table stands, and the figures it is made from. A block whose figures are not there,
 # which only those of GPUs may be, stays as it is.
 TABLES = [
-    ("README.md", "short_gpu", "gpu_h200.json", gpu_short_table),
+    ("README.md", "short_gpu", "gpu_h100.json", gpu_short_table),
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
     ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
     ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
-    ("docs/benchmarking.md", "models_gpu", "gpu_h200.json", gpu_models_table),
-    ("docs/benchmarking.md", "ops_gpu", "gpu_h200.json", gpu_ops_table),
-    ("docs/benchmarking.md", "attention_gpu", "gpu_h200.json", gpu_attention_table),
+    ("docs/benchmarking.md", "models_gpu", "gpu_h100.json", gpu_models_table),
+    ("docs/benchmarking.md", "ops_gpu", "gpu_h100.json", gpu_ops_table),
+    ("docs/benchmarking.md", "attention_gpu", "gpu_h100.json", gpu_attention_table),
 ]
 
 

@@ -6,6 +6,7 @@ what is lost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,12 +27,23 @@ __all__ = [
 ]
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 _functorch_level = getattr(
     getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None
 )
-_any_global_hook = getattr(_module, "_has_any_global_hook", lambda: True)
+
+# What is asked in every block is torch's function itself: a wrapper of it would take longer.
+
+# Whether autocast may be on for some device; a tenth of the time of asking for one. Without torch's
+# name for it: always, and the device has to be asked.
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+# A context, for no_grad, in which operators skip the autograd layer. That layer is written in
+# Python for operators outside torch, and takes 5 to 10 us a call: lost without torch's name.
+below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", nullcontext
+)
+# Whether hooks are registered that run for every module. Without torch's name for it: always, so
+# that no module call is left out.
+hooks_on_all_modules: Callable[[], bool] = getattr(_module, "_has_any_global_hook", lambda: True)
 
 
 def in_backward() -> bool:
@@ -52,36 +64,11 @@ def in_transform() -> bool:
     return level >= 0 or _functorch_level() is not None
 
 
-def any_autocast() -> bool:
-    """Whether autocast may be on for some device; a tenth of the time of asking for one.
-
-    Without torch's name for it: always, and the device has to be asked.
-    """
-    return bool(_any_autocast())
-
-
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which no operator is cast; where torch's name is gone, on one device only."""
     if hasattr(torch._C, "_DisableAutocast"):
         return torch._C._DisableAutocast()
     return torch.autocast(device_type, enabled=False)
-
-
-def below_autograd() -> AbstractContextManager[Any]:
-    """A context, for no_grad, in which operators skip the autograd layer.
-
-    That layer is written in Python for operators outside torch, and takes 5 to 10 us a call; which
-    is what is lost without torch's name for this.
-    """
-    return _below_autograd()
-
-
-def hooks_on_all_modules() -> bool:
-    """Whether hooks are registered that run for every module.
-
-    Without torch's name for it: always, so that no module call is left out.
-    """
-    return bool(_any_global_hook())
 
 
 def record_on_storage(x: Tensor, name: str, value: object) -> bool:

@@ -63,3 +63,8 @@ def test_code_is_python_and_the_index_names_the_page(page: str) -> None:
     assert "tome" in code
     compile(code, page, "exec")  # those that need a GPU too
     assert f"[{page}]({page})" in (RUNNING / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_supported_models_is_that_of_the_patches() -> None:
+    script = RUNNING.parents[1] / "bench" / "supported.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)

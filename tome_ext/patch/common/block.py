@@ -143,7 +143,8 @@ class TomeBlock(Swapped):
             x = call.merge(x + attended)
             branch = modules[names.norm2](self._tome_mlp(x))
         else:
-            normed = take_norm(x)
+            inference = call.tokens.rules.settings.inference
+            normed = take_norm(x) if inference else None
             if normed is None:
                 normed = modules[names.norm1](x)
             attended = self._tome_attend(call, normed, args, kwargs)
@@ -151,7 +152,7 @@ class TomeBlock(Swapped):
             del attended  # or its memory would be held until the MLP is done
             branch = self._tome_mlp(normed)
             del normed
-            if call.tokens.rules.settings.inference and not torch.is_grad_enabled():
+            if inference and not torch.is_grad_enabled():
                 out = added_and_normed(self, names, call, x, branch)
                 if out is not None:
                     return out
@@ -208,8 +209,8 @@ def added_and_normed(
     norm = following._modules[next_names.norm1]
     if (
         not is_plain_norm(next_names, norm)
-        or drops(block, names.drop2, names)
-        or drops(block, names.dropout2, names)
+        or (names.drop2 is not None and drops(block, names.drop2, names))
+        or (names.dropout2 is not None and drops(block, names.dropout2, names))
         or observed(block)
         or observed(following)
         or hooks_on_all_modules()
@@ -262,8 +263,8 @@ def merged_and_normed(
     if (
         call.averages
         and is_plain_norm(names, norm)
-        and not drops(block, names.drop1, names)
-        and not drops(block, names.dropout1, names)
+        and not (names.drop1 is not None and drops(block, names.drop1, names))
+        and not (names.dropout1 is not None and drops(block, names.dropout1, names))
     ):
         plain, vector = plain_scale(block, names.scale1, names)
         if plain and not hooks_on_all_modules():
@@ -305,9 +306,9 @@ def plain_scale(block: Any, name: str | None, names: BlockNames) -> tuple[bool, 
     return False, None
 
 
-def drops(block: Any, name: str | None, names: BlockNames) -> bool:
+def drops(block: Any, name: str, names: BlockNames) -> bool:
     """Whether the drop module of that name may change the branch, or has hooks that see it."""
-    drop = None if name is None else block._modules.get(name)
+    drop = block._modules.get(name)
     if drop is None:
         return False
     if observed(drop):

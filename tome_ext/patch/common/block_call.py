@@ -53,7 +53,8 @@ class BlockCall:
             self.amount = method.amount(num_patches, rule.r, rule.rate)
         self.reduces = self.amount is not None
         self.active = self.reduces or tokens.reduced
-        self.size = tokens.size if method.proportional else None
+        size = tokens.size
+        self.size = size if size is None or method.proportional else None
         self.ranks: Tensor | None = None
         self.shown: Tensor | None = None  # (B, M) float32, 0 where a mask hides a token
         self.tables = tokens.tables

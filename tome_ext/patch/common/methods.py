@@ -104,7 +104,8 @@ class ToMe(Method):
     def rank(
         self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
     ) -> Tensor:
-        return k.detach()
+        # A trace may be checked with gradients and without, and must be the same.
+        return k.detach() if k.requires_grad or torch.jit.is_tracing() else k
 
     def amount(self, num_patches: int, r: int, keep_rate: float | None) -> int | None:
         """How many tokens to remove, which match cuts."""
