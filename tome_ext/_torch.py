@@ -23,6 +23,7 @@ __all__ = [
     "in_transform",
     "record_on_storage",
     "recorded_on_storage",
+    "version_of",
     "without_autocast",
 ]
 
@@ -69,6 +70,11 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if hasattr(torch._C, "_DisableAutocast"):
         return torch._C._DisableAutocast()
     return torch.autocast(device_type, enabled=False)
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often x was changed in place; None where torch does not count, as in inference_mode."""
+    return None if x.is_inference() else getattr(x, "_version", None)
 
 
 def record_on_storage(x: Tensor, name: str, value: object) -> bool:

@@ -13,6 +13,7 @@ from models import VARIANTS, images, tiny
 from timm.layers import DropPath, LayerNorm
 from timm.layers.norm import LayerNormFp32
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tome_ext
@@ -241,6 +242,24 @@ def test_tokens_that_are_replaced_between_blocks_are_normed_anew() -> None:
         model.blocks[0](x)
         expected = model.blocks[1](model.tome.attach(other.clone()))
     torch.testing.assert_close(replaced, expected, rtol=0, atol=1e-12)
+
+
+def test_tokens_changed_in_place_are_normed_anew() -> None:
+    model = tome_ext.patch.timm(tiny().double(), r=8, inference=True)
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images(dtype=torch.float64)))
+        after = model.blocks[0](x)
+        tokens = model.tome
+        expected = model.blocks[1](tokens.attach(2 * after))
+        after.mul_(2)
+        torch.testing.assert_close(model.blocks[1](after), expected, rtol=0, atol=1e-12)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    model = tome_ext.patch.timm(tiny(), r=7, inference=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        model(mode.from_tensor(images(5)))
+    assert norms(model, images(5)) == 2
 
 
 def test_copies_leave_norms_as_their_original_does() -> None:

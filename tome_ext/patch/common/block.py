@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ..._torch import hooks_on_all_modules, record_on_storage, recorded_on_storage
+from ..._torch import (
+    hooks_on_all_modules,
+    record_on_storage,
+    recorded_on_storage,
+    version_of,
+)
 from ...attention import autocasts
 from .block_call import BlockCall
 from .class_swap import Swapped
@@ -185,7 +190,7 @@ def finished(
 
 MOST_IDENTITIES = 64
 _identities: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-NORM = "_tome_norm"  # attribute of a storage: (weak reference to x, norm of x)
+NORM = "_tome_norm"  # attribute of a storage: (weak reference to x, its version, norm of x)
 
 
 def added_and_normed(
@@ -224,7 +229,7 @@ def added_and_normed(
     x, _, normed = ops.merge_add_norm(
         x, branch, None, members, offsets, vector, weight, bias, norm.eps
     )
-    record_on_storage(x, NORM, (weakref.ref(x), normed))
+    record_on_storage(x, NORM, (weakref.ref(x), version_of(x), normed))
     return x
 
 
@@ -235,8 +240,10 @@ def identity_plan(batch: int, num_tokens: int, device: torch.device) -> tuple[Te
     if plan is None:
         offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=device)
         plan = offsets[:-1].repeat(batch, 1), offsets.repeat(batch, 1)
-        # A graph that is being captured fills its tensors when it runs, and not before.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        # A graph that is being captured fills its tensors when it runs, and not before; fake
+        # tensors are of a subclass.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if type(offsets) is Tensor and not capturing:
             if len(_identities) == MOST_IDENTITIES:
                 _identities.clear()
             _identities[key] = plan
@@ -251,8 +258,8 @@ def take_norm(x: Tensor) -> Tensor | None:
     if left is None:
         return None
     record_on_storage(x, NORM, None)
-    normed: Tensor = left[1]
-    return normed if left[0]() is x else None
+    same, version, normed = left
+    return normed if same() is x and version == version_of(x) else None
 
 
 def merged_and_normed(
