@@ -171,7 +171,7 @@ def match(
         r: tokens to remove, cut to ``(N - num_prefix_tokens) // 2``, or with ``targets`` to the
             number of tokens behind the prefix that are none, 0 without any; r <= 0 keeps all.
         num_prefix_tokens: leading tokens (class, distillation, registers) that never merge.
-        weight: (B, N) float32, 0 for tokens that take no part, any other number for the others:
+        weight: (B, N) float32, 0 for tokens that take no part, any other value for the others:
             the sizes of the tokens serve. None means that all take part.
         targets: (T,) int32, the tokens that others merge into, ascending, each from
             num_prefix_tokens to N - 1: those of a grid or a stride. None means the odd positions.

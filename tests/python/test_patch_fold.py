@@ -255,6 +255,15 @@ def test_tokens_changed_in_place_are_normed_anew() -> None:
         torch.testing.assert_close(model.blocks[1](after), expected, rtol=0, atol=1e-12)
 
 
+def test_gradients_reach_a_norm_that_the_block_before_has_computed() -> None:
+    model = tome_ext.patch.timm(tiny().double(), r=8, inference=True)
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images(dtype=torch.float64)))
+        x = model.blocks[0](x)
+    model.blocks[1](x).square().sum().backward()
+    assert model.blocks[1].norm1.weight.grad.abs().sum() > 0
+
+
 def test_fake_tensors_leave_nothing_behind() -> None:
     model = tome_ext.patch.timm(tiny(), r=7, inference=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

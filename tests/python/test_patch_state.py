@@ -245,3 +245,40 @@ def test_pruned_hidden_tokens_stay_hidden() -> None:
             if method == "tome":
                 y = model(other, attn_mask=matrix)
                 torch.testing.assert_close(y, model(one, attn_mask=matrix), rtol=0, atol=1e-12)
+
+
+# --- what cannot be patched -----------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """A wrapper with something of its own by the name that a patched model needs."""
+
+    def __init__(self, model: nn.Module, name: str, value: Any) -> None:
+        super().__init__()
+        self.encoder = model
+        setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("r", 3.0), ("r", nn.Parameter(torch.ones(1))), ("method", "mean"), ("tome", nn.Identity())],
+)
+def test_names_of_the_model_s_own_are_not_taken(name: str, value: Any) -> None:
+    model = Named(tiny(), name, value)
+    with pytest.raises(ValueError, match=f"expected a module without '{name}'.* got Named"):
+        tome_ext.patch.auto(model, r=8)
+    assert type(model) is Named
+    tome_ext.patch.auto(model.encoder, r=8)
+    assert getattr(model, name) is value
+
+
+def test_what_is_patched_inside_is_not_patched_again() -> None:
+    model = nn.Sequential(tiny())
+    tome_ext.patch.auto(model[0], r=8)
+    with pytest.raises(ValueError, match=r"0 \(VisionTransformer\) in it is patched already"):
+        tome_ext.patch.auto(model, r=8)
+    tome_ext.patch.remove(model[0])
+    assert tome_ext.patch.auto(model, r=8).tome is None

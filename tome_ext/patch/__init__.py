@@ -94,12 +94,14 @@ def auto(
         fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
             does in training. Costs a pass over the tokens in each block that fuses.
         restore_tokens: return tokens at their full number, each merged one as often as it counts,
-            for whatever reads them as a grid.
+            for whatever reads them as a grid. With methods that prune, dropped tokens are zeros
+            then, for pools too.
         inference: promise that the model is only run without gradients. Each block then computes
             the first norm of the next one together with its own last sum, in one pass over the
             tokens instead of three, where nothing observes or changes the modules in between. The
             results differ in rounding from those with gradients, which are still right if they are
-            asked for after all.
+            asked for after all. Under ``torch.inference_mode``, where torch does not count changes,
+            nothing but hooks may change tokens in place between two blocks.
         host: the library, where it should not be found by the model's class: a name of
             :data:`tome_ext.patch.registry.HOSTS`.
 

@@ -106,9 +106,18 @@ def find_tower(model: nn.Module) -> Tower:
     Raises:
         ValueError: no library knows the model, or more than one of its modules can be patched.
     """
-    for host in HOSTS.values():
-        if host.owns(model):
-            return host.find_tower(model)
+    owner = next((host for host in HOSTS.values() if host.owns(model)), None)
+    if owner is None:
+        return _inside(model, None)
+    try:
+        return owner.find_tower(model)
+    except ValueError as error:
+        # It may be a wrapper that was written with the library, around a model of another.
+        return _inside(model, error)
+
+
+def _inside(model: nn.Module, refusal: ValueError | None) -> Tower:
+    """The one tower among the modules of a model; else ``refusal``, or an error of its own."""
     found: list[tuple[str, Tower]] = []
     refused: list[str] = []
     seen: set[int] = set()
@@ -126,6 +135,8 @@ def find_tower(model: nn.Module) -> Tower:
         seen.update(id(part) for part in module.modules())
     if len(found) == 1:
         return found[0][1]
+    if refusal is not None:
+        raise refusal
     if found:
         names = ", ".join(name for name, _ in found)
         raise ValueError(

@@ -101,7 +101,8 @@ class TomeMultiheadAttention(Swapped):
         # is_causal only says what the mask is, which has to be there.
         mask = shown(attn_mask, key_padding_mask, self.num_heads, q.dtype)
         y = call.attend(q, k, v, mask, dropout_p=dropout)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        # As nn.MultiheadAttention does it, which never calls the module.
+        y = F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         return y if self.batch_first else y.transpose(0, 1), None
 
 
@@ -157,8 +158,7 @@ def pool_multihead(
     )
     dropout = attn.dropout if attn.training else 0.0
     y = proportional_attention(q, k, v, size, dropout_p=dropout)
-    out: Tensor = attn.out_proj(y.transpose(1, 2).flatten(2))
-    return out
+    return F.linear(y.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
 
 
 class SizedCall:

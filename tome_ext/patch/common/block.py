@@ -148,7 +148,7 @@ class TomeBlock(Swapped):
             x = call.merge(x + attended)
             branch = modules[names.norm2](self._tome_mlp(x))
         else:
-            inference = call.tokens.rules.settings.inference
+            inference = call.tokens.rules.settings.inference and not torch.is_grad_enabled()
             normed = take_norm(x) if inference else None
             if normed is None:
                 normed = modules[names.norm1](x)
@@ -157,7 +157,7 @@ class TomeBlock(Swapped):
             del attended  # or its memory would be held until the MLP is done
             branch = self._tome_mlp(normed)
             del normed
-            if inference and not torch.is_grad_enabled():
+            if inference:
                 out = added_and_normed(self, names, call, x, branch)
                 if out is not None:
                     return out

@@ -195,8 +195,16 @@ def patch_model(
         _check_method(settings, model._tome_class_token)
         trail.rules = make_rules(settings, len(trail.rules.layers), trail.rules.num_prefix_tokens)
         return model
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped):
+            raise ValueError(
+                f"model: {name} ({type(module).__name__}) in it is patched already; remove that "
+                "patch first, or set r on the model that was patched"
+            )
     tower = find_tower(model)
     _check_method(settings, tower.class_token)
+    _check_names(model)
+    _check_names(tower.module)
     rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)
     trail = Trail(rules, tower.reader)
     held = {
@@ -215,6 +223,16 @@ def patch_model(
     if tower.module is not model:
         swap(model, PatchedModel, _tome_part=False, **held)
     return model
+
+
+def _check_names(module: nn.Module) -> None:
+    """Refuse a module that has something of its own by a name that a patched model needs."""
+    for name in ("r", "keep_rate", "method", "tome"):
+        if hasattr(module, name):
+            raise ValueError(
+                f"model: expected a module without {name!r}, which a patched model has, got "
+                f"{type(module).__name__} with one of its own; patch the model inside it"
+            )
 
 
 def _check_method(settings: Settings, class_token: bool) -> None:

@@ -294,7 +294,7 @@ class TimmModel(PatchedModel):
         prefix = self.num_prefix_tokens
         # timm's loop, asked for plain token sequences and then finished here.
         final, taken = super().forward_intermediates(  # type: ignore[misc]
-            x, indices, True, norm, stop_early, "NLC", **masks
+            x, indices, prefix > 0, norm, stop_early, "NLC", **masks
         )
         tokens = [torch.cat((y[1], y[0]), dim=1) if prefix else y for y in taken]
         prefixes, maps = spread_intermediates(self, tokens, indices)

@@ -803,10 +803,12 @@ def _reader(around: list[nn.Module]) -> Reader:
     if not around:
         return "tokens"
     if len(around) == 1:
+        base: Any
         for base in type(around[0]).__mro__:
             family = _BY_MODULE.get(base.__module__)
             if family is not None and base.__name__ in family.heads:
-                return family.heads[base.__name__]
+                own = type(around[0]).forward is base.forward
+                return family.heads[base.__name__] if own else "grid"
         if type(around[0]).__name__ in _WRAPPERS:
             return "tokens"
     return "grid"
