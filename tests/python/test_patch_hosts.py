@@ -12,7 +12,7 @@ from host_cases_timm import naflex, packed
 from models import GRID, images, tiny
 from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer
-from timm.models import beit, eva
+from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 from torchvision.models import swin_t, vision_transformer
 
@@ -144,8 +144,10 @@ def test_naflex_padding_changes_nothing(pool: str, rope: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("family", ["Eva", "NaFlex", "BEiT"])
+@pytest.mark.parametrize(
+    ("family", "as_dict"),  # only NaFlexVit has output_dict
+    [("Eva", False), ("NaFlex", False), ("NaFlex", True), ("BEiT", False)],
+)
 def test_timm_intermediates_are_over_the_original_tokens(
     family: str, as_dict: bool, fmt: str
 ) -> None:
@@ -157,8 +159,6 @@ def test_timm_intermediates_are_over_the_original_tokens(
     }[family]()
     asked = {"indices": [0, -1], "return_prefix_tokens": True, "output_fmt": fmt}
     if as_dict:
-        if family != "NaFlex":
-            pytest.skip("only NaFlexVit has output_dict")
         asked["output_dict"] = True
     expected = model.forward_intermediates(images(), **asked)
     tome_ext.patch.timm(model)
@@ -173,6 +173,18 @@ def test_timm_intermediates_are_over_the_original_tokens(
     for y in maps:
         patches = y if as_dict else y[0]
         assert patches.shape[1:] == ((32, 8, 8) if fmt == "NCHW" else (64, 32))
+
+
+def test_intermediates_of_relative_positions_without_a_class_token() -> None:
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "depth": 3}
+    model: Any = loud(vision_transformer_relpos.VisionTransformerRelPos(**size))
+    expected = model.forward_intermediates(images(), [0, 2])[1]
+    tome_ext.patch.timm(model)
+    for r in (0, 6):
+        model.r = r
+        maps = model.forward_intermediates(images(), [0, 2])[1]
+        assert [y.shape for y in maps] == [y.shape for y in expected]
+        assert r > 0 or all(map(torch.equal, maps, expected))
 
 
 def test_every_supported_class_of_timm_is_in_a_family() -> None:
