@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["MergePlan", "match", "select"]
+__all__ = ["MergePlan", "compose", "match", "select"]
 
 
 class MergePlan(NamedTuple):
@@ -131,10 +131,14 @@ class MergePlan(NamedTuple):
 
     def then(self, following: MergePlan) -> MergePlan:
         """The plan that does this one and then ``following``, from N tokens to its rows."""
-        rows = following.assign.gather(1, self.assign.clamp_min(0).to(torch.int64))
-        return MergePlan.from_assign(
-            torch.where(self.assign < 0, -1, rows), following.num_output_tokens
-        )
+        assign = compose(self.assign, following.assign)
+        return MergePlan.from_assign(assign, following.num_output_tokens)
+
+
+def compose(first: Tensor, then: Tensor) -> Tensor:
+    """The assignment (B, N) that does ``first`` (B, N) and then ``then`` (B, M)."""
+    rows = then.gather(1, first.clamp_min(0).to(torch.int64))
+    return torch.where(first < 0, -1, rows)
 
 
 def match(

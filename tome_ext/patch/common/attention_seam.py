@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import proportional_attention
+from ...reference import accumulate_dtype
 from .block_call import BlockCall
 from .class_swap import Swapped
 from .trail import Trail
@@ -188,6 +189,6 @@ class SizedCall:
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     """The mean (B, C) of tokens x (B, M, C) over the original tokens that they stand for."""
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    work = accumulate_dtype(x.dtype)
     weight = size.to(work) / size.sum(1, keepdim=True, dtype=work)
     return (x * weight.unsqueeze(-1)).sum(1).to(x.dtype)

@@ -214,14 +214,12 @@ def added_and_normed(
     norm = following._modules[next_names.norm1]
     if (
         not is_plain_norm(next_names, norm)
-        or (names.drop2 is not None and drops(block, names.drop2, names))
-        or (names.dropout2 is not None and drops(block, names.dropout2, names))
         or observed(block)
         or observed(following)
         or hooks_on_all_modules()
     ):
         return None
-    plain, vector = plain_scale(block, names.scale2, names)
+    plain, vector = plain_branch(block, names, names.dropout2, names.scale2, names.drop2)
     weight, bias = norm.weight, norm.bias
     if not plain or not fit(x, branch, vector, weight, bias):
         return None
@@ -267,13 +265,8 @@ def merged_and_normed(
 ) -> tuple[Tensor, Tensor]:
     """What lies between attention and MLP: the merged tokens (B, M, C), and their norm."""
     norm = block._modules[names.norm2]
-    if (
-        call.averages
-        and is_plain_norm(names, norm)
-        and not (names.drop1 is not None and drops(block, names.drop1, names))
-        and not (names.dropout1 is not None and drops(block, names.dropout1, names))
-    ):
-        plain, vector = plain_scale(block, names.scale1, names)
+    if call.averages and is_plain_norm(names, norm):
+        plain, vector = plain_branch(block, names, names.dropout1, names.scale1, names.drop1)
         if plain and not hooks_on_all_modules():
             weight, bias = norm.weight, norm.bias
             if fit(x, attended, vector, weight, bias):
@@ -292,6 +285,17 @@ def is_plain_norm(names: BlockNames, norm: Any) -> bool:
     return (
         type(norm) in names.norm_classes and len(norm.normalized_shape) == 1 and not observed(norm)
     )
+
+
+def plain_branch(
+    block: Any, names: BlockNames, dropout: str | None, scale: str | None, drop: str | None
+) -> tuple[bool, Tensor | None]:
+    """Whether :func:`finished` only multiplies, and by which vector if there is one."""
+    if drop is not None and drops(block, drop, names):
+        return False, None
+    if dropout is not None and drops(block, dropout, names):
+        return False, None
+    return plain_scale(block, scale, names)
 
 
 def plain_scale(block: Any, name: str | None, names: BlockNames) -> tuple[bool, Tensor | None]:

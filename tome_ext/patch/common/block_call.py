@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...attention import OPERATOR, attend, key_mask, reduce_mask, visible_keys
-from ...plan import MergePlan
+from ...plan import MergePlan, compose
 from . import positions
-from .token_state import Tokens, compose, composed
+from .token_state import Tokens, composed
 
 __all__ = ["BlockCall", "attention_name"]
 

@@ -149,7 +149,7 @@ class EViT(Method):
         self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
     ) -> Tensor:
         if not self.fused_weight_grad:
-            q, k = q.detach(), k.detach()
+            return super().rank(q, k, size, scale, mask)
         return cls_attention(q, k, size, scale, mask)
 
     def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ...plan import MergePlan
 
-__all__ = ["for_all_tokens", "of_length_1", "representatives"]
+__all__ = ["for_all_tokens", "of_grid", "of_length_1", "representatives"]
+
+
+def of_grid(height: int, width: int, prefix: int, device: torch.device) -> Tensor:
+    """Rows and columns (prefix + height * width, 2) of a grid of patches; 0 for the prefix."""
+    patches = torch.cartesian_prod(
+        torch.arange(height, device=device), torch.arange(width, device=device)
+    )
+    return torch.nn.functional.pad(patches, (0, 0, prefix, 0))
 
 
 def for_all_tokens(table: Tensor, batch: int, prefix: int) -> Tensor:

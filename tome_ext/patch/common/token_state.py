@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..._torch import record_on_storage, recorded_on_storage
 from ...ops import describe
-from ...plan import MergePlan
+from ...plan import MergePlan, compose
 from .rules import Rules
 
 __all__ = ["Tokens", "recorded", "taken_layers"]
@@ -123,12 +122,6 @@ def composed(assigns: tuple[Tensor | None, ...]) -> Tensor | None:
         if assign is not None:
             total = assign if total is None else compose(total, assign)
     return total
-
-
-def compose(first: Tensor, then: Tensor) -> Tensor:
-    """The assignment (B, N) that does ``first`` (B, N) and then ``then`` (B, M)."""
-    rows = then.gather(1, first.clamp_min(0).to(torch.int64))
-    return torch.where(first < 0, -1, rows)
 
 
 def recorded(x: Tensor) -> Tokens | None:

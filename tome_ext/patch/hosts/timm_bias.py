@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common.attention_seam import weighted_mean
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
+from ..common.positions import of_grid
 from ..common.trail import Trail
 from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, packed_qkv
 
@@ -43,11 +43,8 @@ def of_present(call: BlockCall, bias: Tensor | None, window: Any) -> Tensor | No
     if bias.dim() == 3:
         bias = bias.unsqueeze(0)
     height, width = window.window_size
-    patches = torch.cartesian_prod(
-        torch.arange(height, device=bias.device), torch.arange(width, device=bias.device)
-    )
     prefix = call.tokens.rules.num_prefix_tokens
-    return call.relative_bias(bias, torch.nn.functional.pad(patches, (0, 0, prefix, 0)))
+    return call.relative_bias(bias, of_grid(height, width, prefix, bias.device))
 
 
 class TimmBeitAttention(Swapped):

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -28,6 +27,7 @@ from ..common.block import BlockNames, TomeBlock
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.patched_model import PatchedModel, Tower
+from ..common.positions import of_grid
 from ..common.refusals import check_blocks, check_not_sharded, class_name
 from ..common.token_state import Tokens
 from ..common.trail import AttentionKind, Reader, Trail, attention_kind
@@ -260,10 +260,7 @@ class BeitLayer(Layer):
             bias = own if bias is None else own + bias
         if bias is None:
             return None
-        rows = torch.arange(height, device=bias.device).repeat_interleave(width)
-        columns = torch.arange(width, device=bias.device).repeat(height)
-        patches = torch.stack((rows, columns), dim=-1)
-        return call.relative_bias(bias, F.pad(patches, (0, 0, 1, 0)))
+        return call.relative_bias(bias, of_grid(height, width, 1, bias.device))
 
 
 # --- pools inside a tower or behind it ----------------------------------------------------------
