@@ -100,6 +100,39 @@ def test_match_hides_what_the_cpu_hides(
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim", "r"),
+    [(5, 12, 197, 64, 13), (4, 2, 50, 33, 60), (4, 3, 1200, 64, 400)],
+)
+def test_match_merges_into_given_targets_as_the_cpu_does(
+    dtype: torch.dtype, hidden: bool, batch: int, heads: int, tokens: int, dim: int, r: int
+) -> None:
+    keys = separated_keys(batch, heads, tokens, dim).to(dtype)
+    # The odd tokens, whose neighbours are clear, but for a few that are now sources.
+    targets = torch.arange(1, tokens, 2, dtype=torch.int32)
+    targets = targets[torch.rand(len(targets)) > 0.1]
+    weight = None
+    if hidden:
+        weight = torch.ones(batch, tokens)
+        weight[1, tokens // 3 :] = 0
+        weight[2] = 0
+    got, want = (
+        tome_ext.match(
+            x,
+            r,
+            1,
+            weight=None if weight is None else weight.to(x.device),
+            targets=targets.to(x.device),
+        )
+        for x in (keys.cuda(), keys)
+    )
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+@on_gpu
 @pytest.mark.parametrize(("tokens", "r"), [(4096, 2048), (16384, 4096)])
 def test_large_matches_are_as_good_as_the_cpus(tokens: int, r: int) -> None:
     keys = torch.randn(1, tokens, 64)

@@ -29,7 +29,7 @@ inline constexpr const char* kOpNames[] = {
     "merge_add_norm", "unmerge", "chain", "attention", "attention_backward",
     "cls_attention"};
 
-enum class Sizes { kNone, kSome, kZeros };  // kZeros: one key in four hidden, and all of one image
+enum class Sizes { kNone, kSome, kZeros };  // kZeros: one token in four hidden; all of one image
 
 inline constexpr unsigned kAll = 1, kSanitizer = 2, kRepeats = 4, kEmulator = 8;  // sets of cases
 
@@ -42,6 +42,7 @@ struct Case {
     Sizes sizes = Sizes::kSome;
     tome::Reduce reduce = tome::Reduce::kMean;
     bool fuse = false;
+    bool targets = false;  // match: one token in three is what others merge into
     unsigned sets = kAll;
 };
 
@@ -71,6 +72,7 @@ inline std::string name_of(const Case& c) {
     constexpr const char* kReduces[] = {"", ":sum", ":amax"};
     name += kReduces[int(c.reduce)];
     if (c.fuse) name += ":fuse";
+    if (c.targets) name += ":targets";
     return name;
 }
 
@@ -106,6 +108,28 @@ inline std::vector<Case> match_cases() {
             kAll | (dtype == kBF16 ? kRepeats : 0u));
     }
     add(kBF16, 150, 12, 197, 64, 13, 1, Layout::kPacked);  // more images than multiprocessors
+
+    // Hidden tokens, and targets other than the odd positions.
+    struct Form {
+        Sizes sizes;
+        bool targets;
+    };
+    for (const Form& form :
+         {Form{Sizes::kZeros, false}, Form{Sizes::kSome, true}, Form{Sizes::kZeros, true}}) {
+        const size_t first = all.size();
+        for (DType dtype : {kBF16, kF32, kF16, kF64}) {
+            const unsigned watched = dtype == kBF16 || dtype == kF64 ? kSanitizer : 0u;
+            add(dtype, 3, 2, 17, 40, 17, 2, Layout::kOdd, kAll | kEmulator);
+            add(dtype, 3, 5, 50, 80, 24, 2, Layout::kPacked, kAll | kEmulator | watched);
+            add(dtype, 4, 12, 197, 64, 13, 1, Layout::kPacked,
+                kAll | watched | (dtype == kBF16 ? kRepeats : 0u));
+            add(dtype, 2, 16, 577, 64, 150, 1, Layout::kPacked);
+            add(dtype, 2, 1, 4096, 64, 1500, 0, Layout::kHeads);
+        }
+        for (size_t i = first; i < all.size(); ++i) {
+            all[i].sizes = form.sizes, all[i].targets = form.targets;
+        }
+    }
     return all;
 }
 

@@ -80,12 +80,32 @@ inline std::vector<std::vector<double>> exact_scores(const Case& c, const Heads&
     return scores;
 }
 
+// What a match works on, in the host's memory.
+struct Matching {
+    Heads keys;
+    Floats weight;  // empty: nothing is hidden
+    Ints targets;   // empty: the odd positions
+
+    explicit Matching(const Case& c, Random& random)
+        : keys(random_heads(c.dtype, c.batch, c.heads, c.tokens, c.dim, c.layout, random)) {
+        if (c.sizes == Sizes::kZeros) weight = random_sizes(c, random);
+        for (int64_t n = c.prefix; c.targets && n < c.tokens; ++n) {
+            if (random.below(3) == 0) targets.push_back(static_cast<int32_t>(n));
+        }
+    }
+    bool is_target(int64_t n) const {
+        if (targets.empty()) return n % 2 == 1;
+        return std::binary_search(targets.begin(), targets.end(), static_cast<int32_t>(n));
+    }
+};
+
 // Whether an image's choices, where they differ from the CPU's, were between scores that are equal
 // up to rounding.
-inline bool is_a_tie(const Case& c, const Heads& keys, int64_t image, const int32_t* got,
+inline bool is_a_tie(const Case& c, const Matching& m, int64_t image, const int32_t* got,
                      int64_t r) {
+    const Heads& keys = m.keys;
     std::vector<int64_t> a, b;
-    for (int64_t n = c.prefix; n < c.tokens; ++n) (n % 2 == 0 ? a : b).push_back(n);
+    for (int64_t n = c.prefix; n < c.tokens; ++n) (m.is_target(n) ? b : a).push_back(n);
     const auto num_a = static_cast<int64_t>(a.size()), num_b = static_cast<int64_t>(b.size());
     const int64_t first_b_row = c.prefix + num_a - r;
     const double tolerance =
@@ -117,15 +137,26 @@ inline bool is_a_tie(const Case& c, const Heads& keys, int64_t image, const int3
     return merged == r && least_merged >= most_kept - tolerance;
 }
 
-inline tome::MatchParams match_params(const Case& c, const void* keys, const Heads& t,
-                                      int32_t* assign, int32_t* members, int32_t* offsets) {
-    return {keys,           c.dtype,         c.batch, c.heads,  c.tokens, c.dim,   t.strides.batch,
-            t.strides.head, t.strides.token, c.r,     c.prefix, assign,   members, offsets};
+inline tome::MatchParams match_params(const Case& c, const Matching& m, const void* keys,
+                                      const float* weight, const int32_t* targets) {
+    tome::MatchParams p{};
+    p.metric = keys, p.dtype = c.dtype;
+    p.batch = c.batch, p.heads = c.heads, p.tokens = c.tokens, p.dim = c.dim;
+    p.stride_batch = m.keys.strides.batch, p.stride_head = m.keys.strides.head;
+    p.stride_token = m.keys.strides.token, p.r = c.r, p.num_prefix_tokens = c.prefix;
+    if (!m.weight.empty()) p.weight = weight;
+    if (!m.targets.empty()) {
+        p.targets = targets, p.num_targets = static_cast<int64_t>(m.targets.size());
+    }
+    return p;
 }
 
-// The plan that a device wrote: consistent, and the CPU's up to ties.
-inline void judge_match(Verdict& v, const Case& c, const Heads& keys, const Trial& t) {
-    const int64_t r = tome::cut_r(c.tokens, c.r, c.prefix), rows = c.tokens - r;
+// The plan that a device wrote: consistent, and the CPU's up to ties (none where tokens are hidden:
+// how many an image removes, and so its order of rows, is then its own).
+inline void judge_match(Verdict& v, const Case& c, Matching& m, const Trial& t) {
+    tome::MatchParams p =
+        match_params(c, m, m.keys.memory.at(m.keys.offset), m.weight.data(), m.targets.data());
+    const int64_t r = tome::cut_r(p), rows = c.tokens - r;
     const Output& assign = t["assign"];
     const Plan own =
         plan_of({assign.ints(), assign.ints() + assign.count}, c.batch, c.tokens, rows);
@@ -135,10 +166,9 @@ inline void judge_match(Verdict& v, const Case& c, const Heads& keys, const Tria
               Ints(size_t(c.batch * c.tokens)),
               Ints(size_t(c.batch * c.tokens)),
               Ints(size_t(c.batch * (rows + 1)))};
-    Heads copy = keys;
-    tome::match(match_params(c, copy.memory.at(copy.offset), keys, want.assign.data(),
-                             want.members.data(), want.offsets.data()),
-                threads());
+    p.assign = want.assign.data(), p.members = want.members.data();
+    p.offsets = want.offsets.data();
+    if (!tome::match(p, threads())) return v.fail("the CPU refuses", "assign");
     if (own.rows < 0) {
         compare_ints(v, assign, want.assign);
         return v.fail("not a plan", "assign");
@@ -146,7 +176,7 @@ inline void judge_match(Verdict& v, const Case& c, const Heads& keys, const Tria
     for (int64_t b = 0; b < c.batch; ++b) {
         const int32_t *mine = assign.ints() + b * c.tokens, *its = &want.assign[b * c.tokens];
         if (std::equal(mine, mine + c.tokens, its)) continue;
-        if (!is_a_tie(c, keys, b, mine, r)) {
+        if (!m.weight.empty() || !is_a_tie(c, m, b, mine, r)) {
             compare_ints(v, assign, want.assign);
             return v.fail("not the best matches", "assign");
         }
@@ -259,18 +289,16 @@ inline tome::MergeAddNormParams merge_add_norm_params(const Case& c, Trial& t, c
 }
 
 inline void set_up_match(const Case& c, Trial& t, Random& random) {
-    auto keys = std::make_shared<Heads>(
-        random_heads(c.dtype, c.batch, c.heads, c.tokens, c.dim, c.layout, random));
-    const int64_t rows = c.tokens - tome::cut_r(c.tokens, c.r, c.prefix);
-    const void* data = t.put(*keys);
-    int32_t* assign = t.out_ints("assign", c.batch * c.tokens);
-    int32_t* members = t.out_ints("members", c.batch * c.tokens);
-    int32_t* offsets = t.out_ints("offsets", c.batch * (rows + 1));
-    const tome::MatchParams p = match_params(c, data, *keys, assign, members, offsets);
+    auto m = std::make_shared<Matching>(c, random);
+    tome::MatchParams p = match_params(c, *m, t.put(m->keys), t.put(m->weight), t.put(m->targets));
+    const int64_t rows = c.tokens - tome::cut_r(p);
+    p.assign = t.out_ints("assign", c.batch * c.tokens);
+    p.members = t.out_ints("members", c.batch * c.tokens);
+    p.offsets = t.out_ints("offsets", c.batch * (rows + 1));
     t.workspace =
         std::make_unique<Memory>(std::max<size_t>(tome::match_cuda_workspace_bytes(p), 1));
     t.run = [p, &t] { return tome::match_cuda(p, t.workspace->data(), nullptr); };
-    t.judge = [&c, &t, keys](Verdict& v) { judge_match(v, c, *keys, t); };
+    t.judge = [&c, &t, m](Verdict& v) { judge_match(v, c, *m, t); };
 }
 
 inline void set_up_select(const Case& c, Trial& t, Random& random) {
