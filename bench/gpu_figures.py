@@ -439,7 +439,7 @@ def models_of(watch: Watch, shape: dict) -> tuple[dict[str, Any], torch.Tensor]:
 
     from tome_ext import patch
     from tome_ext._command import Reduction
-    from tome_ext.bench._contenders import share_weights, sliced
+    from tome_ext.bench._contenders import find_peers, share_weights, sliced
 
     small = {"depth": 2, "embed_dim": 48, "num_heads": 3} if watch.dry else {}
     # Random weights are drawn where they will be, and are ordinary tensors, as loaded ones are.
@@ -458,6 +458,8 @@ def models_of(watch: Watch, shape: dict) -> tuple[dict[str, Any], torch.Tensor]:
         "published": stock.patch(share_weights(model), r, stock.explicit_attention),
     }
     patch.timm(models["tome"], r=r, inference=True)
+    for peer in find_peers(()):  # the published package, where it is installed
+        models["published package"] = peer.patch(share_weights(model), r)
     return models, images
 
 

@@ -199,6 +199,11 @@ def goals(r: Results) -> list[Goal]:
             r.us(f"model:{key}", "eager", "published"), r.us(f"model:{key}", "eager", "tome")
         )
         least(f"{name}, eager: the published form's time over ours", 2.0, published)
+        package = ratio(
+            r.us(f"model:{key}", "eager", "published package"),
+            r.us(f"model:{key}", "eager", "tome"),
+        )
+        least(f"{name}, eager: the published package's time over ours", 2.0, package)
     row = "model:vit_b_single"
     unmerged = r.fastest(row, ("unmerged", "unmerged, flash"), "graph")
     least(

@@ -31,6 +31,7 @@ import gpu_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
+FOUND = os.environ.get("PYTHONPATH")  # where a rival may be
 TESTS = ROOT / "tests" / "python"
 STAGES = ("machine", "check", "again", "repeats", "sanitizer", "tests", "cpp", "figures")
 OPTIONAL = ("compiled",)  # torch.compile takes minutes
@@ -87,7 +88,9 @@ class Run:
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": f"{self.temporary / 'package'}{os.pathsep}{BENCH}",
+            "PYTHONPATH": os.pathsep.join(
+                [str(self.temporary / "package"), str(BENCH), *filter(None, [FOUND])]
+            ),
         }
 
     @property
