@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_t, vision_transformer
 
 import tome_ext
+from tome_ext.patch.common.block_call import BlockCall
 
 TOKENS = GRID * GRID + 1
 
@@ -70,13 +71,13 @@ def test_multihead_attention_reads_masks_as_torch_does(name: str, batch_first: b
     expected = copy.deepcopy(attn)(x, x, x, need_weights=False, **masks()[name])[0]
     tome_ext.patch.torchvision(model, r=4, method="topk")
     trail = model._tome
-    trail.call = call = trail.enter(0, x if batch_first else x.transpose(0, 1))
-    y, weights = attn(x, x, x, need_weights=False, **masks()[name])
+    call = BlockCall(trail.enter(0, x if batch_first else x.transpose(0, 1)))
+    y, weights = trail.within(call, attn, x, x, x, need_weights=False, **masks()[name])
     assert call.ranks is not None
     assert weights is None
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="need_weights: expected False in block 0"):
-        attn(x, x, x, need_weights=True)
+        trail.within(call, attn, x, x, x, need_weights=True)
 
 
 # --- OpenCLIP ----------------------------------------------------------------------------------

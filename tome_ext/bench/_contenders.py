@@ -135,15 +135,14 @@ class SlicedTrail:
     def __init__(self, rules: Rules, own: bool) -> None:
         self.rules = rules
         self.own = own
-        self._call: SlicedCall | None = None
+        self.call: SlicedCall | None = None
 
-    @property
-    def call(self) -> SlicedCall | None:
-        return None if self.own else self._call
-
-    @call.setter
-    def call(self, call: SlicedCall | None) -> None:
-        self._call = call
+    def within(self, call: SlicedCall, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.call = None if self.own else call
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.call = None
 
     def following(self, layer: int, block: object) -> None:
         """No block may leave its norm to the next."""

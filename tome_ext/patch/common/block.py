@@ -22,6 +22,7 @@ from ..._torch import (
 from ...attention import autocasts
 from .block_call import BlockCall
 from .class_swap import Swapped
+from .module_calls import applied, observed
 from .trail import AttentionKind, Trail
 
 __all__ = ["BlockNames", "TomeBlock"]
@@ -79,7 +80,12 @@ class TomeBlock(Swapped):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         trail: Trail = self._tome
-        call = trail.enter(self._tome_layer, x)
+        tokens = trail.enter(self._tome_layer, x)
+        if not (tokens.reduced or tokens.rules.layers[tokens.layer].reduces):
+            out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            trail.pass_by(tokens, out[0] if isinstance(out, tuple) else out)
+            return out
+        call = BlockCall(tokens)
         if not call.active:
             out = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         else:
@@ -92,7 +98,7 @@ class TomeBlock(Swapped):
         y = out[0] if isinstance(out, tuple) else out
         if call.tokens.layer == self._tome_layer:
             call.pass_on(y, call.tokens.size, None)
-        trail.leave(call, y)
+        trail.leave(call.tokens, y, call.attention)
         return out
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
@@ -113,24 +119,15 @@ class TomeBlock(Swapped):
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The output of the block's attention for x (B, M, C)."""
-        trail: Trail = self._tome
-        trail.call = call
-        try:
-            out = self._modules[self._tome_names.attn](x, *args, **kwargs)
-        finally:
-            trail.call = None
+        out = self._tome.within(call, self._modules[self._tome_names.attn], x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def _tome_stay(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The block's forward where all tokens stay, some of which have merged before."""
-        trail: Trail = self._tome
-        trail.call = call
-        try:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            trail.call = None
+        own = super().forward  # type: ignore[misc]
+        return self._tome.within(call, own, x, *args, **kwargs)
 
     def _tome_mlp(self: Any, normed: Tensor) -> Tensor:
         """The output of the block's MLP for normed tokens (B, M, C), without the residual."""
@@ -170,18 +167,16 @@ def finished(
     """A branch's output, scaled and dropped."""
     modules = block._modules
     if dropout is not None:
-        module = modules.get(dropout)
-        branch = branch if module is None else module(branch)
+        branch = applied(modules.get(dropout), branch)
     if scale is not None:
         module = modules.get(scale)
         if module is not None:
-            branch = module(branch)
+            branch = applied(module, branch)
         else:
             vector = getattr(block, scale, None)
             branch = branch if vector is None else vector * branch
     if drop is not None:
-        module = modules.get(drop)
-        branch = branch if module is None else module(branch)
+        branch = applied(modules.get(drop), branch)
     return branch
 
 
@@ -331,18 +326,6 @@ def drops(block: Any, name: str, names: BlockNames) -> bool:
     if type(drop) not in names.drop_classes:
         return True
     return bool(drop.training and drop.drop_prob)
-
-
-def observed(module: Any) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
 
 
 def fit(x: Tensor, *others: Tensor | None) -> bool:

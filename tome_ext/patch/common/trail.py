@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..._torch import in_backward, record_on_storage
+from ..._torch import in_backward, record_on_storage, recorded_on_storage
 from ...attention import unsupported
 from ...ops import describe
-from .block_call import BlockCall, attention_name
+from .block_call import attention_name
 from .class_swap import Swapped
 from .rules import Rules
 from .token_state import RECORD, Tokens, recorded
@@ -28,6 +29,7 @@ __all__ = ["AttentionKind", "Reader", "TokenNorm", "Trail", "attention_kind"]
 Reader = Literal["tokens", "mean", "grid"]
 
 OWN_ATTENTION = "the model's own, as nothing has merged"
+MOST_UNTOUCHED = 1024
 
 
 class TokenNorm(Swapped):
@@ -67,15 +69,15 @@ class Trail:
         rules: what forwards that begin from now on do; replaced as a whole.
         reader: what reads the tower's tokens: "tokens", the user or what knows of sizes; "mean", a
             mean over all of them; "grid", what needs every original token at its place.
-        local: per thread: the call of a block that runs now, and the tokens that its last forward
-            and recomputation ended with.
+        local: what each thread keeps: ``call``, of the block whose attention runs now; and the
+            tokens that its last ``forward``, ``recomputation`` and ``export`` ended with.
         used: per layer, by what its last call computed attention; None if not called since the
             rules were made.
         blocks: weak references to the tower's blocks, which each block makes when it is copied.
     """
 
     def __init__(self, rules: Rules, reader: Reader = "tokens") -> None:
-        self.local = threading.local()
+        self.local = threading.local()  # a subclass would be read wrongly by Dynamo
         self.reader = reader
         self.rules = rules
         self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
@@ -88,6 +90,9 @@ class Trail:
     def rules(self, rules: Rules) -> None:
         self._rules = rules
         self.used: list[str | None] = [None] * len(rules.layers)
+        # The tokens before a layer that no layer has reduced, which are all alike: by layer, batch
+        # size and number. With the rules that they are for, so that both are read at once.
+        self._untouched: tuple[Rules, dict[tuple[int, int, int], Tokens]] = (rules, {})
 
     def __getstate__(self) -> dict[str, Any]:
         # What forwards left belongs to this object, not to copies.
@@ -112,7 +117,11 @@ class Trail:
     @property
     def current(self) -> Tokens | None:
         """The tokens after the last block that ran in this thread; None before the first."""
-        return getattr(self.local, _slot(), None)
+        if torch.compiler.is_compiling():
+            name = "forward" if torch.compiler.is_dynamo_compiling() else "export"
+        else:
+            name = "recomputation" if in_backward() else "forward"
+        return getattr(self.local, name, None)
 
     @property
     def call(self) -> Any:
@@ -122,21 +131,47 @@ class Trail:
         """
         return getattr(self.local, "call", None)
 
-    @call.setter
-    def call(self, call: Any) -> None:
+    def within(self, call: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``run(*args, **kwargs)``, in which attention finds ``call``."""
         self.local.call = call
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.local.call = None
 
-    def enter(self, layer: int, x: Tensor) -> BlockCall:
-        """Begin a block: find what is known about its tokens ``x`` (B, M, C)."""
-        return BlockCall(self._first(x) if layer == 0 else self._find(layer, x))
+    def enter(self, layer: int, x: Tensor) -> Tokens:
+        """Begin a block: what is known about its tokens ``x`` (B, M, C)."""
+        if layer == 0:
+            return self._first(x)
+        if torch.compiler.is_compiling():
+            return self._unrecorded(layer, x, None)
+        tokens: Tokens | None = recorded_on_storage(x, RECORD)
+        if tokens is not None and tokens.owner is self and tokens.layer == layer and tokens.fit(x):
+            return tokens
+        return self._unrecorded(layer, x, tokens)
 
-    def leave(self, call: BlockCall, x: Tensor) -> None:
-        """End a block, which returns ``x`` (B, M, C)."""
-        tokens = call.tokens
-        setattr(self.local, _slot(), tokens)
-        if not torch.compiler.is_compiling():
-            self.used[tokens.layer - 1] = call.attention
-            record_on_storage(x, RECORD, tokens)
+    def leave(self, tokens: Tokens, x: Tensor, attention: str | None = None) -> None:
+        """End a block, which returns ``x`` (B, M, C): these tokens. ``attention`` is what computed
+        its attention, if that was not the model's own."""
+        if torch.compiler.is_compiling():
+            # A trace for export, whose tensors hold no data, may not disturb what the last forward
+            # left. torch.compile writes real tensors there.
+            if torch.compiler.is_dynamo_compiling():
+                self.local.forward = tokens
+            else:
+                self.local.export = tokens
+            return
+        if in_backward():  # nor may a recomputation
+            self.local.recomputation = tokens
+        else:
+            self.local.forward = tokens
+        self.used[tokens.layer - 1] = attention
+        record_on_storage(x, RECORD, tokens)
+
+    def pass_by(self, tokens: Tokens, x: Tensor) -> None:
+        """End a block that leaves all its tokens, none of which was ever merged, as they are."""
+        batch_size, num_tokens = x.shape[0], x.shape[1]
+        self.leave(self._fresh(tokens.layer + 1, batch_size, num_tokens, tokens.rules), x)
 
     def restores(self, rules: Rules) -> bool:
         """Whether all that the tower returns is spread over the original tokens."""
@@ -202,34 +237,46 @@ class Trail:
             "x = model.tome.attach(x), where model.tome is read right after that forward"
         )
 
-    def _fresh(self, layer: int, x: Tensor) -> Tokens:
-        return Tokens(
-            layer, x.shape[0], x.shape[1], None, (None,) * layer, False, self._rules, self
-        )
+    def _fresh(self, layer: int, batch_size: int, num_tokens: int, rules: Rules) -> Tokens:
+        """Tokens before a layer that no layer has reduced."""
+        # While tracing these may be symbols, which cannot be looked up.
+        known = None
+        if type(batch_size) is int and type(num_tokens) is int:
+            made_for, known = self._untouched
+            if made_for is not rules or torch.compiler.is_compiling():
+                known = None
+        if known is not None:
+            found = known.get((layer, batch_size, num_tokens))
+            if found is not None:
+                return found
+        tokens = Tokens(layer, batch_size, num_tokens, None, (None,) * layer, False, rules, self)
+        if known is not None:
+            if len(known) >= MOST_UNTOUCHED:
+                known.clear()
+            known[layer, batch_size, num_tokens] = tokens
+        return tokens
 
     def _first(self, x: Tensor) -> Tokens:
         if torch.compiler.is_compiling():
-            return self._fresh(0, x)
+            return self._fresh(0, x.shape[0], x.shape[1], self._rules)
         if in_backward():
             # The rules may have changed since the forward that this repeats.
             tokens = recorded(x)
             if tokens is not None and tokens.owner is self and tokens.layer == 0:
                 return tokens
-        tokens = self._fresh(0, x)
+        tokens = self._fresh(0, x.shape[0], x.shape[1], self._rules)
         if torch.is_grad_enabled() or x.requires_grad:
             record_on_storage(x, RECORD, tokens)
         return tokens
 
-    def _find(self, layer: int, x: Tensor) -> Tokens:
-        tokens = None if torch.compiler.is_compiling() else recorded(x)
+    def _unrecorded(self, layer: int, x: Tensor, tokens: Tokens | None) -> Tokens:
+        """The tokens ``x`` before a layer, which were not recorded as such, but as ``tokens``."""
         if tokens is not None and tokens.owner is not self:
             tokens = None
-        if tokens is not None and tokens.layer == layer and tokens.fit(x):
-            return tokens
         if tokens is None or not tokens.reduced:
             # As no layer before this one reduces tokens, any block may be the first to be called.
             if layer <= self._rules.first_layer:
-                return self._fresh(layer, x)
+                return self._fresh(layer, x.shape[0], x.shape[1], self._rules)
             tokens = self.current if tokens is None else tokens
         if tokens is None or tokens.layer != layer or not tokens.fit(x):
             found = (
@@ -255,11 +302,3 @@ class Trail:
             return OWN_ATTENTION
         sizes = self._rules.method.proportional and layer > self._rules.first_layer
         return attention_name(unsupported(*kind, sized=sizes))
-
-
-def _slot() -> str:
-    # Neither a recomputation during the backward pass nor a trace for export, whose tensors hold no
-    # data, may disturb what the last forward left. torch.compile writes real tensors there.
-    if torch.compiler.is_compiling():
-        return "forward" if torch.compiler.is_dynamo_compiling() else "export"
-    return "recomputation" if in_backward() else "forward"

@@ -18,7 +18,7 @@ from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.positions import of_grid
 from ..common.trail import Trail
-from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, packed_qkv
+from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, packed_qkv, unpacked
 
 __all__ = [
     "TimmBeitAttention",
@@ -69,7 +69,8 @@ class TimmBeitAttention(Swapped):
         if shared_rel_pos_bias is not None:
             window = self._tome_windows[0]
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return attended(self, call, x, *packed_qkv(self, x), bias=of_present(call, bias, window))
+        q, k, v = unpacked(self, packed_qkv(self, x))
+        return attended(self, call, x, q, k, v, bias=of_present(call, bias, window))
 
 
 class TimmRelPosAttention(Swapped):
@@ -85,8 +86,7 @@ class TimmRelPosAttention(Swapped):
             return out
         window = self.rel_pos if self.rel_pos is not None else self._tome_windows[0]
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        q, k, v = packed_qkv(self, x)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = unpacked(self, self.qkv(x))
         return attended(self, call, x, q, k, v, bias=of_present(call, bias, window))
 
 

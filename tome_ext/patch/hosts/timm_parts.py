@@ -16,6 +16,7 @@ from ..common.attention_seam import weighted_mean
 from ..common.block import BlockNames, TomeBlock
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
+from ..common.module_calls import applied
 from ..common.patched_model import PatchedModel
 from ..common.token_state import taken_layers
 from ..common.trail import AttentionKind, Trail, attention_kind
@@ -30,12 +31,12 @@ __all__ = [
     "TimmPostBlock",
     "as_maps",
     "attended",
-    "causal",
     "dropout_of",
     "head_dim_of",
     "packed_qkv",
     "pruned",
     "spread_intermediates",
+    "unpacked",
 ]
 
 BLOCK = BlockNames(
@@ -58,8 +59,9 @@ BLOCK = BlockNames(
 
 def dropout_of(attn: Any) -> float:
     """The probability with which timm drops an attention weight, in the module's present mode."""
-    dropping = attn if attn.fused_attn else attn.attn_drop
-    return getattr(attn.attn_drop, "p", 0.0) if dropping.training else 0.0
+    drop = attn.attn_drop
+    dropping = attn if attn.fused_attn else drop
+    return getattr(drop, "p", 0.0) if dropping.training else 0.0
 
 
 def head_dim_of(attn: Any) -> int:
@@ -68,19 +70,25 @@ def head_dim_of(attn: Any) -> int:
     return attn.proj.in_features // attn.num_heads if head_dim is None else head_dim
 
 
-def packed_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, H, M, D) of x (B, M, C), by one projection whose biases may be apart."""
+def packed_qkv(attn: Any, x: Tensor) -> Tensor:
+    """q, k and v side by side, (B, M, 3C) of x (B, M, C); their biases may be apart."""
     if getattr(attn, "q_bias", None) is None:
-        qkv = attn.qkv(x)
-    else:
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        if getattr(attn, "qkv_bias_separate", False):
-            qkv = attn.qkv(x) + bias
-        else:
-            qkv = F.linear(x, attn.qkv.weight, bias)
-    qkv = qkv.unflatten(-1, (3, attn.num_heads, -1))
+        out: Tensor = attn.qkv(x)
+        return out
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if getattr(attn, "qkv_bias_separate", False):
+        return attn.qkv(x) + bias
+    return F.linear(x, attn.qkv.weight, bias)
+
+
+def unpacked(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, H, M, D), views of (B, M, 3C); q and k normed where the module does so."""
+    batch_size, num_tokens, channels = qkv.shape
+    heads = attn.num_heads
+    qkv = qkv.reshape(batch_size, num_tokens, 3, heads, channels // (3 * heads))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+    modules = attn._modules
+    return applied(modules.get("q_norm"), q), applied(modules.get("k_norm"), k), v
 
 
 def attended(
@@ -95,7 +103,8 @@ def attended(
     bias: Tensor | None = None,
 ) -> Tensor:
     """What an attention module makes of its input x (B, M, C), given q, k and v."""
-    gate = attn._modules.get("gate")  # younger than the oldest timm supported
+    modules = attn._modules
+    gate = modules.get("gate")  # younger than the oldest timm supported
     if gate is not None:
         gate = gate(x).sigmoid()
     # The attention matrix is never built: without fused attention the numbers are the same, but
@@ -103,18 +112,10 @@ def attended(
     scale = None if attn.fused_attn else attn.scale
     y = call.attend(q, k, v, attn_mask, is_causal, dropout_of(attn), scale, bias=bias)
     y = y.transpose(1, 2).flatten(2)
-    norm = attn._modules.get("norm")
-    if norm is not None:
-        y = norm(y)
+    y = applied(modules.get("norm"), y)
     if gate is not None:
         y = y * gate
-    out: Tensor = attn.proj_drop(attn.proj(y))
-    return out
-
-
-def causal(is_causal: bool) -> dict[str, bool]:
-    """``is_causal`` for a forward that may be older than this argument."""
-    return {"is_causal": True} if is_causal else {}
+    return applied(modules["proj_drop"], modules["proj"](y))
 
 
 class TimmAttention(Swapped):
@@ -122,17 +123,21 @@ class TimmAttention(Swapped):
 
     _tome: Trail
 
-    def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call: BlockCall | None = self._tome.call
         if call is None:  # a direct call, or nothing to do in this block
-            out: Tensor = super().forward(  # type: ignore[misc]
-                x, attn_mask=attn_mask, **causal(is_causal)
-            )
+            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
-        q, k, v = packed_qkv(self, x)
-        q, k = self.q_norm(q), self.k_norm(k)
+        return self._tome_attended(call, x, *args, **kwargs)
+
+    def _tome_attended(
+        self: Any,
+        call: BlockCall,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        q, k, v = unpacked(self, self._modules["qkv"](x))
         return attended(self, call, x, q, k, v, attn_mask, is_causal)
 
 
@@ -183,11 +188,7 @@ class TimmParallelThingsBlock(TimmBlock):
         branches: list[Tensor] = []
         ranks: list[Any] = []
         for part in self.attns:
-            trail.call = call
-            try:
-                y = part.attn(part.norm(x), *args, **kwargs)
-            finally:
-                trail.call = None
+            y = trail.within(call, part.attn, part.norm(x), *args, **kwargs)
             branches.append(part.drop_path(part.ls(y)))
             ranks.append(call.ranks)
         # Keys of more heads, which matching averages; or scores.

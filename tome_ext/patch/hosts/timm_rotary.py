@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
 from ..common.trail import Trail
-from .timm_parts import BLOCK, TimmBlock, attended, causal, head_dim_of, packed_qkv
+from .timm_parts import BLOCK, TimmBlock, attended, head_dim_of, packed_qkv, unpacked
 
 __all__ = ["TimmRotaryAttention", "TimmRotaryBlock", "TimmRotaryPostBlock"]
 
@@ -56,27 +56,29 @@ class TimmRotaryAttention(Swapped):
 
     _tome: Trail
 
-    def forward(
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call: BlockCall | None = self._tome.call
+        if call is None:
+            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return out
+        return self._tome_attended(call, x, *args, **kwargs)
+
+    def _tome_attended(
         self: Any,
+        call: BlockCall,
         x: Tensor,
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:
-            out: Tensor = super().forward(  # type: ignore[misc]
-                x, rope=rope, attn_mask=attn_mask, **causal(is_causal)
-            )
-            return out
         if self.qkv is not None:
-            q, k, v = packed_qkv(self, x)
+            q, k, v = unpacked(self, packed_qkv(self, x))
         else:
             q, k, v = (
                 project(x).unflatten(-1, (-1, head_dim_of(self))).transpose(1, 2)
                 for project in (self.q_proj, self.k_proj, self.v_proj)
             )
-        q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (rotated(self, y, rope).type_as(v) for y in (q, k))
         return attended(self, call, x, q, k, v, attn_mask, is_causal)

@@ -344,11 +344,8 @@ class PoolLayer(Swapped):
         if size is None or not trail.rules.method.proportional:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         else:
-            trail.call = SizedCall(size)
-            try:
-                out = super().forward(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                trail.call = None
+            own = super().forward  # type: ignore[misc]
+            out = trail.within(SizedCall(size), own, *args, **kwargs)
         if not self._tome_crosses:
             trail.same(x, out[0])
         return out
