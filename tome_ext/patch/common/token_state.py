@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
         composed: (B, N) int32, from the original tokens to these, once a mask or table has asked
             for it; then it is carried along.
         tables: what travels with the tokens, (B, M, D) each, once they have merged.
+        after: what these are after a layer that leaves them as they are, where that is known.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Tokens(NamedTuple):
     owner: object
     composed: Tensor | None = None
     tables: tuple[Tensor, ...] = ()
+    after: Tokens | None = None
 
     def __repr__(self) -> str:
         return (

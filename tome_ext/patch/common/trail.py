@@ -29,7 +29,7 @@ __all__ = ["AttentionKind", "Reader", "TokenNorm", "Trail", "attention_kind"]
 Reader = Literal["tokens", "mean", "grid"]
 
 OWN_ATTENTION = "the model's own, as nothing has merged"
-MOST_UNTOUCHED = 1024
+MOST_UNTOUCHED = 64
 
 
 class TokenNorm(Swapped):
@@ -90,8 +90,8 @@ class Trail:
     def rules(self, rules: Rules) -> None:
         self._rules = rules
         self.used: list[str | None] = [None] * len(rules.layers)
-        # The tokens before a layer that no layer has reduced, which are all alike: by layer, batch
-        # size and number. With the rules that they are for, so that both are read at once.
+        # Tokens that no layer has reduced, which are all alike: by layer, batch size and number.
+        # With the rules that they are for, so that both are read at once.
         self._untouched: tuple[Rules, dict[tuple[int, int, int], Tokens]] = (rules, {})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,8 +170,11 @@ class Trail:
 
     def pass_by(self, tokens: Tokens, x: Tensor) -> None:
         """End a block that leaves all its tokens, none of which was ever merged, as they are."""
-        batch_size, num_tokens = x.shape[0], x.shape[1]
-        self.leave(self._fresh(tokens.layer + 1, batch_size, num_tokens, tokens.rules), x)
+        after = tokens.after
+        shape = x.shape
+        if after is None or shape[0] != after.batch_size or shape[1] != after.num_tokens:
+            after = self._fresh(tokens.layer + 1, shape[0], shape[1], tokens.rules)
+        self.leave(after, x)
 
     def restores(self, rules: Rules) -> bool:
         """Whether all that the tower returns is spread over the original tokens."""
@@ -240,21 +243,26 @@ class Trail:
     def _fresh(self, layer: int, batch_size: int, num_tokens: int, rules: Rules) -> Tokens:
         """Tokens before a layer that no layer has reduced."""
         # While tracing these may be symbols, which cannot be looked up.
-        known = None
-        if type(batch_size) is int and type(num_tokens) is int:
+        look_up = type(batch_size) is int and type(num_tokens) is int
+        if look_up and not torch.compiler.is_compiling():
             made_for, known = self._untouched
-            if made_for is not rules or torch.compiler.is_compiling():
-                known = None
-        if known is not None:
             found = known.get((layer, batch_size, num_tokens))
-            if found is not None:
+            if found is not None and made_for is rules:
                 return found
-        tokens = Tokens(layer, batch_size, num_tokens, None, (None,) * layer, False, rules, self)
-        if known is not None:
-            if len(known) >= MOST_UNTOUCHED:
-                known.clear()
-            known[layer, batch_size, num_tokens] = tokens
-        return tokens
+            # With those before all layers behind, so that each block finds the next one's.
+            tokens = None
+            for at in range(len(rules.layers), layer - 1, -1):
+                tokens = Tokens(
+                    *(at, batch_size, num_tokens, None, (None,) * at, False, rules, self),
+                    after=tokens,
+                )
+            assert tokens is not None
+            if made_for is rules:
+                if len(known) >= MOST_UNTOUCHED:
+                    known.clear()
+                known[layer, batch_size, num_tokens] = tokens
+            return tokens
+        return Tokens(layer, batch_size, num_tokens, None, (None,) * layer, False, rules, self)
 
     def _first(self, x: Tensor) -> Tokens:
         if torch.compiler.is_compiling():
