@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import KeepRate, Method, Schedule
-from .common.methods import make_method
+from ..schedule import KeepRate, Schedule
+from .common.methods import MethodName, make_method
 from .common.patched_model import patch_model, remove
 from .common.rules import Settings
 from .common.token_state import Tokens
@@ -37,7 +37,7 @@ def auto(
     prop_attn: bool = True,
     trace_source: bool = False,
     *,
-    method: Method = "tome",
+    method: MethodName = "tome",
     keep_rate: KeepRate | None = None,
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
@@ -117,7 +117,12 @@ def auto(
     if host is not None and host not in HOSTS:
         raise ValueError(f"host: expected one of {sorted(HOSTS)}, got {host!r}")
     settings = Settings(
-        make_method(method, prop_attn, normalize_fused, fused_weight_grad),
+        make_method(
+            method,
+            prop_attn=prop_attn,
+            normalize_fused=normalize_fused,
+            fused_weight_grad=fused_weight_grad,
+        ),
         r,
         keep_rate,
         bool(trace_source),

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...schedule import KeepRate, Method, Schedule
+from ...schedule import KeepRate, Schedule
 from .block import TomeBlock
 from .class_swap import Swapped, has_own_forward, is_outermost, restore, swap
+from .methods import MethodName
 from .rules import Settings, make_rules
 from .token_state import Tokens
 from .trail import Reader, Trail
@@ -86,7 +87,7 @@ class PatchedModel(Swapped):
         _set(self._tome, r=0, keep_rate=keep_rate)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> MethodName:
         """How tokens are reduced: "tome", "evit" or "topk"; patch again to change it."""
         return self._tome.rules.method.name
 
