@@ -421,13 +421,26 @@ def refuse_attentions(tower: Any, kwargs: dict[str, Any]) -> None:
 class BeitTower(TransformersTower):
     """BEiT's; its bias of pairs leaves no room for a mask."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("attention_mask") is not None and not self._tome.rules.idle:
+    def forward(
+        self: Any,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is not None and not self._tome.rules.idle:
             raise ValueError(
                 "attention_mask: expected None of a BEiT that merges tokens, got a mask; set "
                 "model.r = 0 to use one"
             )
-        return super().forward(*args, **kwargs)
+        return super().forward(
+            pixel_values,
+            bool_masked_pos,
+            interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
 
 
 class VJEPA2Tower(TransformersTower):
