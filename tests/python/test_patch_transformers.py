@@ -29,7 +29,9 @@ from host_cases_transformers import (
 from torch import nn
 
 import tome_ext
-from tome_ext.patch.hosts.transformers import FAMILIES, REFUSED, check_version
+from tome_ext.patch.hosts.transformers import FAMILIES
+from tome_ext.patch.hosts.transformers_families import REFUSED
+from tome_ext.patch.hosts.transformers_parts import check_version
 
 N = TOKENS + 1
 R = 4
