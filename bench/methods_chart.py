@@ -23,7 +23,7 @@ from tome_ext import demo
 from tome_ext._command import Reduction, check_patch
 from tome_ext._models import layout
 from tome_ext.bench._cost import count_flops
-from tome_ext.schedule import METHODS
+from tome_ext.patch.common.methods import METHODS
 
 COLORS = {"tome": "#d1495b", "evit": "#2e86ab", "topk": "#e8a33d"}
 NAMES = {"tome": "ToMe", "evit": "EViT", "topk": "Top-K"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import patch
-from .schedule import Method
+from .patch.common.methods import MethodName
 
 __all__ = [
     "CommandError",
@@ -40,7 +40,7 @@ class Reduction:
         keep_rate: share of patch tokens that three layers keep.
     """
 
-    method: Method = "tome"
+    method: MethodName = "tome"
     r: int = 0
     keep_rate: float | None = None
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from . import _models
 from ._command import CommandError, one_line
+from .patch.common.methods import ToMe
 from .patch.registry import HOSTS
-from .schedule import tokens_after
 
 __all__ = ["Supported", "run", "suggested_r"]
 
@@ -143,7 +143,7 @@ def saved(layout: _models.Layout, blocks: int, r: int) -> float:
         total, count = 0, layout.tokens
         for _ in range(blocks):
             total += 2 * count * before + 4 * count * count * layout.width
-            count = tokens_after("tome", count, layout.prefix, r, None)
+            count = ToMe().tokens_after(count, layout.prefix, r, None)
             total += 2 * count * after
         return total
 

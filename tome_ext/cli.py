@@ -15,7 +15,7 @@ import torch
 from . import _library
 from ._command import CommandError, Reduction
 from ._version import __version__
-from .schedule import METHODS, Method
+from .patch.common.methods import METHODS, MethodName
 from .utils import info
 
 __all__ = ["main"]
@@ -229,9 +229,9 @@ def reductions_of(arguments: argparse.Namespace) -> tuple[Reduction, ...]:
     return tuple(Reduction(method, keep_rate=rate) for method, rate in pairs)
 
 
-def methods(text: str) -> tuple[Method, ...]:
+def methods(text: str) -> tuple[MethodName, ...]:
     """Parse "tome,evit" for argparse."""
-    found = tuple(method for name in names(text) for method in METHODS if method == name)
+    found = tuple(METHODS[name].name for name in names(text) if name in METHODS)
     if found != names(text):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}; got {text!r}")
     return found

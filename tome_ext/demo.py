@@ -207,7 +207,7 @@ def figure(
         if plan is not None:
             shown = make_visualization(sharp, plan.assign, patch, num_prefix_tokens=frame.prefix)
             left = plan.num_output_tokens - frame.prefix
-            parts = "patches" if reduction.method == "topk" else "regions"
+            parts = "patches" if (plan.assign < 0).any() else "regions"
             panels.append((shown, str(reduction), f"{left} {parts}"))
 
     unit = max(1, sharp.width // 32)  # every distance follows the size of a panel

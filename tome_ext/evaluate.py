@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from . import _models
 from ._command import CommandError, Reduction, check_patch, find_device, one_line, patched
 from ._world import World
-from .schedule import Method
+from .patch.common.methods import MethodName
 from .utils import info, synchronize
 
 __all__ = ["Row", "Share", "run"]
@@ -45,7 +45,7 @@ PAPER = {
 class Row:
     """One line of the table, over the pictures of all processes."""
 
-    method: Method | None  # None is the model without a patch
+    method: MethodName | None  # None is the model without a patch
     r: int
     keep_rate: float | None
     images: int

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal
 
-__all__ = [
-    "METHODS",
-    "KeepRate",
-    "Method",
-    "Schedule",
-    "kept",
-    "parse_keep_rate",
-    "parse_r",
-    "tokens_after",
-]
+__all__ = ["KeepRate", "Schedule", "parse_keep_rate", "parse_r"]
 
 # What ``r`` may be: one number, (number, inflection), or a list with one number per layer.
 Schedule = int | tuple[int, float] | Sequence[int]
 # What ``keep_rate`` may be: one number, or a list with one number per layer.
 KeepRate = float | Sequence[float]
-# How a layer reduces its tokens: by merging similar ones (ToMe), by fusing those that the class
-# token attends to least (EViT), or by dropping them (Top-K).
-Method = Literal["tome", "evit", "topk"]
-METHODS: tuple[Method, ...] = ("tome", "evit", "topk")
 
 
 def parse_r(num_layers: int, r: Schedule) -> list[int]:
@@ -61,7 +46,7 @@ def parse_r(num_layers: int, r: Schedule) -> list[int]:
     return [_count(r, "r")] * num_layers
 
 
-def parse_keep_rate(num_layers: int, keep_rate: KeepRate, method: Method = "tome") -> list[float]:
+def parse_keep_rate(num_layers: int, keep_rate: KeepRate) -> list[float]:
     """Spell out ``keep_rate`` as one share of patch tokens per layer.
 
     Args:
@@ -72,7 +57,6 @@ def parse_keep_rate(num_layers: int, keep_rate: KeepRate, method: Method = "tome
               three quarters of the model, which are layers 4, 7 and 10 of 12, EViT's choice (Liang
               et al., ICLR 2022; arXiv 2202.07800);
             - a list with one float in (0, 1] per layer; a shorter one is filled up with 1.
-        method: "tome" can merge at most half of a layer's tokens, so it takes [0.5, 1].
 
     Returns:
         ``num_layers`` floats; 1 where a layer keeps all.
@@ -87,65 +71,18 @@ def parse_keep_rate(num_layers: int, keep_rate: KeepRate, method: Method = "tome
                 f"keep_rate: expected at most {num_layers} entries, one per layer, "
                 f"got {len(keep_rate)}"
             )
-        rates = [
-            _rate(value, f"keep_rate[{layer}]", method) for layer, value in enumerate(keep_rate)
-        ]
+        rates = [_rate(value, f"keep_rate[{layer}]") for layer, value in enumerate(keep_rate)]
         return rates + [1.0] * (num_layers - len(rates))
-    rate = _rate(keep_rate, "keep_rate", method)
+    rate = _rate(keep_rate, "keep_rate")
     layers = {num_layers * quarters // 4 for quarters in (1, 2, 3)}
     return [rate if layer in layers else 1.0 for layer in range(num_layers)]
 
 
-def kept(method: Method, num_patches: int, r: int, keep_rate: float | None) -> int:
-    """How many patch tokens of a layer are left, EViT's fused token not counted.
-
-    Args:
-        method: how the layer reduces its tokens.
-        num_patches: n, its tokens without the prefix.
-        r: tokens to remove, if ``keep_rate`` is None.
-        keep_rate: share of the n tokens to keep, rounded up.
-
-    Returns:
-        At least half of n for "tome", at least 1 for the others; at most n.
-    """
-    if keep_rate is not None:
-        keep = math.ceil(keep_rate * num_patches)
-    elif method == "evit" and r > 0:
-        keep = num_patches - r - 1  # and the fused token, so that r are removed
-    else:
-        keep = num_patches - r
-    least = (num_patches + 1) // 2 if method == "tome" else 1
-    return min(max(keep, least), num_patches)
-
-
-def tokens_after(
-    method: Method, num_tokens: int, num_prefix_tokens: int, r: int, keep_rate: float | None
-) -> int:
-    """How many tokens a layer of ``num_tokens`` leaves, with prefix and EViT's fused token.
-
-    Args:
-        method: how the layer reduces its tokens.
-        num_tokens: N, its tokens.
-        num_prefix_tokens: how many of them are no patches and stay.
-        r: tokens to remove, if ``keep_rate`` is None.
-        keep_rate: share of the patch tokens to keep.
-    """
-    num_patches = num_tokens - num_prefix_tokens
-    keep = kept(method, num_patches, r, keep_rate)
-    fused = method == "evit" and keep < num_patches
-    return num_prefix_tokens + keep + int(fused)
-
-
-def _rate(value: object, name: str, method: Method) -> float:
+def _rate(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     if not 0 < value <= 1:
         raise ValueError(f"{name}: expected a share of the tokens in (0, 1], got {value!r}")
-    if method == "tome" and value < 0.5:
-        raise ValueError(
-            f"{name}: expected at least 0.5, as tome merges at most half of a layer's tokens, "
-            f"got {value!r}"
-        )
     return float(value)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import _library, ops
 from ._version import __version__
-from .patch.common.patched_model import find_patched
+from .patch.common.patched_model import find
 from .schedule import parse_r
 
 __all__ = ["benchmark", "info", "parse_r"]
@@ -112,12 +112,9 @@ def info(model: nn.Module | None = None) -> dict[str, str]:
         A dict of lines of text.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or more than one inside it is.
     """
-    patched = find_patched(model)
-    if model is not None and patched is None:
-        inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper says nothing
-        raise ValueError(f"model: expected a patched model, got {type(inner).__name__}")
+    patched = None if model is None else find(model)
     built = _library.build_info()
     devices = [f"cpu ({platform.machine()})"]
     if torch.cuda.is_available():

@@ -209,10 +209,12 @@ def test_compiles_as_one_graph_once(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.exports], ids=str)
-def test_exports(case: Case) -> None:
+def test_exports_for_every_batch_size(case: Case) -> None:
     model = patch(case, case.make(), r=4)
+    inputs, batch = case.inputs(2, 0), torch.export.Dim("batch")
+    free = {name: {0: batch} if isinstance(x, Tensor) else None for name, x in inputs.items()}
     with torch.no_grad():
-        program = torch.export.export(model, (), case.inputs(2, 0), strict=False).module()
-        torch.testing.assert_close(
-            case.output(program(**case.inputs(2, 1))), run(case, model, case.inputs(2, 1))
-        )
+        program = torch.export.export(model, (), inputs, dynamic_shapes=free, strict=False).module()
+        for images in (1, 3):
+            inputs = case.inputs(images, images)
+            torch.testing.assert_close(case.output(program(**inputs)), run(case, model, inputs))

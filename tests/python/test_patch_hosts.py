@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
-from host_cases import cast, loud
+from host_cases import all_cases, cast, loud
 from host_cases_timm import naflex, packed
 from models import GRID, images, tiny
 from open_clip.model import CLIP
@@ -224,6 +225,23 @@ def test_training_drops_patches_of_rotary_models() -> None:
         assert model.tome.num_tokens == 33 - 12
         for name, p in model.named_parameters():
             assert p.grad is None or p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", ["torchvision: plain", "open_clip: CLIP"])
+def test_adapters_of_whole_attention_modules_come_after_the_patch(name: str) -> None:
+    case = next(case for case in all_cases() if case.name == name)
+    targets = ["self_attention"] if name.startswith("torchvision") else ["attn"]
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    with pytest.raises(
+        ValueError,
+        match=r"as block 0 with MultiheadAttention: peft\..* wraps one; patch the model first",
+    ):
+        tome_ext.patch.auto(peft.get_peft_model(case.make(), config), r=4)
+    inputs = case.inputs(2, 0)
+    model: Any = peft.get_peft_model(tome_ext.patch.auto(case.make(), r=4), config).eval()
+    y = case.output(model(**inputs))
+    assert tome_ext.patch.find(model).tome.num_tokens == case.num_tokens - 4 * case.depth
+    torch.testing.assert_close(case.output(model.merge_and_unload()(**inputs)), y)
 
 
 # --- refusals -------------------------------------------------------------------------------------

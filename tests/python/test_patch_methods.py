@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tome_ext
-from tome_ext import vis
+from tome_ext import cli, vis
+from tome_ext.bench._contenders import sliced
+from tome_ext.patch.common.methods import METHODS, Method, make_method
 
 PATCHES = GRID * GRID
 PRUNING = ("evit", "topk")
@@ -167,6 +169,7 @@ def test_at_least_one_patch_token_stays(method: str, amount: dict[str, Any]) -> 
         ({"method": "prune"}, r"method: expected one of \('tome', 'evit', 'topk'\), got 'prune'"),
         ({"r": 3, "keep_rate": 0.7}, "expected r or keep_rate, got r=3, keep_rate=0.7"),
         ({"keep_rate": 0.3}, "expected at least 0.5, as tome merges at most half"),
+        ({"keep_rate": [0.8, 0.4]}, "half of a layer's tokens, got 0.4 in layer 1"),
         ({"keep_rate": 0.0, "method": "topk"}, r"share of the tokens in \(0, 1\], got 0.0"),
         ({"keep_rate": [0.5] * 9, "method": "evit"}, "at most 3 entries"),
     ],
@@ -187,6 +190,54 @@ def test_wrong_settings_are_refused_and_change_nothing(
     with pytest.raises(ValueError, match="share of the tokens"):
         model.keep_rate = 7
     assert torch.equal(model(images()), expected)
+
+
+def test_tokens_of_a_layer() -> None:
+    tome, evit, topk = (make_method(name) for name in ("tome", "evit", "topk"))
+    # DeiT at EViT's default: 196 patches, of which ceil(0.7 * 196) stay, and the fused token.
+    assert evit.kept(196, 0, 0.7) == 138
+    assert evit.tokens_after(197, 1, 0, 0.7) == 140
+    assert topk.tokens_after(197, 1, 0, 0.7) == 139
+    assert tome.tokens_after(197, 1, 0, 0.7) == 139
+    # With r all remove as many.
+    for method in (tome, evit, topk):
+        assert method.tokens_after(197, 1, 13, None) == 184
+        assert method.tokens_after(197, 1, 0, None) == 197
+    # As many as there are.
+    assert tome.tokens_after(12, 1, 50, None) == 7
+    assert topk.tokens_after(12, 1, 50, None) == 2
+    assert evit.tokens_after(12, 1, 50, None) == 3
+    assert evit.tokens_after(1, 1, 50, None) == 1
+    assert topk.tokens_after(5, 1, 0, 1.0) == 5
+
+
+class Front(Method):
+    """A method of one's own: keep the patch tokens that come first."""
+
+    name = "front"  # type: ignore[assignment]
+    needs_class_token = False
+
+    def rank(self, q: Tensor, k: Tensor, *_: Any) -> Tensor:
+        return -torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1).float()
+
+    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> Any:
+        return tome_ext.select(ranks, amount, prefix)
+
+
+@pytest.mark.parametrize("amount", [{"r": 9}, {"keep_rate": [1.0, 0.3]}], ids=str)
+def test_a_fourth_method_is_one_class(
+    amount: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "front", Front)
+    assert cli.methods("front,tome") == ("front", "tome")
+    model, x = tiny(), images()
+    ceiling = sliced(copy.deepcopy(model), tome_ext._command.Reduction("front", **amount))
+    tome_ext.patch.timm(model, method="front", **amount)
+    # Dropping all but the first tokens is what slicing does.
+    torch.testing.assert_close(model(x), ceiling(x), rtol=1e-4, atol=1e-4)
+    left = 65 - 9 * DEPTH if "r" in amount else 1 + 20
+    assert model.tome.num_tokens == left
+    assert model.method == "front"
 
 
 @pytest.mark.parametrize("method", PRUNING)

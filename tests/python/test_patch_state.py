@@ -197,6 +197,44 @@ def test_info_of_quantised_and_wrapped_models() -> None:
     assert quantised(images()).isfinite().all()
 
 
+WRAPPERS: dict[str, Any] = {
+    "none": lambda model: model,
+    "two attributes deep": Wrapper,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "a wrapper of a wrapper": lambda model: nn.DataParallel(Wrapper(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_r_is_set_through_any_wrapper(name: str) -> None:
+    torch._dynamo.reset()
+    wrapped = WRAPPERS[name](tome_ext.patch.timm(tiny(), r=8))
+    inside = tome_ext.patch.find(wrapped)
+    assert isinstance(inside, type(tome_ext.patch.find(inside)))
+    expected = tome_ext.patch.timm(tiny(), r=3)(images())
+    inside.r = 3
+    torch.testing.assert_close(wrapped(images()), expected)
+    assert inside.tome.num_tokens == 65 - 3 * DEPTH
+    assert tome_ext.info(wrapped)["r"] == "3"
+
+
+def test_what_is_patched_inside_is_found_or_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="expected a patched model, got DataParallel"):
+        tome_ext.patch.find(nn.DataParallel(tiny()))
+    pair = nn.ModuleList([tome_ext.patch.timm(tiny()), tome_ext.patch.timm(tiny())])
+    for ask in (tome_ext.patch.find, tome_ext.info):
+        with pytest.raises(ValueError, match=r"got ModuleList with several \(0, 1\); ask for each"):
+            ask(pair)
+    # A larger model that was patched is found, and not its tower.
+    outer = nn.Sequential(nn.Identity(), tiny())
+    tome_ext.patch.auto(outer, r=8)
+    assert tome_ext.patch.find(nn.DataParallel(outer)) is outer
+    with pytest.raises(ValueError, match=r"patched already.*tome_ext.patch.find\(model\).r"):
+        tome_ext.patch.auto(nn.DataParallel(outer), r=3)
+
+
 # --- tokens -------------------------------------------------------------------------------------
 
 

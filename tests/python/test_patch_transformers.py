@@ -29,7 +29,9 @@ from host_cases_transformers import (
 from torch import nn
 
 import tome_ext
-from tome_ext.patch.hosts.transformers import FAMILIES, REFUSED, check_version
+from tome_ext.patch.hosts.transformers import FAMILIES
+from tome_ext.patch.hosts.transformers_families import REFUSED
+from tome_ext.patch.hosts.transformers_parts import check_version
 
 N = TOKENS + 1
 R = 4
@@ -103,6 +105,19 @@ def test_attention_matrices_are_refused_while_merging() -> None:
     model.config.output_attentions = True
     with pytest.raises(ValueError, match="output_attentions"):
         model(images())
+
+
+def test_a_mask_is_refused_where_there_is_a_bias_of_pairs() -> None:
+    model = made(hf.BeitForImageClassification, hf.BeitConfig, **BEIT).beit
+    x, shown = images(), torch.ones(2, N, dtype=torch.int64)
+    expected = model(x, attention_mask=shown).last_hidden_state
+    patched(model)
+    for args, mask in ((), {"attention_mask": shown}), ((None, False, shown), {}):
+        model.r = R
+        with pytest.raises(ValueError, match=r"attention_mask: .* set model.r = 0 to use one"):
+            model(x, *args, **mask)
+        model.r = 0
+        assert torch.equal(model(x, *args, **mask).last_hidden_state, expected)
 
 
 def test_signature_is_the_model_s() -> None:
@@ -515,6 +530,11 @@ def test_peft(patched_first: bool) -> None:
     else:
         model = tome_ext.patch.auto(peft.get_peft_model(model, config), r=R)
     model.eval()
+    assert tome_ext.patch.find(model).r == R
+    tome_ext.patch.find(model).r = 1
+    model(pixel_values=images())
+    assert model.base_model.model.vit.tome.num_tokens == N - DEPTH
+    tome_ext.patch.find(model).r = R
     y = model(pixel_values=images()).logits
     assert model.base_model.model.vit.tome.num_tokens == LENGTHS[-1]
     y.sum().backward()

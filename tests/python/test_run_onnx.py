@@ -9,16 +9,47 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from host_cases import Case, all_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VARIANTS, images, tiny
+from onnxscript import opset18
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import tome_ext as tome
 from tome_ext import _onnx, reference
 
 BATCH = ({0: torch.export.Dim("batch")},)
 NAMES = ("plain", "registers, layer scale", "class token, avg")
+# Of each way that a library reaches attention, carries positions or pools, one; by the names of
+# the host contract.
+HOSTS = (
+    "timm: DINOv3",
+    "timm: EVA-02, SwiGLU, norm inside attention, avg",
+    "timm: BEiT",
+    "transformers: ViT",
+    "transformers: DINOv2",
+    "transformers: DINOv3",
+    "transformers: CLIP",
+    "transformers: SigLIP",
+    "transformers: SigLIP 2",
+    "transformers: V-JEPA 2",
+    "transformers: BEiT",
+    "torchvision: plain",
+    "open_clip: CLIP",
+    "open_clip: attention pools",
+)
+
+
+def all_true(x: Any) -> Any:
+    """``aten::_is_all_true``, which torch.onnx does not know and SigLIP 2 of Transformers checks
+    its shapes by, unpatched too."""
+    return opset18.Cast(opset18.ReduceMin(opset18.Cast(x, to=INT32), keepdims=0), to=BOOL)
+
+
+INT32, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.BOOL
+TRANSLATIONS = {torch.ops.aten._is_all_true.default: all_true}
 
 
 def patched(name: str, depth: int = 2) -> Any:
@@ -82,6 +113,29 @@ def test_a_pruned_model_gives_its_logits_in_onnx_runtime(method: str) -> None:
     for batch in (1, 3):
         x = images(batch, seed=batch)
         torch.testing.assert_close(run(x)[0], model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [0, [6, 0, 6]], ids=["r0", "merging"])
+@pytest.mark.parametrize("case", [case for case in all_cases() if case.name in HOSTS], ids=str)
+def test_models_of_every_library_give_their_outputs_in_onnx_runtime(case: Case, r: Any) -> None:
+    model = tome.patch.auto(case.make().requires_grad_(False), r)
+    inputs, batch = case.inputs(2, 0), torch.export.Dim("batch")
+    free = {name: {0: batch} for name in inputs}
+    proto = to_onnx(
+        model, kwargs=inputs, dynamic_shapes=free, custom_translation_table=TRANSLATIONS
+    )
+    assert_standard(proto)
+    run = session(proto)
+    for images_a_batch in (1, 3):
+        inputs = case.inputs(images_a_batch, images_a_batch)
+        found = run(*inputs.values())
+        expected = [y for y in tree_leaves(model(**inputs)) if isinstance(y, Tensor)]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_cases_of_every_library_are_there() -> None:
+    assert set(HOSTS) <= {case.name for case in all_cases()}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tome_ext.schedule import kept, parse_keep_rate, parse_r, tokens_after
+from tome_ext.schedule import parse_keep_rate, parse_r
 
 
 def test_one_number_is_for_every_layer() -> None:
@@ -85,40 +85,21 @@ def test_a_rate_is_for_evits_layers() -> None:
 
 def test_rates_in_a_list_are_per_layer_and_filled_with_one() -> None:
     assert parse_keep_rate(4, [0.9, 1]) == [0.9, 1.0, 1.0, 1.0]
-    assert parse_keep_rate(2, (0.9, 0.1), "topk") == [0.9, 0.1]
+    assert parse_keep_rate(2, (0.9, 0.1)) == [0.9, 0.1]
 
 
 @pytest.mark.parametrize(
-    ("rate", "method", "message"),
+    ("rate", "message"),
     [
-        (0, "evit", r"keep_rate: expected a share of the tokens in \(0, 1\], got 0"),
-        (1.2, "evit", r"in \(0, 1\], got 1.2"),
-        (float("nan"), "evit", r"in \(0, 1\], got nan"),
-        ("0.7", "topk", r"keep_rate: expected a number, got '0.7' \(str\)"),
-        (True, "topk", r"expected a number, got True \(bool\)"),
-        ([0.5, -1.0], "topk", r"keep_rate\[1\]: expected a share"),
-        ([0.5] * 5, "topk", "at most 4 entries, one per layer, got 5"),
-        (0.4, "tome", "expected at least 0.5, as tome merges at most half"),
+        (0, r"keep_rate: expected a share of the tokens in \(0, 1\], got 0"),
+        (1.2, r"in \(0, 1\], got 1.2"),
+        (float("nan"), r"in \(0, 1\], got nan"),
+        ("0.7", r"keep_rate: expected a number, got '0.7' \(str\)"),
+        (True, r"expected a number, got True \(bool\)"),
+        ([0.5, -1.0], r"keep_rate\[1\]: expected a share"),
+        ([0.5] * 5, "at most 4 entries, one per layer, got 5"),
     ],
 )
-def test_wrong_rates_are_refused(rate: object, method: str, message: str) -> None:
+def test_wrong_rates_are_refused(rate: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_keep_rate(4, rate, method)  # type: ignore[arg-type]
-
-
-def test_tokens_of_a_layer() -> None:
-    # DeiT at EViT's default: 196 patches, of which ceil(0.7 * 196) stay, and the fused token.
-    assert kept("evit", 196, 0, 0.7) == 138
-    assert tokens_after("evit", 197, 1, 0, 0.7) == 140
-    assert tokens_after("topk", 197, 1, 0, 0.7) == 139
-    assert tokens_after("tome", 197, 1, 0, 0.7) == 139
-    # With r all remove as many.
-    for method in ("tome", "evit", "topk"):
-        assert tokens_after(method, 197, 1, 13, None) == 184  # type: ignore[arg-type]
-        assert tokens_after(method, 197, 1, 0, None) == 197  # type: ignore[arg-type]
-    # As many as there are.
-    assert tokens_after("tome", 12, 1, 50, None) == 7
-    assert tokens_after("topk", 12, 1, 50, None) == 2
-    assert tokens_after("evit", 12, 1, 50, None) == 3
-    assert tokens_after("evit", 1, 1, 50, None) == 1
-    assert tokens_after("topk", 5, 1, 0, 1.0) == 5
+        parse_keep_rate(4, rate)  # type: ignore[arg-type]

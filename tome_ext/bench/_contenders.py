@@ -21,7 +21,6 @@ from ..patch.common.class_swap import Swapped, swap
 from ..patch.common.methods import make_method
 from ..patch.common.rules import Rules, Settings, make_rules
 from ..patch.registry import find_tower
-from ..schedule import tokens_after
 
 __all__ = [
     "CEILING",
@@ -72,7 +71,7 @@ class SlicedCall:
     def __init__(self, layer: int, rules: Rules) -> None:
         self.tokens = SlicedTokens(layer, layer > rules.first_layer, rules)
         rule = rules.layers[layer]
-        self.amount = rules.method.name, rules.num_prefix_tokens, rule.r, rule.rate
+        self.amount = rules.num_prefix_tokens, rule.r, rule.rate
         self.reduces = rule.reduces
         self.num_tokens = 0  # of the forward that runs
         self.ranks = torch.empty(0, 0, 0, 0)  # of nothing: tokens are not matched
@@ -80,8 +79,7 @@ class SlicedCall:
     def merge(self, x: Tensor) -> Tensor:
         if not self.reduces:
             return x
-        method, prefix, r, rate = self.amount
-        return x[:, : tokens_after(method, x.shape[1], prefix, r, rate)]
+        return x[:, : self.tokens.rules.method.tokens_after(x.shape[1], *self.amount)]
 
     def check_attended(self) -> None:
         """Attention has nothing to hand over."""
@@ -175,8 +173,7 @@ def sliced(model: Any, reduction: Reduction, own_attention: bool = True) -> Any:
     projections around ``F.scaled_dot_product_attention``.
     """
     tower = find_tower(model)
-    method = make_method(reduction.method, True, False, False)
-    settings = Settings(method, reduction.r, reduction.keep_rate)
+    settings = Settings(make_method(reduction.method), reduction.r, reduction.keep_rate)
     rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)
     trail = SlicedTrail(rules, own_attention)
     cut = tower.blocks[rules.first_layer :]

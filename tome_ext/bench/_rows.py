@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._command import Reduction
-from ..schedule import Method
+from ..patch.common.methods import MethodName
 from ._contenders import CEILING, OURS, UNPATCHED
 from .timing import ratio
 
@@ -76,7 +76,7 @@ class Row:
     image_size: tuple[int, int]
     dtype: str
     batch_size: int
-    method: Method
+    method: MethodName
     r: int
     keep_rate: float | None
     rounds: int

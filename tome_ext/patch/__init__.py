@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import KeepRate, Method, Schedule
-from .common.methods import make_method
-from .common.patched_model import patch_model, remove
+from ..schedule import KeepRate, Schedule
+from .common.methods import MethodName, make_method
+from .common.patched_model import find, patch_model, remove
 from .common.rules import Settings
 from .common.token_state import Tokens
 from .registry import HOSTS, Host, find_tower, register
@@ -22,6 +22,7 @@ __all__ = [
     "Host",
     "Tokens",
     "auto",
+    "find",
     "open_clip",
     "register",
     "remove",
@@ -37,7 +38,7 @@ def auto(
     prop_attn: bool = True,
     trace_source: bool = False,
     *,
-    method: Method = "tome",
+    method: MethodName = "tome",
     keep_rate: KeepRate | None = None,
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
@@ -59,7 +60,8 @@ def auto(
 
     The model is changed in place: it keeps its parameters, hooks, ``state_dict`` and the names of
     its classes. With ``r=0`` it computes what it did before. ``model.r`` and ``model.keep_rate``
-    change later how many tokens go; a forward keeps to those that it began with.
+    change later how many tokens go; a forward keeps to those that it began with. Through a wrapper
+    they are reached by ``tome_ext.patch.find(wrapper).r``.
 
     The model returns merged tokens (B, M, C); ``model.tome`` has their sizes and their plan, and
     ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
@@ -100,8 +102,10 @@ def auto(
             the first norm of the next one together with its own last sum, in one pass over the
             tokens instead of three, where nothing observes or changes the modules in between. The
             results differ in rounding from those with gradients, which are still right if they are
-            asked for after all. Under ``torch.inference_mode``, where torch does not count changes,
-            nothing but hooks may change tokens in place between two blocks.
+            asked for after all. Hooks on a block observe it; Transformers leaves some on every
+            block when ``output_hidden_states`` is first asked for. Under ``torch.inference_mode``,
+            where torch does not count changes, nothing but hooks may change tokens in place between
+            two blocks.
         host: the library, where it should not be found by the model's class: a name of
             :data:`tome_ext.patch.registry.HOSTS`.
 
@@ -117,7 +121,12 @@ def auto(
     if host is not None and host not in HOSTS:
         raise ValueError(f"host: expected one of {sorted(HOSTS)}, got {host!r}")
     settings = Settings(
-        make_method(method, prop_attn, normalize_fused, fused_weight_grad),
+        make_method(
+            method,
+            prop_attn=prop_attn,
+            normalize_fused=normalize_fused,
+            fused_weight_grad=fused_weight_grad,
+        ),
         r,
         keep_rate,
         bool(trace_source),

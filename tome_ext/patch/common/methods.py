@@ -1,23 +1,25 @@
 """How a layer reduces its tokens: one class per method, its settings as fields.
 
 A method ranks tokens by what attention computes, makes a plan from the ranks, and merges by it. Add
-one by adding a class here and its name to :data:`METHODS` of :mod:`tome_ext.schedule`.
+one by adding a class here, and to :data:`METHODS` and :data:`MethodName`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...attention import cls_attention
 from ...plan import MergePlan, match, select
-from ...schedule import METHODS, kept
-from ...schedule import Method as Name
 
-__all__ = ["EViT", "Method", "ToMe", "TopK", "make_method"]
+__all__ = ["METHODS", "EViT", "Method", "MethodName", "ToMe", "TopK", "make_method"]
+
+MethodName = Literal["tome", "evit", "topk"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Method:
         name: as users give it.
         needs_class_token: whether it ranks tokens by the class token's attention.
         sized: whether tokens have sizes: how many original tokens each stands for.
+        fuses: whether those that a layer does not keep become one more token.
         proportional: whether attention counts a token as often as its size.
     """
 
-    name: ClassVar[Name]
+    name: ClassVar[MethodName]
     needs_class_token: ClassVar[bool] = True
     sized: ClassVar[bool] = False
+    fuses: ClassVar[bool] = False
     # How a mask's columns are reduced to those of merged keys; see reduce_mask.
     mask_reduction: ClassVar[str] = "mean"
 
@@ -41,13 +45,49 @@ class Method:
     def proportional(self) -> bool:
         return False
 
+    def check_rates(self, rates: Sequence[float]) -> None:
+        """Refuse shares to keep, one for each layer, that the method cannot reach.
+
+        Raises:
+            ValueError: one is too small; the message says why.
+        """
+
+    def kept(self, num_patches: int, r: int, keep_rate: float | None) -> int:
+        """How many patch tokens of a layer are left, a fused one not counted.
+
+        Args:
+            num_patches: n, its tokens without the prefix.
+            r: tokens to remove, if ``keep_rate`` is None.
+            keep_rate: share of the n tokens to keep, rounded up.
+
+        Returns:
+            At least 1, if there are any, and at most n.
+        """
+        if keep_rate is not None:
+            keep = math.ceil(keep_rate * num_patches)
+        else:
+            # A fused token comes back, so that r are removed.
+            keep = num_patches - r - int(self.fuses and r > 0)
+        return min(max(keep, 1), num_patches)
+
+    def tokens_after(
+        self, num_tokens: int, num_prefix_tokens: int, r: int, keep_rate: float | None
+    ) -> int:
+        """How many of a layer's ``num_tokens`` are left, with the prefix and a fused one.
+
+        ``num_prefix_tokens`` of them are no patches and stay; the others are as in :meth:`kept`.
+        """
+        num_patches = num_tokens - num_prefix_tokens
+        keep = self.kept(num_patches, r, keep_rate)
+        return num_prefix_tokens + keep + int(self.fuses and keep < num_patches)
+
     def amount(self, num_patches: int, r: int, keep_rate: float | None) -> int | None:
         """What :meth:`plan` is asked for in a layer; None if the layer leaves all its tokens.
 
-        ``r`` and ``keep_rate`` are as in :func:`tome_ext.schedule.kept`. For methods that prune it
-        is the number of patch tokens to keep.
+        Arguments are as in :meth:`kept`. For methods that prune it is the number of patch tokens to
+        keep.
         """
-        keep = kept(self.name, num_patches, r, keep_rate)
+        keep = self.kept(num_patches, r, keep_rate)
         return keep if keep < num_patches else None
 
     def rank(
@@ -89,7 +129,7 @@ class ToMe(Method):
 
     prop_attn: bool = True
 
-    name: ClassVar[Name] = "tome"
+    name: ClassVar[MethodName] = "tome"
     needs_class_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 
@@ -107,12 +147,23 @@ class ToMe(Method):
         # A trace may be checked with gradients and without, and must be the same.
         return k.detach() if k.requires_grad or torch.jit.is_tracing() else k
 
+    def check_rates(self, rates: Sequence[float]) -> None:
+        least = min(rates, default=1.0)
+        if least < 0.5:
+            raise ValueError(
+                "keep_rate: expected at least 0.5, as tome merges at most half of a layer's "
+                f"tokens, got {least!r} in layer {rates.index(least)}"
+            )
+
+    def kept(self, num_patches: int, r: int, keep_rate: float | None) -> int:
+        return max(super().kept(num_patches, r, keep_rate), (num_patches + 1) // 2)
+
     def amount(self, num_patches: int, r: int, keep_rate: float | None) -> int | None:
         """How many tokens to remove, which match cuts."""
         if num_patches < 2:
             return None
         if keep_rate is not None:
-            r = num_patches - kept(self.name, num_patches, r, keep_rate)
+            r = num_patches - self.kept(num_patches, r, keep_rate)
         return r if r > 0 else None
 
     def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
@@ -128,7 +179,7 @@ class ToMe(Method):
 class TopK(Method):
     """Keep the tokens that the class token attends to most, and drop the others."""
 
-    name: ClassVar[Name] = "topk"
+    name: ClassVar[MethodName] = "topk"
 
     def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
         return select(ranks.detach(), amount, prefix)
@@ -141,7 +192,8 @@ class EViT(Method):
     normalize_fused: bool = False
     fused_weight_grad: bool = False
 
-    name: ClassVar[Name] = "evit"
+    name: ClassVar[MethodName] = "evit"
+    fuses: ClassVar[bool] = True
     # The fused token is one key: hidden only if all its tokens are.
     mask_reduction: ClassVar[str] = "amax"
 
@@ -194,18 +246,17 @@ def _normalized(weights: Tensor, plan: MergePlan) -> Tensor:
     return torch.where(fused, weights, 1.0)
 
 
-def make_method(
-    name: str, prop_attn: bool, normalize_fused: bool, fused_weight_grad: bool
-) -> Method:
-    """The method of that name with the settings that are its own.
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ToMe, EViT, TopK)}
+
+
+def make_method(name: str, **settings: object) -> Method:
+    """The method of that name, with those of the settings that are its own; as bools.
 
     Raises:
         ValueError: there is no such method.
     """
-    if name == ToMe.name:
-        return ToMe(bool(prop_attn))
-    if name == EViT.name:
-        return EViT(bool(normalize_fused), bool(fused_weight_grad))
-    if name == TopK.name:
-        return TopK()
-    raise ValueError(f"method: expected one of {METHODS}, got {name!r}")
+    if name not in list(METHODS):  # which compares, so that any value may come
+        raise ValueError(f"method: expected one of {tuple(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    own = {field.name for field in fields(method)}
+    return method(**{key: bool(value) for key, value in settings.items() if key in own})

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...schedule import KeepRate, Method, Schedule
+from ...schedule import KeepRate, Schedule
 from .block import TomeBlock
 from .class_swap import Swapped, has_own_forward, is_outermost, restore, swap
+from .methods import MethodName
 from .rules import Settings, make_rules
 from .token_state import Tokens
 from .trail import Reader, Trail
 
-__all__ = ["PatchedModel", "Tower", "find_patched", "patch_model", "remove"]
+__all__ = ["PatchedModel", "Tower", "find", "patch_model", "remove"]
 
 
 @dataclass
@@ -64,7 +65,8 @@ class PatchedModel(Swapped):
     def r(self) -> Schedule:
         """Tokens to remove per layer: an int, ``(r, inflection)`` or a list.
 
-        Setting it takes effect with the next forward; see :func:`tome_ext.schedule.parse_r`.
+        Setting it takes effect with the next forward; see :func:`tome_ext.schedule.parse_r`. A
+        wrapper around the model has no such setting: see :func:`tome_ext.patch.find`.
         """
         return self._tome.rules.settings.r
 
@@ -86,7 +88,7 @@ class PatchedModel(Swapped):
         _set(self._tome, r=0, keep_rate=keep_rate)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> MethodName:
         """How tokens are reduced: "tome", "evit" or "topk"; patch again to change it."""
         return self._tome.rules.method.name
 
@@ -167,11 +169,37 @@ def _name(first: int, last: int) -> str:
     return f"block {first}" if first == last else f"blocks {first}-{last}"
 
 
-def find_patched(model: nn.Module | None) -> Any:
-    """The patched model in ``model``, which may be a wrapper of one; None if there is none."""
-    if model is None or isinstance(model, PatchedModel):
+def find(model: nn.Module) -> Any:
+    """The patched model in a wrapper: where ``r``, ``keep_rate`` and ``tome`` are.
+
+    PEFT's models, ``DataParallel`` and ``DistributedDataParallel`` keep attributes that are set on
+    them to themselves, so that ``wrapper.r = 8`` does nothing; ``find(wrapper).r = 8`` does.
+
+    Args:
+        model: a patched model, or a module with one inside.
+
+    Returns:
+        The patched model; ``model`` itself if it is one.
+
+    Raises:
+        ValueError: there is none inside, or more than one.
+    """
+    if isinstance(model, PatchedModel):
         return model
-    return next((part for part in model.modules() if isinstance(part, PatchedModel)), None)
+    found = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, PatchedModel) and not part._tome_part
+    }
+    if not found:
+        inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper says nothing
+        raise ValueError(f"model: expected a patched model, got {type(inner).__name__}")
+    if len(found) > 1:
+        raise ValueError(
+            f"model: expected one patched model, got {type(model).__name__} with several "
+            f"({', '.join(found)}); ask for each by itself"
+        )
+    return next(iter(found.values()))
 
 
 def patch_model(
@@ -199,7 +227,7 @@ def patch_model(
         if isinstance(module, Swapped):
             raise ValueError(
                 f"model: {name} ({type(module).__name__}) in it is patched already; remove that "
-                "patch first, or set r on the model that was patched"
+                "patch first, or set r on the model that was patched: tome_ext.patch.find(model).r"
             )
     tower = find_tower(model)
     _check_method(settings, tower.class_token)

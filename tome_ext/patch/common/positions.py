@@ -25,31 +25,37 @@ def for_all_tokens(table: Tensor, batch: int, prefix: int) -> Tensor:
     return table.expand(batch, -1, -1)
 
 
+# Rotations all around the circle have a mean of length 0, whose direction is rounding: DINOv3's
+# first frequency turns by half the circle within a quarter of the picture. Means shorter than this
+# keep in proportion to their length, down to 0, which is the mean of what the tokens would be.
+SHORT = 2.0**-6
+
+
 def of_length_1(table: Tensor) -> Tensor:
     """The means (B, M, D) of tables, whose halves are (cosines, sines), as rotations again."""
     pairs = table.unflatten(-1, (2, -1))
     length = torch.linalg.vector_norm(pairs, dim=-2, keepdim=True)
-    tiny = torch.finfo(table.dtype).tiny  # rows that stand for no token are 0
-    return (pairs / length.clamp_min(tiny)).flatten(-2)
+    return (pairs / length.clamp_min(SHORT)).flatten(-2)
 
 
 def representatives(plan: MergePlan, coordinates: Tensor) -> Tensor:
     """Of each row's tokens the one nearest to their centroid, (B, M) int64; 0 for a row without.
 
+    Of several that are as near, the first.
+
     Args:
         plan: from N tokens to M rows.
-        coordinates: (N, K) of the tokens.
+        coordinates: (N, K) integers, of the tokens.
     """
     batch, num_tokens = plan.assign.shape
-    points = coordinates.to(torch.float32).expand(batch, -1, -1)
-    centroids, _ = plan.merge(points)
-    distance = (plan.unmerge(centroids) - points).square().sum(-1)
-    rows = plan.assign.clamp_min(0).to(torch.int64)
-    dropped = plan.assign < 0
-    distance = distance.masked_fill(dropped, float("inf"))
-    shape = (batch, plan.num_output_tokens)
-    least = distance.new_full(shape, float("inf")).scatter_reduce(1, rows, distance, "amin")
-    index = torch.arange(num_tokens, device=rows.device).expand(batch, -1)
-    candidates = torch.where((distance <= least.gather(1, rows)) & ~dropped, index, num_tokens)
-    nearest = index.new_full(shape, num_tokens).scatter_reduce(1, rows, candidates, "amin")
-    return torch.where(nearest == num_tokens, 0, nearest)
+    points = coordinates.to(torch.int64).expand(batch, -1, -1)
+    sums, counts = plan.merge(points.to(torch.float32), reduce="sum")
+    spread = plan.unmerge(torch.cat((sums, counts.unsqueeze(2)), dim=2)).to(torch.int64)
+    # Times the row's count, so that all is exact; with the index behind it no two are equal.
+    away = (spread[..., -1:] * points - spread[..., :-1]).square().sum(-1)
+    index = torch.arange(num_tokens, device=away.device)
+    order = (away * num_tokens + index).argsort(1)
+    nearest_first = MergePlan.from_assign(plan.assign.gather(1, order), plan.num_output_tokens)
+    first = nearest_first.offsets[:, :-1].clamp_max(num_tokens - 1).to(torch.int64)
+    nearest = order.gather(1, nearest_first.members.to(torch.int64).gather(1, first))
+    return torch.where(counts > 0, nearest, 0)

@@ -60,11 +60,20 @@ def check_classes(
     for layer, (block, attn) in enumerate(zip(blocks, attentions, strict=True)):
         found = f"{class_name(model)} with a {type(block).__qualname__} as block {layer}"
         if type(block) not in block_classes:
-            raise ValueError(f"model: expected {supported}, got {found}")
+            hint = _hint(block, block_classes)
+            raise ValueError(f"model: expected {supported}, got {found}{hint}")
         if type(attn) not in attention_classes:
+            hint = _hint(attn, attention_classes)
             raise ValueError(
-                f"model: expected {supported}, got {found} with {type(attn).__qualname__}"
+                f"model: expected {supported}, got {found} with {type(attn).__qualname__}{hint}"
             )
+
+
+def _hint(module: nn.Module, classes: Collection[type]) -> str:
+    """What to do about a module that only wraps one of the expected classes, as PEFT's do."""
+    if any(type(part) in classes for part in module.modules()):
+        return f": {class_name(module)} wraps one; patch the model first, then let it be wrapped"
+    return ""
 
 
 def check_blocks(

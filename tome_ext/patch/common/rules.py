@@ -85,7 +85,8 @@ def make_rules(settings: Settings, num_layers: int, num_prefix_tokens: int) -> R
             raise ValueError(
                 f"expected r or keep_rate, got r={settings.r!r}, keep_rate={settings.keep_rate!r}"
             )
-        rates = parse_keep_rate(num_layers, settings.keep_rate, settings.method.name)
+        rates = parse_keep_rate(num_layers, settings.keep_rate)
+        settings.method.check_rates(rates)
         layers = tuple(LayerRule(rate < 1, 0, rate) for rate in rates)
     # Lists are the caller's, who may change them.
     own = replace(

@@ -175,7 +175,7 @@ class OpenClipPooler(Swapped):
         if size is None:
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
-        query = self.ln_q(self.query).unsqueeze(0).expand(len(x), -1, -1)
+        query = self.ln_q(self.query).unsqueeze(0).expand(x.shape[0], -1, -1)
         return pool_multihead(self.attn, query, self.ln_k(x), size)
 
 
