@@ -114,6 +114,10 @@ class Trail:
         """The tokens after the last block that ran in this thread; None before the first."""
         return getattr(self.local, _slot(), None)
 
+    def forget(self) -> None:
+        """Forget the tokens of this thread's last forward."""
+        setattr(self.local, _slot(), None)
+
     @property
     def call(self) -> Any:
         """The call of a block whose attention this thread runs; None outside of one.
