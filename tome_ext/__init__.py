@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import ops, patch, reference, utils
+from ._install import install_as
 from ._version import __version__
 from .attention import cls_attention, proportional_attention
 from .matching import (
@@ -33,6 +34,7 @@ __all__ = [
     "bipartite_soft_matching",
     "cls_attention",
     "info",
+    "install_as",
     "kth_bipartite_soft_matching",
     "make_visualization",
     "match",

@@ -416,5 +416,11 @@ def _register() -> None:
     )
 
 
+if __name__.rpartition(".")[0] != _library.__name__.rpartition(".")[0]:
+    # sys.modules["tome"] = tome_ext: every operator would be registered once more.
+    raise ImportError(
+        f"{__name__}: tome_ext stands in sys.modules under another name, by which its modules "
+        'cannot be imported; expected tome_ext.install_as("tome")'
+    )
 if _library.load_error is None:
     _register()

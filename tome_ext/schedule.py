@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
-__all__ = ["KeepRate", "Schedule", "parse_keep_rate", "parse_r"]
+import torch
+
+__all__ = ["KeepRate", "Schedule", "as_integer", "parse_keep_rate", "parse_r"]
 
 # What ``r`` may be: one number, (number, inflection), or a list with one number per layer.
 Schedule = int | tuple[int, float] | Sequence[int]
@@ -26,6 +31,9 @@ def parse_r(num_layers: int, r: Schedule) -> list[int]:
               The sum over layers stays about ``r * num_layers``;
             - a list with one int per layer; a shorter one is filled up with zeros. (A tuple of two
               ints is read as ``(r, inflection)``: give such a schedule as a list.)
+
+            An int is of any kind that has ``__index__``, of NumPy or a tensor of one among them,
+            but no bool; an inflection is any real number.
 
     Returns:
         ``num_layers`` ints, each >= 0.
@@ -79,19 +87,14 @@ def parse_keep_rate(num_layers: int, keep_rate: KeepRate) -> list[float]:
 
 
 def _rate(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    if not 0 < value <= 1:
+    rate = _real(value, name, "a number")
+    if not 0 < rate <= 1:
         raise ValueError(f"{name}: expected a share of the tokens in (0, 1], got {value!r}")
-    return float(value)
+    return rate
 
 
 def _linear(num_layers: int, r: int, inflection: float) -> list[int]:
-    if isinstance(inflection, bool) or not isinstance(inflection, int | float):
-        raise ValueError(
-            "r: expected (r, inflection) with a number as inflection, "
-            f"got {inflection!r} ({type(inflection).__name__})"
-        )
+    inflection = _real(inflection, "r", "(r, inflection) with a number as inflection")
     if not -1 <= inflection <= 1:
         raise ValueError(f"r: expected an inflection in [-1, 1], got {inflection!r}")
     first = int(r * (1 - inflection))
@@ -102,11 +105,31 @@ def _linear(num_layers: int, r: int, inflection: float) -> list[int]:
     return [int(first + step * layer) for layer in range(num_layers)]
 
 
+def _real(value: Any, name: str, expected: str) -> float:
+    # NumPy's floats are real numbers too, and not all are floats.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
+def as_integer(value: Any, name: str, expected: str = "an integer") -> int:
+    """An integer of any kind, of NumPy or a tensor of one among them, as Python's.
+
+    Raises:
+        ValueError: it is none, or a bool.
+    """
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+
+
 def _count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(
-            f"{name}: expected an integer >= 0, got {value!r} ({type(value).__name__})"
-        )
-    if value < 0:
-        raise ValueError(f"{name}: expected an integer >= 0, got {value}")
-    return value
+    count = as_integer(value, name, "an integer >= 0")
+    if count < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {count}")
+    return count

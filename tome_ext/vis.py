@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .ops import describe
+from .schedule import as_integer
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["make_visualization"]
+__all__ = ["generate_colormap", "make_visualization"]
 
 OUTLINE_SHARE = 16  # an outline is 1/16 of a patch wide: 1 pixel for the usual patch of 16
 DROPPED_BRIGHTNESS = 0.15
 GOLDEN_RATIO = 0.6180339887498949
+SEED_HUE = 0.1373  # not a multiple of what lies between two colours of one map
 
 Labels = NDArray[np.int64]
 Pixels = NDArray[np.float64]
@@ -83,8 +85,33 @@ def make_visualization(
         np.append(_mean_colors(pixels, labels, num_groups), np.zeros((1, 3)), 0)[labels],
     )
     edge = _edges(labels, max(1, round(patch_size / OUTLINE_SHARE))) & (labels >= 0)
-    painted[edge] = _outline_colors(num_groups)[labels[edge]]
+    painted[edge] = 255 * np.array(generate_colormap(num_groups)).reshape(-1, 3)[labels[edge]]
     return Image.fromarray(painted.round().astype(np.uint8), "RGB")
+
+
+def generate_colormap(N: int, seed: int = 0) -> list[tuple[float, float, float]]:  # noqa: N803
+    """Colours for outlines, of which those with close numbers differ most.
+
+    Args:
+        N: how many. (The published project's name for it.)
+        seed: another one turns all hues.
+
+    Returns:
+        N tuples (red, green, blue), each in [0, 1]: hues a golden ratio apart. The first ones of a
+        longer list are those of a shorter.
+
+    Raises:
+        ValueError: N or seed is not an integer, or N < 0.
+    """
+    num_colors, turn = as_integer(N, "N"), as_integer(seed, "seed") * SEED_HUE
+    if num_colors < 0:
+        raise ValueError(f"N: expected at least 0, got {num_colors}")
+    return [
+        colorsys.hsv_to_rgb(
+            (0.08 + turn + i * GOLDEN_RATIO) % 1, (0.85, 0.6)[i % 2], (1.0, 0.9)[i // 2 % 2]
+        )
+        for i in range(num_colors)
+    ]
 
 
 def _first_assign(source: Tensor) -> Labels:
@@ -137,14 +164,3 @@ def _slide(combine: np.ufunc, labels: Labels, length: int) -> Labels:
         places = np.arange(labels.shape[axis] - length + 1)
         labels = combine.reduce([labels.take(places + shift, axis) for shift in range(length)])
     return labels
-
-
-def _outline_colors(num_groups: int) -> Pixels:
-    """(num_groups, 3) in 0..255: hues a golden ratio apart, so that close numbers differ most."""
-    colors = [
-        colorsys.hsv_to_rgb(
-            (0.08 + i * GOLDEN_RATIO) % 1, (0.85, 0.6)[i % 2], (1.0, 0.9)[i // 2 % 2]
-        )
-        for i in range(num_groups)
-    ]
-    return np.array(colors).reshape(-1, 3) * 255

@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ import tome_ext
 from tome_ext.matching import (
     Merge,
     bipartite_soft_matching,
+    do_nothing,
     kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
@@ -132,27 +134,99 @@ def test_random_leaves_one_token_at_least() -> None:
 )
 def test_nothing_to_merge_is_the_identity(matching: Any, argument: int) -> None:
     merge, unmerge = matching(random_metric(), argument)
+    assert merge is do_nothing
+    assert unmerge is do_nothing
     x = torch.randn(2, 12, 4)
-    assert torch.equal(merge(x), x)
-    assert torch.equal(unmerge(x), x)
+    assert merge(x, mode="sum") is x
+    assert unmerge(x) is x
     merged, size = merge_wavg(merge, x)
     assert torch.equal(merged, x)
     assert torch.equal(size, torch.ones(2, 12, 1))
+    sizes = torch.rand(2, 12, 1)
+    assert merge_wavg(merge, x, sizes)[1] is sizes
     assert torch.equal(merge_source(merge, x), torch.eye(12).repeat(2, 1, 1))
 
 
-@pytest.mark.parametrize("mode", ["mean", "sum", "amax"])
-def test_merge_modes_and_unmerge(mode: str) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ],
+)
+@pytest.mark.parametrize("mode", ["mean", "sum", "prod", "amax", "amin"])
+def test_merge_modes_and_unmerge(mode: str, dtype: torch.dtype) -> None:
     merge, unmerge = bipartite_soft_matching(random_metric(), 4, class_token=True)
-    x = torch.randn(2, 12, 5)
+    x = torch.randn(2, 12, 5).mul(3).to(dtype)
+    if dtype == torch.uint8:
+        x = torch.randint(200, 256, x.shape).to(dtype)  # sums are beyond it
+    if (mode, dtype) == ("mean", torch.bool):
+        with pytest.raises(ValueError, match=r"mode: expected one .*got 'mean' of .* bool"):
+            merge(x, mode=mode)
+        return
     merged = merge(x, mode=mode)
     back = unmerge(merged)
+    assert merged.dtype == back.dtype == dtype
     for image in range(2):
         for row, tokens in enumerate(members(merge, image)):
             group = x[image, tokens]
-            want = group.amax(0) if mode == "amax" else getattr(group, mode)(0)
-            torch.testing.assert_close(merged[image, row], want)
+            if mode == "mean":
+                total = group.sum(0)
+                want = total / len(tokens) if dtype.is_floating_point else total // len(tokens)
+            else:
+                want = getattr(group, mode)(0)
+            torch.testing.assert_close(merged[image, row], want.to(dtype))
             assert torch.equal(back[image, tokens], merged[image, row].expand(len(tokens), -1))
+
+
+@pytest.mark.parametrize("mode", ["prod", "amin"])
+def test_gradient_of_modes_without_an_operator(mode: str) -> None:
+    merge, _ = bipartite_soft_matching(random_metric(), 4, class_token=True)
+    x = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: merge(x, mode=mode), x)
+
+
+@pytest.mark.parametrize(
+    "matching",
+    [bipartite_soft_matching, kth_bipartite_soft_matching, random_bipartite_soft_matching],
+)
+def test_plan_of_one_image_serves_a_batch(matching: Any) -> None:
+    merge, unmerge = matching(random_metric(batch=1), 4)
+    x, size = torch.randn(3, 12, 5), torch.rand(3, 12, 1) + 1
+    merged, total = merge_wavg(merge, x, size)
+    shared = merge_wavg(merge, x, size[:1])
+    source = merge_source(merge, x)
+    back, ints = unmerge(merged), unmerge(merge((9 * x).long(), mode="amin"))
+    for image in range(3):
+        one = slice(image, image + 1)
+        alone = merge_wavg(merge, x[one], size[one])
+        assert torch.equal(merged[one], alone[0])
+        assert torch.equal(total[one], alone[1])
+        assert torch.equal(shared[0][one], merge_wavg(merge, x[one], size[:1])[0])
+        assert torch.equal(source[one], merge_source(merge, x[one]))
+        assert torch.equal(back[one], unmerge(alone[0]))
+        assert torch.equal(ints[one], unmerge(merge((9 * x[one]).long(), mode="amin")))
+
+
+INTEGERS = [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)]
+
+
+@pytest.mark.parametrize("number", INTEGERS)
+@pytest.mark.parametrize(
+    "matching",
+    [bipartite_soft_matching, kth_bipartite_soft_matching, random_bipartite_soft_matching],
+)
+def test_integers_of_any_kind(matching: Any, number: Any) -> None:
+    metric = random_metric()
+    torch.manual_seed(1)
+    merge, _ = matching(metric, number)
+    torch.manual_seed(1)
+    assert torch.equal(merge.plan.assign, matching(metric, 3)[0].plan.assign)
 
 
 def test_wavg_weighs_with_sizes_over_several_merges() -> None:
@@ -169,6 +243,48 @@ def test_wavg_weighs_with_sizes_over_several_merges() -> None:
     assert torch.equal(source.sum(1), torch.ones(2, 16))
     assert torch.equal(source.sum(2, keepdim=True), size)
     torch.testing.assert_close(twice, source @ x / size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_wavg_keeps_the_dtype_of_tokens_and_of_sizes(dtype: torch.dtype) -> None:
+    merge, _ = bipartite_soft_matching(random_metric(tokens=16), 5)
+    x = torch.randn(2, 16, 5).to(dtype)
+    merged, size = merge_wavg(merge, x)
+    assert merged.dtype == size.dtype == dtype
+    again, _ = bipartite_soft_matching(random_metric(tokens=11), 3)
+    twice, sizes = merge_wavg(again, merged, size)
+    assert twice.dtype == sizes.dtype == dtype
+    wide = merge_wavg(again, merged, size.float())
+    assert wide[1].dtype == torch.float32
+    assert torch.equal(wide[0], twice)
+
+
+def test_tokens_of_integers_are_averaged_as_floats() -> None:
+    merge, _ = bipartite_soft_matching(random_metric(), 4)
+    x = torch.randint(0, 9, (2, 12, 3))
+    merged, size = merge_wavg(merge, x)
+    want, sizes = merge_wavg(merge, x.float())
+    assert size.dtype == torch.int64
+    assert torch.equal(size.float(), sizes)
+    torch.testing.assert_close(merged, want)
+
+
+def test_merging_of_other_code() -> None:
+    """Wrapped merges, or ones that another library made."""
+    merge, _ = bipartite_soft_matching(random_metric(), 4)
+    x, size = torch.randn(2, 12, 3), torch.rand(2, 12, 1) + 1
+
+    def other(x: Tensor, mode: str = "mean") -> Tensor:
+        return merge(x, mode)
+
+    for given in (None, size):
+        for got, want in zip(merge_wavg(other, x, given), merge_wavg(merge, x, given), strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch.equal(merge_source(other, x), merge_source(merge, x))
+    source = merge_source(merge, x)
+    then, _ = bipartite_soft_matching(random_metric(tokens=8), 2)
+    assert torch.equal(merge_source(then, merge(x), source.long()), merge_source(
+        then, merge(x), source).long())  # fmt: skip
 
 
 def test_gradient_reaches_every_token_but_not_the_metric() -> None:
@@ -206,13 +322,16 @@ def test_merge_can_be_copied_and_does_not_change() -> None:
         merge.plan = merge.plan  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("matching", [kth_bipartite_soft_matching, random_bipartite_soft_matching])
+@pytest.mark.parametrize(
+    "matching",
+    [bipartite_soft_matching, kth_bipartite_soft_matching, random_bipartite_soft_matching],
+)
 def test_bad_metric_or_number(matching: Any) -> None:
     with pytest.raises(ValueError, match=r"metric: expected \(B, N, D\).*got \(12, 8\) float32"):
         matching(torch.randn(12, 8), 2)
     with pytest.raises(ValueError, match=r"metric: expected .* floating point, got .* int64"):
         matching(torch.zeros(2, 12, 8, dtype=torch.int64), 2)
-    for value in (2.0, "2", True):
+    for value in (2.0, "2", True, np.float32(2), torch.tensor(2.0), torch.tensor(True), None):
         with pytest.raises(ValueError, match="expected an integer, got"):
             matching(random_metric(), value)
 
@@ -220,8 +339,19 @@ def test_bad_metric_or_number(matching: Any) -> None:
 def test_other_errors() -> None:
     with pytest.raises(ValueError, match="distill_token: expected class_token=True"):
         bipartite_soft_matching(random_metric(), 2, distill_token=True)
-    merge, _ = bipartite_soft_matching(random_metric(), 2)
+    merge, unmerge = bipartite_soft_matching(random_metric(), 2)
     with pytest.raises(ValueError, match=r"size: expected \(B, N, 1\), got \(2, 12\)"):
         merge_wavg(merge, torch.randn(2, 12, 4), torch.ones(2, 12))
-    with pytest.raises(ValueError, match=r"x: expected \(B, N, C\) with \(B, N\) = \(2, 12\)"):
-        merge_source(merge, torch.randn(2, 11, 4))
+    for call in (merge, lambda x: merge_wavg(merge, x), lambda x: merge_source(merge, x)):
+        for shape in ((2, 11, 4), (3, 12, 4), (1, 12, 4), (2, 12), (2, 1, 12, 4)):
+            with pytest.raises(ValueError, match=r"x: expected \(B, N, C\) with B = 2 and N = 12"):
+                call(torch.randn(shape))
+    with pytest.raises(ValueError, match=r"x: expected \(B, M, C\) with B = 2 and M = 10 as in"):
+        unmerge(torch.randn(2, 12, 4))
+    with pytest.raises(ValueError, match=r"size: expected \(B, N, 1\) = \(2, 12, 1\) on cpu"):
+        merge_wavg(merge, torch.randn(2, 12, 4), torch.ones(2, 11, 1))
+    with pytest.raises(ValueError, match=r"mode: expected one of .*got 'median'"):
+        merge(torch.randn(2, 12, 4), "median")
+    one, _ = bipartite_soft_matching(random_metric(batch=1), 2)
+    with pytest.raises(ValueError, match=r"with N = 12 as in the plan, got \(5, 10, 4\)"):
+        one(torch.randn(5, 10, 4))

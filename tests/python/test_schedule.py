@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +38,17 @@ def test_list_is_per_layer_and_filled_with_zeros() -> None:
     assert parse_r(2, []) == [0, 0]
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16, torch.tensor])
+def test_integers_and_numbers_of_any_kind(kind: Any) -> None:
+    for r in (kind(8), [kind(8)] * 5, (kind(8), 0)):
+        counts = parse_r(5, r)
+        assert counts == [8] * 5
+        assert all(type(count) is int for count in counts)
+    for number in (np.float16, np.float32, np.float64):
+        assert parse_r(5, (kind(8), number(-1))) == [16, 12, 8, 4, 0]
+        assert parse_keep_rate(12, number(0.75)) == parse_keep_rate(12, 0.75)
+
+
 @given(st.integers(1, 60), st.integers(0, 100), st.floats(-1, 1))
 def test_linear_schedules_remove_about_r_per_layer(layers: int, r: int, inflection: float) -> None:
     counts = parse_r(layers, (r, inflection))
@@ -50,6 +65,11 @@ def test_linear_schedules_remove_about_r_per_layer(layers: int, r: int, inflecti
         (-1, "expected an integer >= 0, got -1"),
         (1.5, r"got 1.5 \(float\)"),
         (True, r"got True \(bool\)"),
+        (np.bool_(True), r"expected an integer >= 0, got .*True"),
+        (torch.tensor(True), r"expected an integer >= 0, got tensor\(True\)"),
+        (torch.tensor(1.5), r"expected an integer >= 0, got tensor\(1.5"),
+        (np.float32(2), r"expected an integer >= 0, got .*2.0"),
+        (np.array([4, 4, 4]), r"expected an integer >= 0, got array"),
         ("8", r"got '8' \(str\)"),
         (None, r"got None \(NoneType\)"),
         ([4, -1], r"r\[1\]: expected an integer >= 0, got -1"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tome_ext import match
 from tome_ext.matching import bipartite_soft_matching, merge_source
-from tome_ext.vis import DROPPED_BRIGHTNESS, make_visualization
+from tome_ext.vis import DROPPED_BRIGHTNESS, generate_colormap, make_visualization
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -54,6 +54,23 @@ def test_outline_colors_are_far_apart_for_close_groups() -> None:
     colors = shown[::8, ::8].reshape(-1, 3).astype(int)  # the corner of every patch
     assert len(np.unique(colors, axis=0)) == 64
     assert np.abs(colors[1:] - colors[:-1]).sum(1).min() > 100
+
+
+def test_colormap() -> None:
+    colors = generate_colormap(64)
+    assert len(colors) == 64
+    assert all(len(color) == 3 and min(color) >= 0 and max(color) <= 1 for color in colors)
+    assert generate_colormap(10) == colors[:10]
+    assert generate_colormap(64, seed=1) != colors
+    assert len({*colors, *generate_colormap(64, seed=1)}) == 128
+    assert generate_colormap(0) == []
+    img = Image.new("RGB", (32, 32), (0, 0, 0))
+    shown = array(make_visualization(img, torch.arange(4), class_token=False))
+    assert tuple(shown[0, 0]) == tuple(np.round(255 * np.array(colors[0])))
+    with pytest.raises(ValueError, match="N: expected at least 0, got -1"):
+        generate_colormap(-1)
+    with pytest.raises(ValueError, match=r"N: expected an integer, got 2.5 \(float\)"):
+        generate_colormap(2.5)  # type: ignore[arg-type]
 
 
 def test_outline_grows_with_the_patch() -> None:

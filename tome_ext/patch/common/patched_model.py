@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...schedule import KeepRate, Schedule
 from .block import TomeBlock
 from .class_swap import Swapped, has_own_forward, is_outermost, restore, swap
 from .methods import MethodName
+from .published_info import PublishedInfo, change_settings
 from .rules import Settings, make_rules
 from .token_state import Tokens
 from .trail import Reader, Trail
@@ -72,7 +72,7 @@ class PatchedModel(Swapped):
 
     @r.setter
     def r(self, r: Schedule) -> None:
-        _set(self._tome, r=r, keep_rate=None)
+        change_settings(self._tome, r=r, keep_rate=None)
 
     @property
     def keep_rate(self) -> KeepRate | None:
@@ -85,7 +85,7 @@ class PatchedModel(Swapped):
 
     @keep_rate.setter
     def keep_rate(self, keep_rate: KeepRate | None) -> None:
-        _set(self._tome, r=0, keep_rate=keep_rate)
+        change_settings(self._tome, r=0, keep_rate=keep_rate)
 
     @property
     def method(self) -> MethodName:
@@ -123,23 +123,16 @@ class PatchedModel(Swapped):
         }
 
     @property
-    def _tome_info(self) -> dict[str, Any]:
-        """What the published patch keeps in ``model._tome_info``; sizes as (B, M, 1)."""
-        tokens, rules = self._tome.current, self._tome.rules
-        size = None if tokens is None or tokens.size is None else tokens.size.unsqueeze(-1)
-        plan = tokens.plan if rules.settings.trace_source and tokens is not None else None
-        source = None
-        if plan is not None:
-            rows = torch.arange(plan.num_output_tokens, device=plan.assign.device)
-            source = (plan.assign.unsqueeze(1) == rows[:, None]).to(torch.float32)
-        return {
-            "r": [rule.r for rule in rules.layers],
-            "size": size,
-            "source": source,
-            "trace_source": rules.settings.trace_source,
-            "prop_attn": rules.method.proportional,
-            **self._tome_extra_info,
-        }
+    def _tome_info(self) -> PublishedInfo:
+        """What the published patch keeps in ``model._tome_info``."""
+        return PublishedInfo(self, self._tome, self._tome_extra_info)
+
+    @_tome_info.setter
+    def _tome_info(self, info: object) -> None:
+        raise AttributeError(
+            "_tome_info: a patched model makes it by itself; change model.r, or patch again with "
+            "other settings: tome_ext.patch.auto(model, r, prop_attn, trace_source)"
+        )
 
     def __enter__(self) -> Any:
         return self
@@ -148,12 +141,6 @@ class PatchedModel(Swapped):
         # Nothing to do if the body has removed the patch itself.
         if isinstance(self, nn.Module) and isinstance(self, PatchedModel):
             remove(self)
-
-
-def _set(trail: Trail, **changes: Any) -> None:
-    rules = trail.rules
-    settings = replace(rules.settings, **changes)
-    trail.rules = make_rules(settings, len(rules.layers), rules.num_prefix_tokens)
 
 
 def _blocks(model: Any) -> list[TomeBlock]:
@@ -238,7 +225,11 @@ def patch_model(
     held = {
         "_tome": trail,
         "_tome_class_token": tower.class_token,
-        "_tome_extra_info": tower.info,
+        "_tome_extra_info": {
+            "class_token": tower.class_token,
+            "distill_token": False,
+            **tower.info,
+        },
     }
     # Everything has been checked: from here on nothing may fail.
     for module, mixin, attributes in tower.others:

@@ -117,11 +117,11 @@ class Trail:
     @property
     def current(self) -> Tokens | None:
         """The tokens after the last block that ran in this thread; None before the first."""
-        if torch.compiler.is_compiling():
-            name = "forward" if torch.compiler.is_dynamo_compiling() else "export"
-        else:
-            name = "recomputation" if in_backward() else "forward"
-        return getattr(self.local, name, None)
+        return getattr(self.local, _slot(), None)
+
+    def forget(self) -> None:
+        """Forget the tokens of this thread's last forward."""
+        setattr(self.local, _slot(), None)
 
     @property
     def call(self) -> Any:
@@ -310,3 +310,10 @@ class Trail:
             return OWN_ATTENTION
         sizes = self._rules.method.proportional and layer > self._rules.first_layer
         return attention_name(unsupported(*kind, sized=sizes))
+
+
+def _slot() -> str:
+    """Where :meth:`Trail.leave` puts the tokens now."""
+    if torch.compiler.is_compiling():
+        return "forward" if torch.compiler.is_dynamo_compiling() else "export"
+    return "recomputation" if in_backward() else "forward"

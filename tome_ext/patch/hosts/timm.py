@@ -53,7 +53,7 @@ from .timm_parts import (
 )
 from .timm_rotary import TimmRotaryAttention, TimmRotaryBlock, TimmRotaryPostBlock
 
-__all__ = ["FAMILIES", "find_tower"]
+__all__ = ["FAMILIES", "Form", "find_tower", "tower_of"]
 
 FAMILIES = (
     Family(
@@ -200,6 +200,11 @@ def find_tower(model: Any) -> Tower:
             f"model: expected one of timm's {families}, got {class_name(model)}"
             + (f": {why}" if why is not None else "")
         )
+    return tower_of(model, form)
+
+
+def tower_of(model: Any, form: Form) -> Tower:
+    """What a model of this form is made of; a ValueError that says what is not supported."""
     blocks, attentions = _check(model, form)
     class_token = getattr(model, "has_class_token", None)
     if class_token is None:
@@ -209,21 +214,19 @@ def find_tower(model: Any) -> Tower:
     windows = (getattr(model, "rel_pos_bias", None), getattr(model, "shared_rel_pos", None))
     windows = tuple(window for window in windows if window is not None)
     further = {"_tome_windows": windows} if windows else {}
+    norm: Any = getattr(model, "norm", None)  # MAE's models may have none
     return Tower(
         module=model,
         mixin=form.mixin,
         blocks=[(block, form.blocks[type(block)]) for block in blocks],
         others=[
             *((attn, form.attentions[type(attn)], further) for attn in attentions),
-            *([(model.norm, TokenNorm, {})] if type(model.norm) is not nn.Identity else []),
+            *([(norm, TokenNorm, {})] if type(norm) not in (nn.Identity, type(None)) else []),
         ],
         num_prefix_tokens=int(model.num_prefix_tokens),
         class_token=bool(class_token),
         block_attributes={"_tome_own_table": True} if own_table else {},
-        info={
-            "class_token": bool(class_token),
-            "distill_token": hasattr(model, "dist_token"),
-        },
+        info={"distill_token": hasattr(model, "dist_token")},
     )
 
 

@@ -81,5 +81,4 @@ def find_tower(model: Any) -> Tower:
         ],
         num_prefix_tokens=1,
         class_token=True,
-        info={"class_token": True, "distill_token": False},
     )
