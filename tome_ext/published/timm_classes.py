@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import proportional_attention
 from ..matching import bipartite_soft_matching, merge_source, merge_wavg
-from ..patch.hosts.timm_parts import TimmAttention, TimmBlock, attended, packed_qkv
+from ..patch.hosts.timm_parts import TimmAttention, TimmBlock, attended, unpacked
 from ..schedule import parse_r
 
 __all__ = ["ToMeAttention", "ToMeBlock", "make_tome_class"]
@@ -71,8 +71,7 @@ class ToMeAttention(Attention, metaclass=StandsFor):
         Raises:
             ValueError: the shape or device of ``size`` is not as above.
         """
-        q, k, v = packed_qkv(self, x)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = unpacked(self, self.qkv(x))
         sizes = None if size is None else size.squeeze(-1).float()
         return attended(self, _Sized(sizes), x, q, k, v), k.mean(1)  # type: ignore[arg-type]
 
