@@ -14,8 +14,8 @@ from typing import Any
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor
 
-from ..attention import proportional_attention
 from ..matching import bipartite_soft_matching, merge_source, merge_wavg
+from ..patch.common.attention_seam import SizedCall
 from ..patch.hosts.timm_parts import TimmAttention, TimmBlock, attended, unpacked
 from ..schedule import parse_r
 
@@ -73,7 +73,7 @@ class ToMeAttention(Attention, metaclass=StandsFor):
         """
         q, k, v = unpacked(self, self.qkv(x))
         sizes = None if size is None else size.squeeze(-1).float()
-        return attended(self, _Sized(sizes), x, q, k, v), k.mean(1)  # type: ignore[arg-type]
+        return attended(self, SizedCall(sizes), x, q, k, v), k.mean(1)
 
 
 class ToMeBlock(Block, metaclass=StandsFor):
@@ -112,26 +112,6 @@ class ToMeBlock(Block, metaclass=StandsFor):
 
     def _drop_path2(self: Any, x: Tensor) -> Tensor:
         return self.drop_path2(x)
-
-
-class _Sized:
-    """Stands for a block's call where only sizes matter."""
-
-    def __init__(self, size: Tensor | None) -> None:
-        self.size = size
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout_p: float,
-        scale: float | None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        return proportional_attention(q, k, v, self.size, attn_mask, scale, dropout_p)
 
 
 def make_tome_class(transformer_class: type) -> type:

@@ -19,6 +19,7 @@ from .class_swap import Swapped
 from .trail import Trail
 
 __all__ = [
+    "SizedAttention",
     "SizedCall",
     "TomeMultiheadAttention",
     "check_multihead",
@@ -32,6 +33,22 @@ __all__ = [
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) as (B, H, N, C / H), a view."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class SizedAttention(Swapped):
+    """Attention that weights keys by size within a block's call, and else is the model's own.
+
+    A class of it says in ``_tome_attended`` how it makes q, k and v, and what of the call's output.
+    """
+
+    _tome: Trail
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call: BlockCall | None = self._tome.call
+        if call is None:  # a direct call, or nothing to do in this block
+            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return out
+        return self._tome_attended(call, x, *args, **kwargs)
 
 
 def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -163,15 +180,15 @@ def pool_multihead(
 
 
 class SizedCall:
-    """Stands for a block's call in attention behind the tower, which only counts its keys.
+    """Stands for a block's call in attention that only counts its keys, as behind the tower.
 
     Attributes:
-        size: (B, M) float32, how often each key counts.
+        size: (B, M) float32, how often each key counts; None for all once.
     """
 
     __slots__ = ("size",)
 
-    def __init__(self, size: Tensor) -> None:
+    def __init__(self, size: Tensor | None) -> None:
         self.size = size
 
     def attend(
@@ -180,10 +197,14 @@ class SizedCall:
         k: Tensor,
         v: Tensor,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`BlockCall.attend`; ``attn_mask`` is over the present tokens."""
+        """As :meth:`BlockCall.attend`, neither causal nor biased; the mask is over these tokens."""
+        assert not is_causal
+        assert bias is None
         return proportional_attention(q, k, v, self.size, attn_mask, scale, dropout_p)
 
 

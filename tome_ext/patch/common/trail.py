@@ -242,27 +242,29 @@ class Trail:
 
     def _fresh(self, layer: int, batch_size: int, num_tokens: int, rules: Rules) -> Tokens:
         """Tokens before a layer that no layer has reduced."""
+
+        def made(at: int, after: Tokens | None = None) -> Tokens:
+            return Tokens(
+                *(at, batch_size, num_tokens, None, (None,) * at, False, rules, self), after=after
+            )
+
         # While tracing these may be symbols, which cannot be looked up.
-        look_up = type(batch_size) is int and type(num_tokens) is int
-        if look_up and not torch.compiler.is_compiling():
-            made_for, known = self._untouched
-            found = known.get((layer, batch_size, num_tokens))
-            if found is not None and made_for is rules:
-                return found
-            # With those before all layers behind, so that each block finds the next one's.
-            tokens = None
-            for at in range(len(rules.layers), layer - 1, -1):
-                tokens = Tokens(
-                    *(at, batch_size, num_tokens, None, (None,) * at, False, rules, self),
-                    after=tokens,
-                )
-            assert tokens is not None
-            if made_for is rules:
-                if len(known) >= MOST_UNTOUCHED:
-                    known.clear()
-                known[layer, batch_size, num_tokens] = tokens
+        symbols = type(batch_size) is not int or type(num_tokens) is not int
+        if symbols or torch.compiler.is_compiling():
+            return made(layer)
+        made_for, known = self._untouched
+        tokens = known.get((layer, batch_size, num_tokens)) if made_for is rules else None
+        if tokens is not None:
             return tokens
-        return Tokens(layer, batch_size, num_tokens, None, (None,) * layer, False, rules, self)
+        # With those before all layers behind, so that each block finds the next one's.
+        tokens = made(len(rules.layers))
+        for at in range(len(rules.layers) - 1, layer - 1, -1):
+            tokens = made(at, tokens)
+        if made_for is rules:
+            if len(known) >= MOST_UNTOUCHED:
+                known.clear()
+            known[layer, batch_size, num_tokens] = tokens
+        return tokens
 
     def _first(self, x: Tensor) -> Tokens:
         if torch.compiler.is_compiling():

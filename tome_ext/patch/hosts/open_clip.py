@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.attention_seam import (
+    SizedAttention,
     TomeMultiheadAttention,
     check_multihead,
     heads_of,
@@ -113,16 +114,12 @@ class OpenClipCustomBlock(TomeBlock):
         return out
 
 
-class OpenClipAttention(Swapped):
+class OpenClipAttention(SizedAttention):
     """``open_clip.transformer.Attention`` that weights keys by size."""
 
-    _tome: Trail
-
-    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:
-            out: Tensor = super().forward(x, attn_mask=attn_mask)  # type: ignore[misc]
-            return out
+    def _tome_attended(
+        self: Any, call: BlockCall, x: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (heads_of(y, self.num_heads) for y in packed.chunk(3, dim=-1))
         q, k = self.ln_q(q), self.ln_k(k)
@@ -131,7 +128,7 @@ class OpenClipAttention(Swapped):
         if self.head_scale is not None:
             y = y * self.head_scale
         y = self.ln_inner(y.transpose(1, 2).flatten(2))
-        out = self.out_drop(self.out_proj(y))
+        out: Tensor = self.out_drop(self.out_proj(y))
         return out
 
 
@@ -254,5 +251,4 @@ def find_tower(model: Any) -> Tower:
         others=others,
         num_prefix_tokens=1,
         class_token=True,
-        info={"class_token": True, "distill_token": False},
     )

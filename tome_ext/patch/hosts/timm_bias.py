@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.attention_seam import weighted_mean
+from ..common.attention_seam import SizedAttention, weighted_mean
 from ..common.block_call import BlockCall
-from ..common.class_swap import Swapped
 from ..common.positions import of_grid
-from ..common.trail import Trail
 from .timm_parts import BLOCK, TimmBlock, TimmModel, attended, packed_qkv, unpacked
 
 __all__ = [
@@ -47,22 +45,17 @@ def of_present(call: BlockCall, bias: Tensor | None, window: Any) -> Tensor | No
     return call.relative_bias(bias, of_grid(height, width, prefix, bias.device))
 
 
-class TimmBeitAttention(Swapped):
+class TimmBeitAttention(SizedAttention):
     """``timm.models.beit.Attention`` that weights keys by size.
 
     ``_tome_windows`` holds the module that makes the bias of all layers, if there is one.
     """
 
-    _tome: Trail
     _tome_windows: tuple[Any, ...] = ()
 
-    def forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:
-            out: Tensor = super().forward(  # type: ignore[misc]
-                x, shared_rel_pos_bias=shared_rel_pos_bias
-            )
-            return out
+    def _tome_attended(
+        self: Any, call: BlockCall, x: Tensor, shared_rel_pos_bias: Tensor | None = None
+    ) -> Tensor:
         window, bias = self, None
         if self.relative_position_bias_table is not None:
             bias = self._get_rel_pos_bias()
@@ -73,17 +66,14 @@ class TimmBeitAttention(Swapped):
         return attended(self, call, x, q, k, v, bias=of_present(call, bias, window))
 
 
-class TimmRelPosAttention(Swapped):
+class TimmRelPosAttention(SizedAttention):
     """``RelPosAttention`` of timm that weights keys by size; as :class:`TimmBeitAttention`."""
 
-    _tome: Trail
     _tome_windows: tuple[Any, ...] = ()
 
-    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:
-            out: Tensor = super().forward(x, shared_rel_pos=shared_rel_pos)  # type: ignore[misc]
-            return out
+    def _tome_attended(
+        self: Any, call: BlockCall, x: Tensor, shared_rel_pos: Tensor | None = None
+    ) -> Tensor:
         window = self.rel_pos if self.rel_pos is not None else self._tome_windows[0]
         bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
         q, k, v = unpacked(self, self.qkv(x))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...attention import log_size_bias
-from ..common.attention_seam import weighted_mean
+from ..common.attention_seam import SizedAttention, SizedCall, weighted_mean
 from ..common.block import BlockNames, TomeBlock
 from ..common.block_call import BlockCall
-from ..common.class_swap import Swapped
 from ..common.module_calls import applied
 from ..common.patched_model import PatchedModel
 from ..common.token_state import taken_layers
@@ -93,7 +92,7 @@ def unpacked(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def attended(
     attn: Any,
-    call: BlockCall,
+    call: BlockCall | SizedCall,
     x: Tensor,
     q: Tensor,
     k: Tensor,
@@ -118,17 +117,8 @@ def attended(
     return applied(modules["proj_drop"], modules["proj"](y))
 
 
-class TimmAttention(Swapped):
+class TimmAttention(SizedAttention):
     """``timm.layers.Attention`` that weights keys by size and hands over its keys."""
-
-    _tome: Trail
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:  # a direct call, or nothing to do in this block
-            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return out
-        return self._tome_attended(call, x, *args, **kwargs)
 
     def _tome_attended(
         self: Any,

@@ -9,9 +9,8 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
+from ..common.attention_seam import SizedAttention
 from ..common.block_call import BlockCall
-from ..common.class_swap import Swapped
-from ..common.trail import Trail
 from .timm_parts import BLOCK, TimmBlock, attended, head_dim_of, packed_qkv, unpacked
 
 __all__ = ["TimmRotaryAttention", "TimmRotaryBlock", "TimmRotaryPostBlock"]
@@ -48,20 +47,11 @@ def of_present(call: BlockCall, rope: Tensor, own: bool) -> Tensor:
     return table.unflatten(-1, (2, heads, -1)).movedim(-2, 1).flatten(-2)
 
 
-class TimmRotaryAttention(Swapped):
+class TimmRotaryAttention(SizedAttention):
     """``EvaAttention`` or ``AttentionRope`` that weights keys by size.
 
     Tokens are matched by their turned keys.
     """
-
-    _tome: Trail
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call: BlockCall | None = self._tome.call
-        if call is None:
-            out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return out
-        return self._tome_attended(call, x, *args, **kwargs)
 
     def _tome_attended(
         self: Any,

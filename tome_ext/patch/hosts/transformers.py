@@ -159,7 +159,7 @@ def _tower(model: Any, module: Any, family: TowerFamily, reader: Reader) -> Towe
         num_prefix_tokens=prefix,
         class_token=family.prefix > 0,
         block_attributes={"_tome_names": names, "_tome_attention": attentions[0][0]},
-        info={"class_token": family.prefix > 0, "distill_token": family.prefix > 1},
+        info={"distill_token": family.prefix > 1},
         reader=reader,
     )
 
