@@ -33,9 +33,10 @@ SHORT = 2.0**-6
 
 def of_length_1(table: Tensor) -> Tensor:
     """The means (B, M, D) of tables, whose halves are (cosines, sines), as rotations again."""
-    pairs = table.unflatten(-1, (2, -1))
-    length = torch.linalg.vector_norm(pairs, dim=-2, keepdim=True)
-    return (pairs / length.clamp_min(SHORT)).flatten(-2)
+    cos, sin = table.chunk(2, dim=-1)
+    # Not torch.linalg.vector_norm, which takes a millisecond for 200 tokens on a CPU.
+    inverse = (cos * cos + sin * sin).clamp_min(SHORT * SHORT).rsqrt()
+    return torch.cat((cos * inverse, sin * inverse), dim=-1)
 
 
 def representatives(plan: MergePlan, coordinates: Tensor) -> Tensor:
