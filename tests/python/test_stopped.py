@@ -88,6 +88,17 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+# A shell without a terminal starts programs in the background with Ctrl-C switched off.
+FROM_A_TERMINAL = """
+import signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tome_ext.cli import main
+
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FOLDER/CLASS/PICTURE, more than a command reads before it is stopped."""
@@ -166,8 +177,7 @@ def test_a_stopped_command_ends_at_once_and_leaves_no_process(
     said = tmp_path / "said.txt"
     with said.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from tome_ext.cli import main; sys.exit(main())"]
-            + argv,
+            [sys.executable, "-c", FROM_A_TERMINAL, *argv],
             env=ENVIRONMENT,
             stdout=file,
             stderr=file,
