@@ -1,10 +1,12 @@
-"""Checks an installed wheel under another torch than it was built with. Needs torch only.
+"""Checks an installed wheel under another torch or Python than the one that built it.
 
 The operators, not the patches: a CPU torch and timm's torchvision may not go together. Run by
 .ci/run, as ``python tests/second_torch.py``.
 """
 
 from __future__ import annotations
+
+import platform
 
 import torch
 
@@ -95,7 +97,8 @@ def main() -> None:
     built = _library.build_info()["torch"]
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         check(dtype)
-    print(f"built with torch {built}, works under torch {torch.__version__}")
+    print(f"built with torch {built} by {_library.build_info()['compiler']}, works under")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CUDA library: {_library.cuda_status()}")
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_patch",
     "find_device",
     "one_line",
+    "out_of_memory",
     "patched",
     "prefer_cache_without_network",
 ]
@@ -100,6 +101,15 @@ def find_device(name: str) -> torch.device:
 def one_line(error: Exception) -> str:
     """An error's message on one line of bearable length."""
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had: Python's, a GPU's, or torch's on the CPU,
+    which is a plain RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
 
 
 def prefer_cache_without_network() -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import _library
-from ._command import CommandError, Reduction
+from ._command import CommandError, Reduction, one_line, out_of_memory
 from ._version import __version__
 from .patch.common.methods import METHODS, MethodName
 from .utils import info
@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (CommandError, ImportError) as error:  # of a missing library or package
         print(f"tome-ext: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"tome-ext: error: out of memory: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -137,6 +137,8 @@ class MergePlan(NamedTuple):
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
     """The assignment (B, N) that does ``first`` (B, N) and then ``then`` (B, M)."""
+    if then.shape[1] == 0:  # every token was dropped
+        return first
     rows = then.gather(1, first.clamp_min(0).to(torch.int64))
     return torch.where(first < 0, -1, rows)
 

@@ -13,6 +13,11 @@
 #include <cstdint>
 #include <initializer_list>
 
+// As torch 2.10 calls it.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace tome::torch_layer {
 
 using torch::headeronly::ScalarType;

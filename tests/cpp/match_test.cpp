@@ -195,7 +195,7 @@ TEST_P(MatchTest, AgreesWithOracle) {
         SCOPED_TRACE(::testing::Message() << "tokens " << shape.tokens << " dim " << shape.dim);
         const Array x = tie_free(GetParam(), shape, r, prefix);
         const Plan want = oracle_match(contiguous(x, shape), r, prefix).plan;
-        for_each_isa([&] {
+        for_each_isa([&, &shape = shape, r = r, prefix = prefix] {
             EXPECT_EQ(run_match(contiguous(x, shape), r, prefix, Threads::serial()), want);
             EXPECT_EQ(run_match(contiguous(x, shape), r, prefix, pool()), want);
         });
@@ -372,13 +372,13 @@ TEST_P(MatchTest, HiddenTokensTakeNoPart) {
         SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, r " << r);
         const std::vector<float> weight = some_weights(shape, 17);
         Array x = tie_free(GetParam(), shape, r, prefix, weight.data());
-        const auto view = [&] {
+        const auto view = [&, &shape = shape] {
             Metric m = contiguous(x, shape);
             m.weight = weight.data();
             return m;
         };
         const Plan want = oracle_match(view(), r, prefix).plan;
-        for_each_isa([&] {
+        for_each_isa([&, &shape = shape, r = r, prefix = prefix] {
             EXPECT_EQ(run_match(view(), r, prefix, Threads::serial()), want);
             EXPECT_EQ(run_match(view(), r, prefix, pool()), want);
             Metric all = contiguous(x, shape);
@@ -396,7 +396,8 @@ TEST_P(MatchTest, HiddenTokensTakeNoPart) {
                 }
             }
         }
-        for_each_isa([&] { EXPECT_EQ(run_match(view(), r, prefix, pool()), want); });
+        for_each_isa(
+            [&, r = r, prefix = prefix] { EXPECT_EQ(run_match(view(), r, prefix, pool()), want); });
     }
 }
 

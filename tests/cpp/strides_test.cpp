@@ -64,7 +64,7 @@ TEST_P(StridesTest, MatchReadsFarTokensHeadsAndImages) {
                                    token / tokens % heads * by_head + token % tokens * by_token;
                 store(GetParam(), memory.data(), at + i % dim, x[i]);
             }
-            for_each_isa([&] {
+            for_each_isa([&, by_batch = by_batch, by_head = by_head, by_token = by_token] {
                 EXPECT_EQ(run(memory.data(), by_batch, by_head, by_token), want)
                     << by_batch << " " << by_head << " " << by_token;
             });
@@ -128,7 +128,7 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
                 const int64_t at = token / tokens * by_batch + token % tokens * by_token;
                 store(GetParam(), memory.data(), at + i % channels, x[i]);
             }
-            for_each_isa([&] {
+            for_each_isa([&, by_batch = by_batch, by_token = by_token] {
                 const Results want = run(x.data(), tokens * channels, channels);
                 const Results got = run(memory.data(), by_batch, by_token);
                 EXPECT_EQ(got.merged, want.merged);

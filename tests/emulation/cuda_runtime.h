@@ -13,7 +13,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <source_location>
 #include <type_traits>
 
 #define TOME_EMULATION 1
@@ -105,7 +104,16 @@ extern dim3 blockDim, gridDim;
 
 namespace tome_emulation {
 
-using Site = std::source_location;
+// std::source_location, which Clang 14 has not.
+struct Site {
+    const char* file;
+    int line;
+
+    static constexpr Site current(const char* file = __builtin_FILE(),
+                                  int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
 
 // One lane's part of a warp-wide operation: waits until every lane that `mask` names has come to
 // the same `site`; then `apply` fills every lane's `out` from every lane's `in`.

@@ -105,8 +105,8 @@ std::unique_ptr<unsigned char[]> shared_memory;
 unsigned char* shared_begin = nullptr;
 
 std::string place(const Site& site) {
-    const std::string file = site.file_name();
-    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+    const std::string file = site.file;
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
 }
 
 void describe(std::string& text, int thread) {
@@ -210,8 +210,8 @@ void wait(State state, const char* what, const Site& site, unsigned mask) {
 }
 
 bool same_place(const Fiber& a, const Fiber& b) {
-    return a.what == b.what && a.site.line() == b.site.line() &&
-           std::strcmp(a.site.file_name(), b.site.file_name()) == 0;
+    return a.what == b.what && a.site.line == b.site.line &&
+           std::strcmp(a.site.file, b.site.file) == 0;
 }
 
 // --- blocks

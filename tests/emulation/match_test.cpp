@@ -170,7 +170,9 @@ TEST_P(CudaMatchTest, AgreesWithCpu) {
         SCOPED_TRACE(::testing::Message() << "tokens " << shape.tokens << " dim " << shape.dim);
         const Array x = random_metric(GetParam(), shape, 3);
         const Plan want = on_cpu(contiguous(x, shape), r, prefix);
-        for_each_machine([&] { EXPECT_EQ(on_cuda(contiguous(x, shape), r, prefix), want); });
+        for_each_machine([&, &shape = shape, r = r, prefix = prefix] {
+            EXPECT_EQ(on_cuda(contiguous(x, shape), r, prefix), want);
+        });
     }
 }
 
@@ -496,7 +498,7 @@ TEST_P(CudaMatchTest, HiddenTokensTakeNoPart) {
         }
         const Plan without = on_cpu(m, r, prefix);
         const std::vector<float> ones(weight.size(), 1.0f);
-        for_each_machine([&] {
+        for_each_machine([&, r = r, prefix = prefix] {
             m.weight = weight.data();
             EXPECT_EQ(on_cuda(m, r, prefix), on_cpu(m, r, prefix));
             m.weight = ones.data();
@@ -538,7 +540,8 @@ TEST_P(CudaMatchTest, TargetsAreWhatOthersMergeInto) {
         for (const float* weights : {static_cast<const float*>(nullptr), weight.data()}) {
             m.weight = weights;
             const Plan want = on_cpu(m, r, prefix);
-            for_each_machine([&] { EXPECT_EQ(on_cuda(m, r, prefix), want); });
+            for_each_machine(
+                [&, r = r, prefix = prefix] { EXPECT_EQ(on_cuda(m, r, prefix), want); });
             const UseOptions plain(with(7, 2, kNoTile));
             EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain";
         }

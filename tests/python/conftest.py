@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 
 import hypothesis
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 
 import tome_ext
 from tome_ext import _library
+
+collect_ignore = [] if sys.platform == "linux" else ["test_stopped.py"]
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

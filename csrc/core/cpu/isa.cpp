@@ -7,14 +7,26 @@
 
 #include "kernels.h"
 
+#ifdef TOME_HAS_X86_KERNELS
+#include <cpuid.h>
+#endif
+
 namespace tome {
 namespace {
+
+#ifdef TOME_HAS_X86_KERNELS
+// By hand: __builtin_cpu_supports of Clang 14 does not know "f16c".
+bool machine_has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 bool machine_has(Isa isa) {
 #ifdef TOME_HAS_X86_KERNELS
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && machine_has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");

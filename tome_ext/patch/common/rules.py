@@ -46,6 +46,7 @@ class Rules(NamedTuple):
         num_prefix_tokens: leading tokens that never merge.
         layers: one rule for each layer.
         first_layer: the first that reduces tokens; the number of layers if none does.
+        idle: whether none does. No property: torch.compile of torch 2.10 does not see through one.
     """
 
     settings: Settings
@@ -53,11 +54,7 @@ class Rules(NamedTuple):
     num_prefix_tokens: int
     layers: tuple[LayerRule, ...]
     first_layer: int
-
-    @property
-    def idle(self) -> bool:
-        """Whether no layer reduces anything."""
-        return self.first_layer == len(self.layers)
+    idle: bool
 
     def truncated(self, num_layers: int) -> Rules:
         """For a model that dropped its last layers: those that stay keep their numbers."""
@@ -102,4 +99,5 @@ def make_rules(settings: Settings, num_layers: int, num_prefix_tokens: int) -> R
 def _rules(settings: Settings, num_prefix_tokens: int, layers: tuple[LayerRule, ...]) -> Rules:
     reducing = (layer for layer, rule in enumerate(layers) if rule.reduces)
     first = next(reducing, len(layers))
-    return Rules(settings, settings.method, num_prefix_tokens, layers, first)
+    idle = first == len(layers)
+    return Rules(settings, settings.method, num_prefix_tokens, layers, first, idle)
