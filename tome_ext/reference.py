@@ -248,8 +248,7 @@ def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         members (B, N) int32, the tokens grouped by output row, ascending within a row, dropped
         ones last; offsets (B, M + 1) int32, where each row's members begin.
     """
-    fits = assign.dim() == 2 and assign.dtype == torch.int32
-    _checks.expect(fits, "assign", "(B, N) int32", _checks.describe(assign))
+    _checks.plan_tensor(assign, "assign")
     in_range = 0 <= num_rows < _checks.INT32_MAX
     _checks.expect(in_range, "num_rows", "a number >= 0 and < 2^31 - 1", num_rows)
     if _mode.shapes_only:
@@ -307,7 +306,7 @@ def merge(
     x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> tuple[Tensor, Tensor]:
     """Merge (B, N, C) tokens into (B, M, C). See :meth:`tome_ext.MergePlan.merge`."""
-    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _checks.merging(x, "x", False, size, members, offsets)
     _check_reduce(reduce)
     if _mode.shapes_only:
         merged = x.new_empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]))
@@ -344,7 +343,7 @@ def merge_add_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum, merge, norm. See :meth:`tome_ext.MergePlan.merge_add_norm`."""
-    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _checks.merging(x, "x", False, size, members, offsets)
     _checks.same_as(branch, "branch", x, "x")
     for name, vector in (("scale", scale), ("weight", weight), ("bias", bias)):
         _checks.channels(vector, name, x)
@@ -372,10 +371,7 @@ def merge_backward(
     reduce: str = "mean",
 ) -> Tensor:
     """The adjoint of ``merge`` in x for "mean" and "sum": (B, M, C) gradients to (B, N, C)."""
-    _checks.merging(grad, "grad", None, size, members, offsets)
-    rows = offsets.shape[1] - 1
-    fits = [grad.shape[1] == rows]
-    _checks.expect(fits, "grad", f"(B, M = {rows}, C)", _checks.describe(grad))
+    _checks.merging(grad, "grad", True, size, members, offsets)
     _check_reduce(reduce)
     _checks.expect(reduce != "amax", "reduce", "'mean' or 'sum' in merge_backward", "'amax'")
     if _mode.shapes_only:
@@ -396,7 +392,8 @@ def unmerge(x: Tensor, assign: Tensor) -> Tensor:
     """Copy (B, M, C) rows back to the (B, N, C) tokens that made them; dropped tokens get 0."""
     _checks.expect(x.dim() == 3, "x", "(B, M, C)", _checks.describe(x))
     _checks.floating(x, "x")
-    _checks.table(assign, "assign", x.shape[0], None, "N", torch.int32)
+    _checks.plan_tensor(assign, "assign")
+    _checks.planned(x, "x", assign.shape[0], "M", None)
     _checks.one_device(x, "x", assign, "assign")
     if _mode.shapes_only:
         return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
