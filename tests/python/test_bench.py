@@ -345,16 +345,6 @@ def test_memory_of_known_functions() -> None:
             assert _cost.live_bytes(lambda: x.mul_(1).view(-1)) == 0
 
 
-def test_flops_of_the_operators() -> None:
-    q = torch.randn(2, 3, 10, 8)
-    size = torch.ones(2, 10)
-    attention = 2 * 2 * 2 * 3 * 10 * 10 * 8
-    assert _cost.count_flops(lambda: torch.ops.tome.attention(q, q, q, size)) == attention
-    assert _cost.count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == attention
-    assert _cost.count_flops(lambda: torch.ops.tome.match(q[:, :, :9], 2)) == 2 * 2 * 5 * 4 * 8
-    assert _cost.count_flops(lambda: torch.ops.tome.cls_attention(q, q)) == 2 * 2 * 3 * 10 * 8
-
-
 def test_chart_of_many_panels(tmp_path: Path) -> None:
     def figures(speed: float) -> _rows.Figures:
         return _rows.Figures(1, 1, speed, speed / 100, speed / 150, 1, None, 5)

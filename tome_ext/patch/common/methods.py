@@ -16,6 +16,7 @@ from ...attention import cls_attention
 from ...plan import MergePlan, match, select
 from ...schedule import METHODS, kept
 from ...schedule import Method as Name
+from .refusals import check_bool
 
 __all__ = ["EViT", "Method", "ToMe", "TopK", "make_method"]
 
@@ -156,15 +157,7 @@ class EViT(Method):
         return select(ranks.detach(), amount, prefix, fuse=True)
 
     def averages(self, ranks: Tensor | None) -> bool:
-        return self.normalize_fused and not self._differentiable(ranks)
-
-    def _differentiable(self, ranks: Tensor | None) -> bool:
-        """Whether the weights are for torch to multiply by.
-
-        The operators take float32 weights, and give them no gradient.
-        """
-        wide = ranks is not None and ranks.dtype != torch.float32
-        return wide or self.fused_weight_grad
+        return self.normalize_fused and not _wide(ranks)
 
     def weights(self, ranks: Tensor, plan: MergePlan, size: Tensor | None) -> Tensor | None:
         """1, or the score of a token that becomes part of the last row."""
@@ -175,11 +168,16 @@ class EViT(Method):
     ) -> tuple[Tensor, Tensor | None]:
         weights = self.weights(ranks, plan, size)
         assert weights is not None
-        if self._differentiable(ranks):
+        if _wide(ranks):
             if self.normalize_fused:
                 weights = _normalized(weights, plan)
             return plan.merge(x * weights.unsqueeze(-1), reduce="sum")[0].to(x.dtype), None
         return plan.merge(x, weights, "mean" if self.normalize_fused else "sum")[0], None
+
+
+def _wide(ranks: Tensor | None) -> bool:
+    """Whether the weights are for torch to multiply by: the operators take float32 ones."""
+    return ranks is not None and ranks.dtype != torch.float32
 
 
 def _normalized(weights: Tensor, plan: MergePlan) -> Tensor:
@@ -200,12 +198,15 @@ def make_method(
     """The method of that name with the settings that are its own.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or a setting is not a bool, of another method too.
     """
+    check_bool(prop_attn, "prop_attn")
+    check_bool(normalize_fused, "normalize_fused")
+    check_bool(fused_weight_grad, "fused_weight_grad")
     if name == ToMe.name:
-        return ToMe(bool(prop_attn))
+        return ToMe(prop_attn)
     if name == EViT.name:
-        return EViT(bool(normalize_fused), bool(fused_weight_grad))
+        return EViT(normalize_fused, fused_weight_grad)
     if name == TopK.name:
         return TopK()
     raise ValueError(f"method: expected one of {METHODS}, got {name!r}")
