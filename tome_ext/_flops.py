@@ -78,7 +78,8 @@ def _register() -> None:
         if operator is not None and operator not in flop_registry:
             formulas[operator] = formula
     for operator, formula in formulas.items():
-        register_flop_formula(operator)(formula)
+        registered: Any = register_flop_formula(operator)
+        registered(formula)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:

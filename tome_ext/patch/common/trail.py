@@ -208,7 +208,7 @@ class Trail:
             layer, x.shape[0], x.shape[1], None, (None,) * layer, False, self._rules, self
         )
 
-    def _first(self, x: Tensor) -> Tokens:
+    def _first(self, x: Any) -> Tokens:
         if isinstance(x, Proxy):
             raise TraceError(
                 "a patched model cannot be traced by torch.fx.symbolic_trace: how many tokens "
