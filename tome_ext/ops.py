@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch.compiler import is_compiling
 
 from . import _flops, _library, _onnx, reference
 from ._torch import below_autograd, in_transform, without_autocast
@@ -94,14 +95,15 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
         return stub
     # The overload itself: looking it up through its name costs a microsecond in every call.
     overload = cast("Callable[P, R]", getattr(torch.ops.tome, stub.__name__).default)
-    plain = twin(stub.__name__)
+    plain: Callable[P, R] = twin(stub.__name__)
+    differentiable = stub.__name__ not in ("match", "select", "plan")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return overload(*args, **kwargs)
         if in_transform():
-            return cast("R", plain(*args, **kwargs))
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return plain(*args, **kwargs)
+        if not differentiable or is_grad_enabled() or is_inference_mode_enabled():
             return overload(*args, **kwargs)  # inference mode has left the autograd layer already
         with below_autograd():
             return overload(*args, **kwargs)

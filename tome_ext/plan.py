@@ -145,7 +145,7 @@ class MergePlan(NamedTuple):
                 takes, on the plan's device.
             RuntimeError: the plan's indices point outside x (checked on the CPU).
         """
-        rows = self.num_output_tokens
+        rows = self.offsets.shape[1] - 1
         if x.dim() == 3 and x.shape[1] != rows:  # which the operator cannot know
             batch = self.assign.shape[0]
             raise ValueError(
@@ -177,15 +177,14 @@ def compose(first: Tensor, then: Tensor) -> Tensor:
 
 
 def _count(value: Any, name: str) -> Any:
-    """An integer as the operators take it: what is more than tokens can be, is cut to that.
-
-    A dynamic shape's integers are left as they are.
-    """
+    """An integer as the operators take it: cut to what numbers of tokens can be."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, bool) or not hasattr(type(value), "__index__"):
             raise ValueError(f"{name}: expected an integer, got {ops.describe(value)}")
         value = operator.index(value)
-    return value if value <= INT32_MAX else INT32_MAX
+    if -INT32_MAX <= value <= INT32_MAX:
+        return value
+    return INT32_MAX if value > 0 else -INT32_MAX
 
 
 def match(
@@ -240,7 +239,7 @@ def match(
             would stall it, such targets give some other plan, but reach nothing outside the
             tokens).
     """
-    r, prefix = max(_count(r, "r"), 0), _count(num_prefix_tokens, "num_prefix_tokens")
+    r, prefix = _count(r, "r"), _count(num_prefix_tokens, "num_prefix_tokens")
     return MergePlan(*ops.match(metric, r, prefix, weight=weight, targets=targets))
 
 
