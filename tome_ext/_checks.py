@@ -3,8 +3,8 @@
 The twins of :mod:`tome_ext.reference` make them, and so do the fake kernels, which are the twins
 without their arithmetic. What needs a look at values is checked by the kernels only.
 
-A check raises RuntimeError, as the compiled operators do. Shapes may hold SymInts: each condition
-is given to ``torch._check`` by itself, which can also put it off until sizes are known.
+A check raises ValueError, as the compiled operators do. Shapes may hold SymInts: each condition
+is given to ``torch._check_value`` by itself, which can also put it off until sizes are known.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ __all__ = [
     "merging",
     "name_of",
     "one_device",
+    "plan_tensor",
+    "planned",
     "prefix",
     "row_sums",
     "same_as",
@@ -56,12 +58,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def expect(
     conditions: bool | Sequence[bool | torch.SymBool], name: str, expected: str, got: object
 ) -> None:
-    """Raise RuntimeError "name: expected ..., got ..." unless every condition holds.
+    """Raise ValueError "name: expected ..., got ..." unless every condition holds.
 
     Conditions behind one that is False are not looked at, but they have been computed.
     """
     for condition in [conditions] if isinstance(conditions, bool) else conditions:
-        torch._check(condition, lambda: f"{name}: expected {expected}, got {got}")
+        torch._check_value(condition, lambda: f"{name}: expected {expected}, got {got}")
 
 
 def has_shape(x: Tensor, *shape: int | None) -> list[bool | torch.SymBool]:
@@ -106,25 +108,35 @@ def prefix(num_prefix_tokens: int) -> None:
     expect(num_prefix_tokens >= 0, "num_prefix_tokens", "a number >= 0", num_prefix_tokens)
 
 
+def plan_tensor(x: Tensor, name: str) -> None:
+    """(B, N) int32."""
+    expect(x.dim() == 2 and x.dtype == torch.int32, name, "(B, N) int32", describe(x))
+
+
+def planned(x: Tensor, name: str, batch: int, count_name: str, count: int | None) -> None:
+    """(batch, count, channels) as a plan has them; None accepts any count."""
+    shown = count_name if count is None else count
+    wanted = f"(B, {count_name}, C) = ({batch}, {shown}, C) as in the plan"
+    expect(has_shape(x, batch, count, None), name, wanted, describe(x))
+
+
 def merging(
-    x: Tensor,
-    name: str,
-    tokens: int | None,
-    size: Tensor | None,
-    members: Tensor,
-    offsets: Tensor,
+    x: Tensor, name: str, rows: bool, size: Tensor | None, members: Tensor, offsets: Tensor
 ) -> None:
-    """What merges tokens x, of which there are `tokens` unless None, by a plan."""
+    """Tokens, or with ``rows`` the rows of a plan, and its tensors."""
     expect(x.dim() == 3, name, "(B, N, C)", describe(x))
     floating(x, name)
-    batch = x.shape[0]
-    table(members, "members", batch, tokens, "N", torch.int32)
-    table(offsets, "offsets", batch, None, "M + 1", torch.int32)
+    plan_tensor(members, "members")
+    table(offsets, "offsets", members.shape[0], None, "M + 1", torch.int32)
     expect([offsets.shape[1] > 0], "offsets", "at least one column", describe(offsets))
+    if rows:
+        planned(x, name, members.shape[0], "M", offsets.shape[1] - 1)
+    else:
+        planned(x, name, members.shape[0], "N", members.shape[1])
     one_device(x, name, members, "members")
     one_device(x, name, offsets, "offsets")
     if size is not None:
-        table(size, "size", batch, members.shape[1], "N", torch.float32)
+        table(size, "size", x.shape[0], members.shape[1], "N", torch.float32)
         one_device(x, name, size, "size")
 
 

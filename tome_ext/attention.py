@@ -14,7 +14,7 @@ from . import _checks, ops
 from ._torch import any_autocast, in_transform
 from .ops import describe, device_kind
 from .plan import MergePlan
-from .reference import accumulate_dtype
+from .reference import accumulate_dtype, log_size, without_hidden
 
 __all__ = [
     "OPERATOR",
@@ -72,8 +72,6 @@ def _operator_serves(
         return "a mask that does more than hide keys"
     if _in_transform():
         return "forward-mode derivatives or torch.func"
-    if size is not None and size.requires_grad:
-        return "sizes that require a gradient"
     like_q, like_k = q.shape, k.shape  # asked for once: each question makes a new torch.Size
     if len(like_q) != 4 or like_k != v.shape:
         return UNLIKE
@@ -163,7 +161,7 @@ def log_size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
         (B, 1, 1, N), the natural logarithm of the sizes; a size of 0 gives -inf, which hides that
         token from every query.
     """
-    return size.to(accumulate_dtype(dtype)).log().to(dtype)[:, None, None, :]
+    return log_size(size, accumulate_dtype(dtype)).to(dtype)[:, None, None, :]
 
 
 def attention_bias(
@@ -205,7 +203,7 @@ def proportional_attention(
     without ever writing the (M, N) matrix: by ``torch.ops.tome.attention``, which adds log(size)
     in float32 to float32 logits. ``F.scaled_dot_product_attention``, with log(size) in the mask,
     serves where that operator cannot: with dropout, with a mask that does more than hide keys,
-    where v has other channels than q, where sizes require a gradient, on a CUDA device with
+    where v has other channels than q, in the transforms of ``torch.func``, on a CUDA device with
     float64 or more than 128 channels, and on devices without a kernel; and without sizes on other
     devices than the CPU, where stock attention is flash. Under autocast, q, k and v are cast as for
     stock attention.
@@ -215,7 +213,8 @@ def proportional_attention(
         k: (B, H, N, D) keys.
         v: (B, H, N, D') values, all of one floating dtype. Views of one packed qkv tensor are read
             in place, as any with a contiguous last dimension.
-        size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
+        size: (B, N) float32, how many original tokens each key token stands for. 0 hides a token:
+            its weight is 0, and on the CPU what its key and value hold, NaN too, changes nothing.
         attn_mask: bool (True may be attended) or float (added to the logits), broadcastable to
             (B, H, M, N). A bool mask that is the same for all heads and queries costs nothing.
         scale: factor of the logits; None means ``D ** -0.5``.
@@ -223,13 +222,17 @@ def proportional_attention(
 
     Returns:
         (B, H, M, D') in q's dtype, laid out so that ``.transpose(1, 2).flatten(2)`` is a view where
-        the operator serves. A query that may see no key gets zeros. Differentiable once in q, k
-        and v; a second derivative through the operator raises NotImplementedError.
+        the operator serves. A query that may see no key gets zeros. Differentiable to any order
+        in q, k, v and size; the gradient in sizes and second derivatives write the (M, N) matrix.
+        A size of 0 gets the gradient 0.
 
     Raises:
         ValueError: q, k and v differ in dtype or device, or ``size`` does not have the shape (B, N)
-            of the keys, a floating dtype and their device. Nothing is computed.
+            of the keys, a floating dtype and their device, or ``dropout_p`` is not from 0 to 1.
+            Nothing is computed.
     """
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p!r}")
     q, k, v = _cast_for_autocast(q, k, v)
     _check(size, q=q, k=k, v=v)
     return attend(q, k, v, size, attn_mask, scale, dropout_p)[0]
@@ -261,6 +264,8 @@ def attend(
             size = size.to(torch.float32)
         return ops.attention_forward(q, k, v, size, scale)[0], None
     bias = attention_bias(size, attn_mask, q.dtype)
+    if k.dim() == v.dim() == 4:
+        k, v = without_hidden(k, size), without_hidden(v, size)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     return out, reason
 
@@ -283,7 +288,7 @@ def cls_attention(
             a contiguous last dimension (others are copied), so views of a packed qkv tensor are
             read in place.
         size: (B, N) float32, how many original tokens each key token stands for; 0 hides a token.
-            None means 1. It gets no gradient.
+            None means 1.
         scale: factor of the logits; None means ``D ** -0.5``.
         attn_mask: bool (True may be attended) or float (added to the logits), broadcastable to
             (B, H, M, N), of which the first query's row counts. One that hides the same keys from
@@ -291,7 +296,7 @@ def cls_attention(
 
     Returns:
         (B, N) float32 (float64 for float64): every row sums to 1, or is 0 if all keys are hidden.
-        Differentiable in q and k.
+        Differentiable in q, k and size; a size of 0 gets the gradient 0.
 
     Raises:
         ValueError: wrong rank, shapes that do not go together, no query, several dtypes or

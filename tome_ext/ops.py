@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch.compiler import is_compiling
 
-from . import _library, _onnx, reference
-from ._torch import below_autograd, without_autocast
+from . import _flops, _library, _onnx, reference
+from ._torch import below_autograd, in_transform, without_autocast
 
 __all__ = [
     "attention",
@@ -67,30 +68,43 @@ def device_kind(x: Tensor) -> str:
 
 # --- calling ------------------------------------------------------------------------------------
 
+
+def twin(name: str) -> Callable[..., Any]:
+    """The operator in plain PyTorch (:mod:`tome_ext.reference`)."""
+    plain: Callable[..., Any] = getattr(reference, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Kernels compute in the precision they promise, under autocast too.
+        with without_autocast(args[0].device.type):
+            return plain(*args, **kwargs)
+
+    return call
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _operator(stub: Callable[P, R]) -> Callable[P, R]:
-    """The operator of that name; the stub itself, which says what is missing, if there is none."""
+    """The operator of that name; the stub itself, which says what is missing, if there is none.
+
+    In the transforms of ``torch.func``, and with forward-mode derivatives, it is the twin: they
+    take apart what is made of torch's operators, and nothing else.
+    """
     if _library.load_error is not None:
         return stub
     # The overload itself: looking it up through its name costs a microsecond in every call.
-    overload = getattr(torch.ops.tome, stub.__name__).default
-    return cast("Callable[P, R]", overload)
-
-
-def _differentiable(stub: Callable[P, R]) -> Callable[P, R]:
-    """As :func:`_operator`, for one that has a gradient."""
-    overload = _operator(stub)
-    if overload is stub:
-        return stub
+    overload = cast("Callable[P, R]", getattr(torch.ops.tome, stub.__name__).default)
+    plain: Callable[P, R] = twin(stub.__name__)
+    differentiable = stub.__name__ not in ("match", "select", "plan")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_compiling():
             return overload(*args, **kwargs)
-        if torch.is_inference_mode_enabled():  # has left the autograd layer already
-            return overload(*args, **kwargs)
+        if in_transform():
+            return plain(*args, **kwargs)
+        if not differentiable or is_grad_enabled() or is_inference_mode_enabled():
+            return overload(*args, **kwargs)  # inference mode has left the autograd layer already
         with below_autograd():
             return overload(*args, **kwargs)
 
@@ -124,7 +138,7 @@ def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def merge(
     x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +146,7 @@ def merge(
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def merge_add_norm(
     x: Tensor,
     branch: Tensor,
@@ -148,7 +162,7 @@ def merge_add_norm(
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def merge_backward(
     grad: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> Tensor:
@@ -156,13 +170,13 @@ def merge_backward(
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def unmerge(x: Tensor, assign: Tensor) -> Tensor:
     """Tokens (B, N, C)."""
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -177,7 +191,7 @@ def attention(
     return attention_forward(q, k, v, size, scale)[0]
 
 
-@_differentiable
+@_operator
 def attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -192,7 +206,7 @@ def attention_backward(
     raise _library.missing()
 
 
-@_differentiable
+@_operator
 def cls_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
@@ -203,47 +217,100 @@ def cls_attention(
 # --- autograd -----------------------------------------------------------------------------------
 
 # merge ("mean", "sum") and merge_backward are adjoint to each other for fixed sizes, so each is
-# the other's derivative, to any order. unmerge is the adjoint of the unweighted sum.
+# the other's derivative in x, to any order. unmerge is the adjoint of the unweighted sum. Gradients
+# are written in operators that are differentiable in turn, ours and torch's.
+
+
+def _wants(ctx: Any, index: int) -> bool:
+    """Whether an argument needs a gradient; trailing ones that a caller left out do not count."""
+    needs = ctx.needs_input_grad
+    return index < len(needs) and bool(needs[index])
+
+
+def _size_gradient(
+    x: Tensor,
+    grad: Tensor,
+    merged: Tensor,
+    new_size: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    reduce: str,
+) -> Tensor:
+    """The gradient (B, N) in the sizes of a merge of x (B, N, C), from that in its rows (B, M, C).
+
+    A row is ``sum(size * x)``, over ``sum(size)`` for "mean": so a token pulls the mean towards
+    itself. Where all sizes of a row are 0, the mean is even, and their gradient 0.
+    """
+    dtype = reference.accumulate_dtype(x.dtype)
+
+    def spread(rows: Tensor) -> Tensor:
+        return merge_backward(rows.contiguous(), None, members, offsets, "sum")
+
+    x, grad = x.to(dtype), spread(grad.to(dtype))
+    if reduce == "mean":
+        total = spread(new_size.unsqueeze(-1)).to(dtype)
+        none = total == 0  # or the token is dropped
+        x = torch.where(none, 0.0, x - spread(merged.to(dtype))) / torch.where(none, 1.0, total)
+    else:
+        x = torch.where(spread(torch.ones_like(new_size).unsqueeze(-1)) == 0, 0.0, x)
+    return (grad * x).sum(-1).to(torch.float32)
+
+
+def _spread_sizes(grad: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient (B, N) in sizes, from that in their sums (B, M)."""
+    rows = grad.unsqueeze(-1).contiguous()
+    return merge_backward(rows, None, members, offsets, "sum").squeeze(-1)
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, size, members, offsets, reduce = inputs
     ctx.reduce = reduce
-    saved = (x, output[0]) if reduce == "amax" else (None, None)
+    sized = _wants(ctx, 1)
+    saved = (x, *output) if reduce == "amax" or sized else (None, None, None)
     ctx.save_for_backward(size, members, offsets, *saved)
-    ctx.mark_non_differentiable(output[1])
+    if not sized:
+        ctx.mark_non_differentiable(output[1])
 
 
-def _merge_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    size, members, offsets, x, merged = ctx.saved_tensors
+def _merge_backward(ctx: Any, grad: Tensor, grad_size: Tensor) -> tuple[Tensor | None, ...]:
+    size, members, offsets, x, merged, new_size = ctx.saved_tensors
     grad = grad.contiguous()
-    if ctx.reduce != "amax":
+    grad_x = sizes = None
+    if _wants(ctx, 1):
+        sizes = _spread_sizes(grad_size, members, offsets)
+        if ctx.reduce != "amax":
+            plan = (members, offsets, ctx.reduce)
+            sizes = sizes + _size_gradient(x, grad, merged, new_size, *plan)
+    if _wants(ctx, 0) and ctx.reduce != "amax":
         grad_x = merge_backward(grad, size, members, offsets, ctx.reduce)
-        return grad_x, None, None, None, None
-    # As torch.amax: the gradient is shared evenly by the members that attain the maximum.
-    wins = (x.detach() == merge_backward(merged.detach(), None, members, offsets, "sum")).to(
-        grad.dtype
-    )
-    count, _ = merge(wins, None, members, offsets, "sum")
-    share = grad / count.clamp_min(1)
-    return wins * merge_backward(share, None, members, offsets, "sum"), None, None, None, None
+    elif _wants(ctx, 0):
+        # As torch.amax: the gradient is shared evenly by the members that attain the maximum.
+        wins = x.detach() == merge_backward(merged.detach(), None, members, offsets, "sum")
+        wins = wins.to(grad.dtype)
+        count, _ = merge(wins, None, members, offsets, "sum")
+        share = grad / count.clamp_min(1)
+        grad_x = wins * merge_backward(share, None, members, offsets, "sum")
+    return grad_x, sizes, None, None, None
 
 
 def _merge_add_norm_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    _, branch, size, members, offsets, scale, weight, bias, ctx.eps = inputs
-    # The sums before the merge are linear: only the gradient of scale reads what was added.
-    added = branch if scale is not None and scale.requires_grad else None
-    ctx.save_for_backward(output[0], added, size, members, offsets, scale, weight, bias)
-    ctx.mark_non_differentiable(output[1])
+    x, branch, size, members, offsets, scale, weight, bias, ctx.eps = inputs
+    # The sums before the merge are linear: only the gradients of scale and of sizes read what was
+    # added.
+    sized = _wants(ctx, 2)
+    added = branch if sized or _wants(ctx, 5) else None
+    sums = (x, output[1]) if sized else (None, None)
+    ctx.save_for_backward(output[0], added, size, members, offsets, scale, weight, bias, *sums)
+    if not sized:
+        ctx.mark_non_differentiable(output[1])
 
 
 def _merge_add_norm_backward(
-    ctx: Any, grad: Tensor, _: Tensor | None, grad_normed: Tensor
+    ctx: Any, grad: Tensor, grad_size: Tensor, grad_normed: Tensor
 ) -> tuple[Tensor | None, ...]:
-    # merge_backward and torch's operators, all differentiable in turn.
-    merged, added, size, members, offsets, scale, weight, bias = ctx.saved_tensors
+    merged, added, size, members, offsets, scale, weight, bias, x, new_size = ctx.saved_tensors
     channels = merged.shape[-1:]
     with torch.no_grad():
         _, mean, rstd = torch.ops.aten.native_layer_norm(merged, channels, weight, bias, ctx.eps)
@@ -259,21 +326,32 @@ def _merge_add_norm_backward(
     )
     if weight is None and bias is not None:  # torch's second derivative would leave it out
         grad_bias = grad_normed.sum((0, 1))
-    grad_x = merge_backward(grad + grad_merged, size, members, offsets, "mean")
+    grad = grad + grad_merged
+    grad_x = merge_backward(grad, size, members, offsets, "mean")
     grad_branch = grad_x if scale is None else grad_x * scale
-    grad_scale = None if added is None else (grad_x * added).sum((0, 1))
-    return grad_x, grad_branch, None, None, None, grad_scale, grad_weight, grad_bias, None
+    grad_scale = (grad_x * added).sum((0, 1)) if _wants(ctx, 5) else None
+    sizes = None
+    if _wants(ctx, 2):
+        dtype = reference.accumulate_dtype(x.dtype)
+        x = x.to(dtype) + (added.to(dtype) if scale is None else added.to(dtype) * scale.to(dtype))
+        sizes = _spread_sizes(grad_size, members, offsets)
+        sizes = sizes + _size_gradient(x, grad, merged, new_size, members, offsets, "mean")
+    return grad_x, grad_branch, sizes, None, None, grad_scale, grad_weight, grad_bias, None
 
 
 def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, size, members, offsets, ctx.reduce = inputs
-    ctx.save_for_backward(size, members, offsets)
+    grad, size, members, offsets, ctx.reduce = inputs
+    rows = grad if _wants(ctx, 1) else None
+    ctx.save_for_backward(size, members, offsets, rows)
 
 
 def _merge_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    size, members, offsets = ctx.saved_tensors
-    back, _ = merge(grad.contiguous(), size, members, offsets, ctx.reduce)
-    return back, None, None, None, None
+    size, members, offsets, rows = ctx.saved_tensors
+    back, new_size = merge(grad.contiguous(), size, members, offsets, ctx.reduce)
+    sizes = None
+    if _wants(ctx, 1):  # both are the same product of x and rows, weighted by size
+        sizes = _size_gradient(grad, rows, back, new_size, members, offsets, ctx.reduce)
+    return back, sizes, None, None, None
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -297,21 +375,43 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, size, out, lse = ctx.saved_tensors
-    return *attention_backward(grad, q, k, v, size, out, lse, ctx.scale), None, None
+    sizes = None
+    if _wants(ctx, 3):
+        # Sums over a column of the matrix of weights, which is written for them.
+        *_, grad_logits = twin("attention_gradients")(grad, q, k, v, size, ctx.scale)
+        sizes = _log_size_gradient(grad_logits.sum((1, 2)), size)
+    return *attention_backward(grad, q, k, v, size, out, lse, ctx.scale), sizes, None
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
+def _log_size_gradient(grad: Tensor, size: Tensor) -> Tensor:
+    """The gradient in sizes, from that in their logarithms; 0 for a size of 0: it stays hidden."""
+    hidden = size == 0
+    return torch.where(hidden, 0.0, grad / torch.where(hidden, 1.0, size)).to(torch.float32)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    # As torch's own fused attention. Without this, second derivatives would be silently 0.
-    raise NotImplementedError(
-        "tome::attention has no second derivative: expected at most one backward through it, got "
-        "a backward through its gradient (create_graph=True); compute attention with "
-        "F.scaled_dot_product_attention under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and the mask log(size) instead"
-    )
+def _attention_backward_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    grad, q, k, v, size, _, _, ctx.scale = inputs
+    ctx.save_for_backward(grad, q, k, v, size)
+
+
+def _attention_backward_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    # Of the same gradients in torch's operators, which write the matrix of weights, and which are
+    # differentiable in turn. What the forward wrote is made anew from q, k, v and size, so that all
+    # of the derivative is theirs.
+    needs = ctx.needs_input_grad[: len(ctx.saved_tensors)]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: what one of the inputs was made of leads to none of the others.
+        inputs = [
+            x.view_as(x) if needed else x
+            for x, needed in zip(ctx.saved_tensors, needs, strict=True)
+        ]
+        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+        grads = twin("attention_gradients")(*inputs, ctx.scale)[:3]
+        found = iter(torch.autograd.grad(grads, wanted, upstream, create_graph=create_graph))
+    return *(next(found) if needed else None for needed in needs), None, None, None
 
 
 def _cls_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -320,31 +420,22 @@ def _cls_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 
 def _cls_attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # In torch's operators, which are differentiable in turn; memory is that of k, times a constant.
+    # In torch's operators; memory is that of k, times a constant.
     q, k, size = ctx.saved_tensors
     scale = reference.default_scale(q) if ctx.scale is None else ctx.scale
+    k = reference.without_hidden(k, size)
     weights = reference.cls_weights(q, k, size, scale)
     wide = grad.unsqueeze(1) / q.shape[1]
-    grad_logits = weights * (wide - (weights * wide).sum(-1, keepdim=True)) * scale  # (B, H, N)
+    grad_logits = weights * (wide - (weights * wide).sum(-1, keepdim=True))  # (B, H, N)
+    sizes = _log_size_gradient(grad_logits.sum(1), size) if _wants(ctx, 2) else None
+    grad_logits = grad_logits * scale
     first = (grad_logits.unsqueeze(2) @ k.to(grad_logits.dtype)).to(q.dtype)  # (B, H, 1, D)
     grad_q = torch.nn.functional.pad(first, (0, 0, 0, q.shape[2] - 1))
     grad_k = grad_logits.unsqueeze(-1) * q[:, :, :1].to(grad_logits.dtype)
-    return grad_q, grad_k.to(k.dtype), None, None
+    return grad_q, grad_k.to(k.dtype), sizes, None
 
 
 # --- registration -------------------------------------------------------------------------------
-
-
-def twin(name: str) -> Callable[..., Any]:
-    """The operator in plain PyTorch (:mod:`tome_ext.reference`)."""
-    plain: Callable[..., Any] = getattr(reference, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Kernels compute in the precision they promise, under autocast too.
-        with without_autocast(args[0].device.type):
-            return plain(*args, **kwargs)
-
-    return call
 
 
 def _fake(name: str) -> Callable[..., Any]:
@@ -398,6 +489,7 @@ def _register() -> None:
         torch.library.impl(f"tome::_plain_{name}", "CompositeExplicitAutograd", _on_gpu(name))
     torch.library.impl("tome::attention", "CompositeImplicitAutograd", attention)
     _onnx.register()
+    _flops.register()
     register_autograd = torch.library.register_autograd
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
     register_autograd(
@@ -410,7 +502,11 @@ def _register() -> None:
     register_autograd(
         "tome::attention_forward", _attention_backward, setup_context=_attention_setup
     )
-    register_autograd("tome::attention_backward", _no_second_derivative, setup_context=_no_setup)
+    register_autograd(
+        "tome::attention_backward",
+        _attention_backward_backward,
+        setup_context=_attention_backward_setup,
+    )
     register_autograd(
         "tome::cls_attention", _cls_attention_backward, setup_context=_cls_attention_setup
     )

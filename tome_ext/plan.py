@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from ._checks import INT32_MAX
 
 __all__ = ["MergePlan", "compose", "match", "select"]
 
@@ -38,14 +40,21 @@ class MergePlan(NamedTuple):
             num_output_tokens: M, the number of output rows.
 
         Raises:
-            ValueError: ``assign`` has the wrong rank or dtype, or ``num_output_tokens`` < 0.
+            ValueError: ``assign`` has the wrong rank or dtype, or ``num_output_tokens`` is not an
+                integer from 0 to 2^31 - 2.
             RuntimeError: an entry points outside the output (checked on the CPU only: looking at
                 it from the host would stall a GPU, where such a token counts as dropped).
         """
         if assign.dim() != 2 or assign.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"assign: expected (B, N) int32 or int64, got {ops.describe(assign)}")
-        assign = assign.to(torch.int32).contiguous()
-        return cls(assign, *ops.plan(assign, num_output_tokens))
+        num_output_tokens = _count(num_output_tokens, "num_output_tokens")
+        return cls._of_rows(assign, num_output_tokens)
+
+    @classmethod
+    def _of_rows(cls, assign: Tensor, rows: int) -> MergePlan:
+        """:meth:`from_assign` of what is known to be right."""
+        own = assign.to(torch.int32).contiguous()
+        return cls(own, *ops.plan(own, rows))
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +74,7 @@ class MergePlan(NamedTuple):
         Args:
             x: (B, N, C) float32, float16, bfloat16 or float64.
             size: (B, N) float32, how many original tokens each token stands for; None means 1.
+                Differentiable: learned sizes get the gradient of rows and of new sizes.
             reduce: "mean" for ``sum(size * x) / sum(size)``, "sum" for ``sum(size * x)``,
                 "amax" for the elementwise maximum.
 
@@ -74,7 +84,8 @@ class MergePlan(NamedTuple):
             whose sizes sum to 0 (padding) are averaged evenly; rows without members are 0.
 
         Raises:
-            ValueError: shapes, dtypes, devices or ``reduce`` are not as above.
+            ValueError: shapes, dtypes, devices or ``reduce`` are not as above; on CUDA also more
+                than 2^24 tokens that are not float64, which float32 sums would not count.
             RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
         """
         return ops.merge(x, size, self.members, self.offsets, reduce)
@@ -97,7 +108,7 @@ class MergePlan(NamedTuple):
             merged, new_size = plan.merge(x + scale * branch, size)
             normed = F.layer_norm(merged, (C,), weight, bias, eps)
 
-        Differentiable in x, branch, scale, weight and bias, twice.
+        Differentiable in x, branch, size, scale, weight and bias, twice.
 
         Args:
             x: (B, N, C) float32, float16, bfloat16 or float64; any strides with a contiguous last
@@ -118,7 +129,8 @@ class MergePlan(NamedTuple):
             members is 0, and its norm the bias.
 
         Raises:
-            ValueError: shapes, dtypes, devices or eps are not as above.
+            ValueError: shapes, dtypes, devices or eps are not as above; on CUDA also as in
+                :meth:`merge`.
             RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
         """
         return ops.merge_add_norm(
@@ -126,13 +138,36 @@ class MergePlan(NamedTuple):
         )
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Copy every row back to the tokens that made it: (B, M, C) to (B, N, C); dropped get 0."""
+        """Copy every row back to the tokens that made it: (B, M, C) to (B, N, C); dropped get 0.
+
+        Raises:
+            ValueError: x is not (B, M, C) of the plan's B and M, of a dtype that :meth:`merge`
+                takes, on the plan's device.
+            RuntimeError: the plan's indices point outside x (checked on the CPU).
+        """
+        rows = self.offsets.shape[1] - 1
+        if x.dim() == 3 and x.shape[1] != rows:  # which the operator cannot know
+            batch = self.assign.shape[0]
+            raise ValueError(
+                f"x: expected (B, M, C) = ({batch}, {rows}, C) as in the plan, got "
+                f"{ops.describe(x)}"
+            )
         return ops.unmerge(x, self.assign)
 
     def then(self, following: MergePlan) -> MergePlan:
-        """The plan that does this one and then ``following``, from N tokens to its rows."""
+        """The plan that does this one and then ``following``, from N tokens to its rows.
+
+        Raises:
+            ValueError: ``following`` is not of this plan's B, with its M as N.
+        """
+        wanted, got = (self.assign.shape[0], self.num_output_tokens), following.assign.shape
+        if got != wanted:
+            raise ValueError(
+                f"following: expected a plan of (B, N) = {wanted} tokens, this one's rows, got one "
+                f"of {tuple(got)}"
+            )
         assign = compose(self.assign, following.assign)
-        return MergePlan.from_assign(assign, following.num_output_tokens)
+        return MergePlan._of_rows(assign, following.num_output_tokens)
 
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
@@ -141,6 +176,17 @@ def compose(first: Tensor, then: Tensor) -> Tensor:
         return first
     rows = then.gather(1, first.clamp_min(0).to(torch.int64))
     return torch.where(first < 0, -1, rows)
+
+
+def _count(value: Any, name: str) -> Any:
+    """An integer as the operators take it: cut to what numbers of tokens can be."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+            raise ValueError(f"{name}: expected an integer, got {ops.describe(value)}")
+        value = operator.index(value)
+    if -INT32_MAX <= value <= INT32_MAX:
+        return value
+    return INT32_MAX if value > 0 else -INT32_MAX
 
 
 def match(
@@ -175,7 +221,8 @@ def match(
             A zero vector has similarity 0 to everything; one with NaN or infinity is never
             chosen while another can be.
         r: tokens to remove, cut to ``(N - num_prefix_tokens) // 2``, or with ``targets`` to the
-            number of tokens behind the prefix that are none, 0 without any; r <= 0 keeps all.
+            number of tokens behind the prefix that are none, 0 without any; r <= 0 keeps all. Any
+            integer, however large.
         num_prefix_tokens: leading tokens (class, distillation, registers) that never merge.
         weight: (B, N) float32, 0 for tokens that take no part, any other value for the others:
             the sizes of the tokens serve. None means that all take part.
@@ -188,12 +235,14 @@ def match(
         tokens, the identity, of hidden tokens too.
 
     Raises:
-        RuntimeError: wrong rank, shape, dtype or device, r not an integer, num_prefix_tokens
-            negative, more targets than tokens behind the prefix; on the CPU also targets out of
-            order or range (on a GPU, where a look at them would stall it, such targets give some
-            other plan, but reach nothing outside the tokens).
+        ValueError: wrong rank, shape, dtype or device, r or num_prefix_tokens not an integer, the
+            latter negative, more targets than tokens behind the prefix.
+        RuntimeError: targets out of order or range, on the CPU (on a GPU, where a look at them
+            would stall it, such targets give some other plan, but reach nothing outside the
+            tokens).
     """
-    return MergePlan(*ops.match(metric, r, num_prefix_tokens, weight=weight, targets=targets))
+    r, prefix = _count(r, "r"), _count(num_prefix_tokens, "num_prefix_tokens")
+    return MergePlan(*ops.match(metric, r, prefix, weight=weight, targets=targets))
 
 
 def select(scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False) -> MergePlan:
@@ -217,6 +266,10 @@ def select(scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = F
         one of all others, if there are any. Not differentiable.
 
     Raises:
-        ValueError: wrong rank or dtype, ``keep`` or ``num_prefix_tokens`` negative.
+        ValueError: wrong rank or dtype, ``keep`` or ``num_prefix_tokens`` negative or not an
+            integer, ``fuse`` not a bool.
     """
-    return MergePlan(*ops.select(scores, keep, num_prefix_tokens, fuse))
+    keep, prefix = _count(keep, "keep"), _count(num_prefix_tokens, "num_prefix_tokens")
+    if not isinstance(fuse, bool):
+        raise ValueError(f"fuse: expected True or False, got {ops.describe(fuse)}")
+    return MergePlan(*ops.select(scores, keep, prefix, fuse))

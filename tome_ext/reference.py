@@ -27,9 +27,11 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
+    "attention_gradients",
     "cls_attention",
     "cut_keep",
     "cut_r",
+    "log_size",
     "match",
     "match_sets",
     "merge",
@@ -40,6 +42,7 @@ __all__ = [
     "shapes_only",
     "unit_rows",
     "unmerge",
+    "without_hidden",
 ]
 
 REDUCTIONS = ("mean", "sum", "amax")
@@ -231,7 +234,7 @@ def select(
     # Stable again: NaN goes behind -infinity, and nothing else moves.
     order = order.gather(1, patches.gather(1, order).isnan().sort(dim=1, stable=True)[1])
     stays = torch.ones(batch, num_tokens, dtype=torch.bool, device=scores.device)
-    stays.scatter_(1, prefix + order[:, kept - prefix :], False)
+    stays = stays.scatter(1, prefix + order[:, kept - prefix :], False)
     fuses = fuse and kept < num_tokens
     assign = torch.where(stays, stays.cumsum(1) - 1, kept if fuses else -1)
     return (assign.to(torch.int32), *_group(assign, kept + int(fuses)))
@@ -248,8 +251,7 @@ def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         members (B, N) int32, the tokens grouped by output row, ascending within a row, dropped
         ones last; offsets (B, M + 1) int32, where each row's members begin.
     """
-    fits = assign.dim() == 2 and assign.dtype == torch.int32
-    _checks.expect(fits, "assign", "(B, N) int32", _checks.describe(assign))
+    _checks.plan_tensor(assign, "assign")
     in_range = 0 <= num_rows < _checks.INT32_MAX
     _checks.expect(in_range, "num_rows", "a number >= 0 and < 2^31 - 1", num_rows)
     if _mode.shapes_only:
@@ -299,6 +301,11 @@ def _divisor(size: Tensor, total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     return weight, torch.where(divisor == 0, 1.0, divisor)  # a row without members is 0 / 1
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What tokens x (B, N, C) are summed in: float64 where float32 would stop counting ones."""
+    return torch.float64 if x.shape[1] > 2**24 else accumulate_dtype(x.dtype)
+
+
 def _check_reduce(reduce: str) -> None:
     _checks.expect(reduce in REDUCTIONS, "reduce", "'mean', 'sum' or 'amax'", f"'{reduce}'")
 
@@ -307,7 +314,7 @@ def merge(
     x: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor, reduce: str = "mean"
 ) -> tuple[Tensor, Tensor]:
     """Merge (B, N, C) tokens into (B, M, C). See :meth:`tome_ext.MergePlan.merge`."""
-    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _checks.merging(x, "x", False, size, members, offsets)
     _check_reduce(reduce)
     if _mode.shapes_only:
         merged = x.new_empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]))
@@ -316,7 +323,7 @@ def merge(
         return x.new_zeros(x.shape[0], 0, x.shape[2]), offsets.new_zeros(
             x.shape[0], 0, dtype=torch.float32
         )
-    dtype = accumulate_dtype(x.dtype)
+    dtype = _sum_dtype(x)
     row = row_of_token(members, offsets)
     size, total = _weights(size, members, offsets, dtype)
     new_size, num_rows = total.to(torch.float32), total.shape[1]
@@ -344,7 +351,7 @@ def merge_add_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum, merge, norm. See :meth:`tome_ext.MergePlan.merge_add_norm`."""
-    _checks.merging(x, "x", x.shape[1] if x.dim() == 3 else None, size, members, offsets)
+    _checks.merging(x, "x", False, size, members, offsets)
     _checks.same_as(branch, "branch", x, "x")
     for name, vector in (("scale", scale), ("weight", weight), ("bias", bias)):
         _checks.channels(vector, name, x)
@@ -372,10 +379,7 @@ def merge_backward(
     reduce: str = "mean",
 ) -> Tensor:
     """The adjoint of ``merge`` in x for "mean" and "sum": (B, M, C) gradients to (B, N, C)."""
-    _checks.merging(grad, "grad", None, size, members, offsets)
-    rows = offsets.shape[1] - 1
-    fits = [grad.shape[1] == rows]
-    _checks.expect(fits, "grad", f"(B, M = {rows}, C)", _checks.describe(grad))
+    _checks.merging(grad, "grad", True, size, members, offsets)
     _check_reduce(reduce)
     _checks.expect(reduce != "amax", "reduce", "'mean' or 'sum' in merge_backward", "'amax'")
     if _mode.shapes_only:
@@ -396,7 +400,8 @@ def unmerge(x: Tensor, assign: Tensor) -> Tensor:
     """Copy (B, M, C) rows back to the (B, N, C) tokens that made them; dropped tokens get 0."""
     _checks.expect(x.dim() == 3, "x", "(B, M, C)", _checks.describe(x))
     _checks.floating(x, "x")
-    _checks.table(assign, "assign", x.shape[0], None, "N", torch.int32)
+    _checks.plan_tensor(assign, "assign")
+    _checks.planned(x, "x", assign.shape[0], "M", None)
     _checks.one_device(x, "x", assign, "assign")
     if _mode.shapes_only:
         return x.new_empty((x.shape[0], assign.shape[1], x.shape[2]))
@@ -416,11 +421,25 @@ def default_scale(q: Tensor) -> float:
     return max(q.shape[-1], 1) ** -0.5
 
 
+def without_hidden(x: Tensor, size: Tensor | None) -> Tensor:
+    """Keys or values (B, H, N, D) with zeros where a size (B, N) is 0.
+
+    The weight of such a key is 0, but 0 times NaN or infinity would be NaN in every output.
+    """
+    return x if size is None else torch.where((size == 0)[:, None, :, None], 0.0, x)
+
+
+def log_size(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithms (B, N) of sizes; -inf for 0, which has no gradient instead of a NaN."""
+    hidden = size == 0
+    return torch.where(hidden, float("-inf"), torch.where(hidden, 1.0, size).to(dtype).log())
+
+
 def _logits(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
     """``scale * q k^T + log(size)`` (B, H, M, N) in the accumulate dtype; -inf hides a key."""
     work = accumulate_dtype(q.dtype)
-    logits = (q.to(work) @ k.to(work).transpose(2, 3)) * scale
-    return logits if size is None else logits + size.to(work).log()[:, None, None, :]
+    logits = (q.to(work) @ without_hidden(k, size).to(work).transpose(2, 3)) * scale
+    return logits if size is None else logits + log_size(size, work)[:, None, None, :]
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,7 +492,8 @@ def attention_forward(
         return _new_heads_inside(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
     scale = default_scale(q) if scale is None else scale
     weights, lse = _softmax(_logits(q, k, size, scale))
-    return _new_heads_inside(q).copy_(weights @ v.to(weights.dtype)), lse.contiguous()
+    out = weights @ without_hidden(v, size).to(weights.dtype)
+    return _new_heads_inside(q).copy_(out), lse.contiguous()
 
 
 def attention_backward(
@@ -498,21 +518,52 @@ def attention_backward(
     if _mode.shapes_only:
         return new_grads
     scale = default_scale(q) if scale is None else scale
-    logits = _logits(q, k, size, scale)
-    work = logits.dtype
-    weights = (logits - lse.unsqueeze(-1)).exp()
-    grad, wide_q, wide_k, wide_v = (x.to(work) for x in (grad, q, k, v))
+    weights = (_logits(q, k, size, scale) - lse.unsqueeze(-1)).exp()
     # The derivative of softmax: sum(weights * grad_weights) of a row is its sum(grad * out).
-    row = (grad * out.to(work)).sum(-1, keepdim=True)
-    grad_logits = weights * (grad @ wide_v.transpose(2, 3) - row)
-    grads = (
-        (grad_logits @ wide_k) * scale,
-        (grad_logits.transpose(2, 3) @ wide_q) * scale,
-        weights.transpose(2, 3) @ grad,
-    )
-    for new, values in zip(new_grads, grads, strict=True):
+    row = (grad.to(weights.dtype) * out.to(weights.dtype)).sum(-1, keepdim=True)
+    grads = _gradients(grad, q, k, v, size, scale, weights, row)
+    for new, values in zip(new_grads, grads, strict=False):
         new.copy_(values)
     return new_grads
+
+
+def attention_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``attention_backward``, and that in the logits (B, H, M, N).
+
+    For those that need the matrix, or further derivatives: all is made of torch's operators.
+    """
+    scale = default_scale(q) if scale is None else scale
+    weights, _ = _softmax(_logits(q, k, size, scale))
+    values = without_hidden(v, size).to(weights.dtype)
+    row = (grad.to(weights.dtype) * (weights @ values)).sum(-1, keepdim=True)
+    *grads, grad_logits = _gradients(grad, q, k, v, size, scale, weights, row)
+    grad_q, grad_k, grad_v = (new.to(q.dtype) for new in grads)
+    return grad_q, grad_k, grad_v, grad_logits
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    scale: float,
+    weights: Tensor,
+    row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of q, k, v and the logits, from the weights and each row's sum of weights * grad_weights."""
+    work = weights.dtype
+    k, v = without_hidden(k, size), without_hidden(v, size)
+    grad, q, k, v = (x.to(work) for x in (grad, q, k, v))
+    grad_logits = weights * (grad @ v.transpose(2, 3) - row)
+    return (
+        (grad_logits @ k) * scale,
+        (grad_logits.transpose(2, 3) @ q) * scale,
+        weights.transpose(2, 3) @ grad,
+        grad_logits,
+    )
 
 
 def cls_attention(

@@ -8,46 +8,63 @@ namespace tome::torch_layer {
 namespace {
 
 void check_prefix(int64_t num_prefix_tokens) {
-    STD_TORCH_CHECK(num_prefix_tokens >= 0, "num_prefix_tokens: expected a number >= 0, got ",
-                    num_prefix_tokens);
+    TOME_EXPECT(num_prefix_tokens >= 0, "num_prefix_tokens: expected a number >= 0, got ",
+                num_prefix_tokens);
 }
 
 void check_targets(const Tensor& targets, const Tensor& metric, int64_t num_prefix_tokens) {
-    STD_TORCH_CHECK(targets.dim() == 1 && targets.scalar_type() == ScalarType::Int,
-                    "targets: expected (T,) int32, got ", describe(targets));
+    TOME_EXPECT(targets.dim() == 1 && targets.scalar_type() == ScalarType::Int,
+                "targets: expected (T,) int32, got ", describe(targets));
     const int64_t tokens = metric.size(metric.dim() - 2);
-    STD_TORCH_CHECK(targets.size(0) <= std::max<int64_t>(0, tokens - num_prefix_tokens),
-                    "targets: expected at most as many as tokens behind the prefix, got ",
-                    describe(targets));
+    TOME_EXPECT(targets.size(0) <= std::max<int64_t>(0, tokens - num_prefix_tokens),
+                "targets: expected at most as many as tokens behind the prefix, got ",
+                describe(targets));
     check_same_device(metric, "metric", targets, "targets");
 }
 
-void check_merge(const Tensor& x, const char* name, int64_t tokens, const OptionalTensor& size,
+void check_plan_tensor(const Tensor& x, const char* name) {
+    TOME_EXPECT(x.dim() == 2 && x.scalar_type() == ScalarType::Int, name,
+                ": expected (B, N) int32, got ", describe(x));
+}
+
+// Of (batch, count, channels), as a plan has them: what does not fit a plan is x's fault, not the
+// plan's. A count below 0 accepts any.
+void check_planned(const Tensor& x, const char* name, int64_t batch, const char* count_name,
+                   int64_t count) {
+    const bool fits = x.size(0) == batch && (count < 0 || x.size(1) == count);
+    TOME_EXPECT(fits, name, ": expected (B, ", count_name, ", C) = (", batch, ", ",
+                count < 0 ? count_name : std::to_string(count), ", C) as in the plan, got ",
+                describe(x));
+}
+
+// Tokens, or with `rows` the rows of a plan, and its tensors.
+void check_merge(const Tensor& x, const char* name, bool rows, const OptionalTensor& size,
                  const Tensor& members, const Tensor& offsets) {
-    STD_TORCH_CHECK(x.dim() == 3, name, ": expected (B, N, C), got ", describe(x));
+    TOME_EXPECT(x.dim() == 3, name, ": expected (B, N, C), got ", describe(x));
     float_dtype(x, name);
-    const int64_t batch = x.size(0);
-    check_table(members, "members", batch, tokens, "N", ScalarType::Int);
-    check_table(offsets, "offsets", batch, -1, "M + 1", ScalarType::Int);
-    STD_TORCH_CHECK(offsets.size(1) > 0, "offsets: expected at least one column, got ",
-                    describe(offsets));
+    check_plan_tensor(members, "members");
+    check_table(offsets, "offsets", members.size(0), -1, "M + 1", ScalarType::Int);
+    TOME_EXPECT(offsets.size(1) > 0, "offsets: expected at least one column, got ",
+                describe(offsets));
+    check_planned(x, name, members.size(0), rows ? "M" : "N",
+                  rows ? offsets.size(1) - 1 : members.size(1));
     check_same_device(x, name, members, "members");
     check_same_device(x, name, offsets, "offsets");
     if (size.has_value()) {
-        check_table(*size, "size", batch, members.size(1), "N", ScalarType::Float);
+        check_table(*size, "size", x.size(0), members.size(1), "N", ScalarType::Float);
         check_same_device(x, name, *size, "size");
     }
 }
 
 // (batch, heads, tokens, dim) twice, alike but for the number of tokens.
 void check_heads(const Tensor& q, const char* q_name, const Tensor& k, const char* k_name) {
-    STD_TORCH_CHECK(q.dim() == 4, q_name, ": expected (B, H, M, D), got ", describe(q));
+    TOME_EXPECT(q.dim() == 4, q_name, ": expected (B, H, M, D), got ", describe(q));
     float_dtype(q, q_name);
     const bool fits = k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
                       k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type();
-    STD_TORCH_CHECK(fits, k_name, ": expected (B, H, N, D) = (", q.size(0), ", ", q.size(1),
-                    ", N, ", q.size(3), ") ", dtype_name(q.scalar_type()), " as ", q_name,
-                    " is, got ", describe(k));
+    TOME_EXPECT(fits, k_name, ": expected (B, H, N, D) = (", q.size(0), ", ", q.size(1), ", N, ",
+                q.size(3), ") ", dtype_name(q.scalar_type()), " as ", q_name, " is, got ",
+                describe(k));
     check_same_device(q, q_name, k, k_name);
 }
 
@@ -56,8 +73,8 @@ void check_channels(const OptionalTensor& v, const char* name, const Tensor& x) 
     if (!v.has_value()) return;
     const bool fits =
         v->dim() == 1 && v->size(0) == x.size(2) && v->scalar_type() == x.scalar_type();
-    STD_TORCH_CHECK(fits, name, ": expected (C = ", x.size(2), ",) ", dtype_name(x.scalar_type()),
-                    " as x is, got ", describe(*v));
+    TOME_EXPECT(fits, name, ": expected (C = ", x.size(2), ",) ", dtype_name(x.scalar_type()),
+                " as x is, got ", describe(*v));
     check_same_device(x, "x", *v, name);
 }
 
@@ -123,15 +140,15 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 
 void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
                      OptionalTensor given_weight, OptionalTensor given_targets) {
-    STD_TORCH_CHECK(given.dim() == 3 || given.dim() == 4,
-                    "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
+    TOME_EXPECT(given.dim() == 3 || given.dim() == 4,
+                "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
     params.dtype = float_dtype(given, "metric");
     const bool has_heads = given.dim() == 4;
     const int64_t n = given.dim() - 2;
-    STD_TORCH_CHECK(!has_heads || given.size(1) > 0, "metric: expected at least one head, got ",
-                    describe(given));
-    STD_TORCH_CHECK(given.size(n) <= INT32_MAX, "metric: expected at most 2^31 - 1 tokens, got ",
-                    describe(given));
+    TOME_EXPECT(!has_heads || given.size(1) > 0, "metric: expected at least one head, got ",
+                describe(given));
+    TOME_EXPECT(given.size(n) <= INT32_MAX, "metric: expected at most 2^31 - 1 tokens, got ",
+                describe(given));
     check_prefix(num_prefix_tokens);
     if (given_weight.has_value()) {
         check_table(*given_weight, "weight", given.size(0), given.size(n), "N", ScalarType::Float);
@@ -150,7 +167,7 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     params.stride_head = has_heads ? metric.stride(1) : 0;
     params.stride_token = metric.stride(n);
     params.r = r;
-    params.num_prefix_tokens = num_prefix_tokens;
+    params.num_prefix_tokens = std::min(num_prefix_tokens, params.tokens);
     params.weight = optional_data<float>(weight);
     params.targets = optional_data<int32_t>(targets);
     params.num_targets = targets.has_value() ? targets->size(0) : 0;
@@ -161,12 +178,12 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
 }
 
 void SelectCall::take(Tensor given, int64_t keep, int64_t num_prefix_tokens, bool fuse) {
-    STD_TORCH_CHECK(given.dim() == 2 && (given.scalar_type() == ScalarType::Float ||
-                                         given.scalar_type() == ScalarType::Double),
-                    "scores: expected (B, N) float32 or float64, got ", describe(given));
-    STD_TORCH_CHECK(given.size(1) < INT32_MAX, "scores: expected fewer than 2^31 - 1 tokens, got ",
-                    describe(given));
-    STD_TORCH_CHECK(keep >= 0, "keep: expected a number >= 0, got ", keep);
+    TOME_EXPECT(given.dim() == 2 && (given.scalar_type() == ScalarType::Float ||
+                                     given.scalar_type() == ScalarType::Double),
+                "scores: expected (B, N) float32 or float64, got ", describe(given));
+    TOME_EXPECT(given.size(1) < INT32_MAX, "scores: expected fewer than 2^31 - 1 tokens, got ",
+                describe(given));
+    TOME_EXPECT(keep >= 0, "keep: expected a number >= 0, got ", keep);
     check_prefix(num_prefix_tokens);
     scores = with_contiguous_last_dim(given);
     params.scores = scores.const_data_ptr();
@@ -175,17 +192,16 @@ void SelectCall::take(Tensor given, int64_t keep, int64_t num_prefix_tokens, boo
     params.tokens = scores.size(1);
     params.stride_batch = scores.stride(0);
     params.keep = keep;
-    params.num_prefix_tokens = num_prefix_tokens;
+    params.num_prefix_tokens = std::min(num_prefix_tokens, params.tokens);
     params.fuse = fuse;
     const int64_t rows = select_rows(params.tokens, keep, num_prefix_tokens, fuse);
     allocate_plan(*this, scores, rows);
 }
 
 void PlanCall::take(Tensor given, int64_t num_rows) {
-    STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Int,
-                    "assign: expected (B, N) int32, got ", describe(given));
-    STD_TORCH_CHECK(num_rows >= 0 && num_rows < INT32_MAX,
-                    "num_rows: expected a number >= 0 and < 2^31 - 1, got ", num_rows);
+    check_plan_tensor(given, "assign");
+    TOME_EXPECT(num_rows >= 0 && num_rows < INT32_MAX,
+                "num_rows: expected a number >= 0 and < 2^31 - 1, got ", num_rows);
     assign = as_contiguous(given);
     params.batch = assign.size(0);
     params.tokens = assign.size(1);
@@ -199,8 +215,7 @@ void PlanCall::take(Tensor given, int64_t num_rows) {
 
 void MergeCall::take(Tensor given, OptionalTensor given_size, Tensor given_members,
                      Tensor given_offsets, std::string reduce) {
-    check_merge(given, "x", given.dim() == 3 ? given.size(1) : 0, given_size, given_members,
-                given_offsets);
+    check_merge(given, "x", false, given_size, given_members, given_offsets);
     params.reduce = parse_reduce(reduce);
     x = with_contiguous_last_dim(given);
     members = as_contiguous(given_members);
@@ -226,13 +241,12 @@ void MergeCall::take(Tensor given, OptionalTensor given_size, Tensor given_membe
 void MergeAddNormCall::take(Tensor given_x, Tensor given_branch, OptionalTensor given_size,
                             Tensor given_members, Tensor given_offsets, OptionalTensor given_scale,
                             OptionalTensor given_weight, OptionalTensor given_bias, double eps) {
-    check_merge(given_x, "x", given_x.dim() == 3 ? given_x.size(1) : 0, given_size, given_members,
-                given_offsets);
+    check_merge(given_x, "x", false, given_size, given_members, given_offsets);
     check_same_as(given_branch, "branch", given_x, "x");
     check_channels(given_scale, "scale", given_x);
     check_channels(given_weight, "weight", given_x);
     check_channels(given_bias, "bias", given_x);
-    STD_TORCH_CHECK(eps >= 0, "eps: expected a number >= 0, got ", eps);
+    TOME_EXPECT(eps >= 0, "eps: expected a number >= 0, got ", eps);
     x = with_contiguous_last_dim(given_x);
     branch = with_contiguous_last_dim(given_branch);
     members = as_contiguous(given_members);
@@ -269,13 +283,10 @@ void MergeAddNormCall::take(Tensor given_x, Tensor given_branch, OptionalTensor 
 
 void MergeBackwardCall::take(Tensor given, OptionalTensor given_size, Tensor given_members,
                              Tensor given_offsets, std::string reduce) {
-    check_merge(given, "grad", -1, given_size, given_members, given_offsets);
-    STD_TORCH_CHECK(given.size(1) == given_offsets.size(1) - 1,
-                    "grad: expected (B, M = ", given_offsets.size(1) - 1, ", C), got ",
-                    describe(given));
+    check_merge(given, "grad", true, given_size, given_members, given_offsets);
     params.reduce = parse_reduce(reduce);
-    STD_TORCH_CHECK(params.reduce != Reduce::kAmax,
-                    "reduce: expected 'mean' or 'sum' in merge_backward, got 'amax'");
+    TOME_EXPECT(params.reduce != Reduce::kAmax,
+                "reduce: expected 'mean' or 'sum' in merge_backward, got 'amax'");
     grad = with_contiguous_last_dim(given);
     members = as_contiguous(given_members);
     offsets = as_contiguous(given_offsets);
@@ -296,9 +307,10 @@ void MergeBackwardCall::take(Tensor given, OptionalTensor given_size, Tensor giv
 }
 
 void UnmergeCall::take(Tensor given, Tensor given_assign) {
-    STD_TORCH_CHECK(given.dim() == 3, "x: expected (B, M, C), got ", describe(given));
+    TOME_EXPECT(given.dim() == 3, "x: expected (B, M, C), got ", describe(given));
     float_dtype(given, "x");
-    check_table(given_assign, "assign", given.size(0), -1, "N", ScalarType::Int);
+    check_plan_tensor(given_assign, "assign");
+    check_planned(given, "x", given_assign.size(0), "M", -1);
     check_same_device(given, "x", given_assign, "assign");
     x = with_contiguous_last_dim(given);
     assign = as_contiguous(given_assign);
@@ -319,9 +331,9 @@ AttentionInputs AttentionTensors::take(const Tensor& given_q, const Tensor& give
                                        const Tensor& given_v, const OptionalTensor& given_size,
                                        std::optional<double> scale) {
     check_heads(given_q, "q", given_k, "k");
-    STD_TORCH_CHECK(same_shape(given_k, given_v) && given_v.scalar_type() == given_k.scalar_type(),
-                    "v: expected the shape and dtype of k, ", describe(given_k), ", got ",
-                    describe(given_v));
+    TOME_EXPECT(same_shape(given_k, given_v) && given_v.scalar_type() == given_k.scalar_type(),
+                "v: expected the shape and dtype of k, ", describe(given_k), ", got ",
+                describe(given_v));
     check_same_device(given_q, "q", given_v, "v");
     check_key_sizes(given_k, given_size);
     q = with_contiguous_last_dim(given_q);
@@ -364,11 +376,11 @@ void AttentionBackwardCall::take(Tensor given_grad, Tensor q, Tensor k, Tensor v
     check_same_as(given_grad, "grad", q, "q");
     check_same_as(given_out, "out", q, "q");
     const ScalarType dtype = accumulate_dtype(q);
-    STD_TORCH_CHECK(given_lse.dim() == 3 && given_lse.size(0) == q.size(0) &&
-                        given_lse.size(1) == q.size(1) && given_lse.size(2) == q.size(2) &&
-                        given_lse.scalar_type() == dtype,
-                    "lse: expected (B, H, M) = (", q.size(0), ", ", q.size(1), ", ", q.size(2),
-                    ") ", dtype_name(dtype), ", got ", describe(given_lse));
+    TOME_EXPECT(given_lse.dim() == 3 && given_lse.size(0) == q.size(0) &&
+                    given_lse.size(1) == q.size(1) && given_lse.size(2) == q.size(2) &&
+                    given_lse.scalar_type() == dtype,
+                "lse: expected (B, H, M) = (", q.size(0), ", ", q.size(1), ", ", q.size(2), ") ",
+                dtype_name(dtype), ", got ", describe(given_lse));
     check_same_device(q, "q", given_lse, "lse");
     grad = with_contiguous_last_dim(given_grad);
     out = as_heads(given_out);
@@ -388,8 +400,8 @@ void AttentionBackwardCall::take(Tensor given_grad, Tensor q, Tensor k, Tensor v
 void ClsAttentionCall::take(Tensor given_q, Tensor given_k, OptionalTensor given_size,
                             std::optional<double> scale) {
     check_heads(given_q, "q", given_k, "k");
-    STD_TORCH_CHECK(given_q.size(1) > 0 && given_q.size(2) > 0,
-                    "q: expected at least one head and one token, got ", describe(given_q));
+    TOME_EXPECT(given_q.size(1) > 0 && given_q.size(2) > 0,
+                "q: expected at least one head and one token, got ", describe(given_q));
     check_key_sizes(given_k, given_size);
     q = with_contiguous_last_dim(given_q);
     k = with_contiguous_last_dim(given_k);

@@ -36,19 +36,19 @@ std::string shape_of(const Tensor& x) {
 }  // namespace
 
 void check_same_device(const Tensor& x, const char* x_name, const Tensor& y, const char* y_name) {
-    STD_TORCH_CHECK(x.device() == y.device(), x_name, " and ", y_name,
-                    ": expected one device, got ", x_name, " on ", x.is_cuda() ? "cuda" : "cpu",
-                    " and ", y_name, " on ", y.is_cuda() ? "cuda" : "cpu");
+    TOME_EXPECT(x.device() == y.device(), x_name, " and ", y_name, ": expected one device, got ",
+                x_name, " on ", x.is_cuda() ? "cuda" : "cpu", " and ", y_name, " on ",
+                y.is_cuda() ? "cuda" : "cpu");
 }
 
 void check_table(const Tensor& x, const char* name, int64_t batch, int64_t columns,
                  const char* columns_name, ScalarType dtype) {
     const bool fits = x.dim() == 2 && x.scalar_type() == dtype && x.size(0) == batch &&
                       (columns < 0 || x.size(1) == columns);
-    STD_TORCH_CHECK(fits, name, ": expected (", batch, ", ",
-                    columns < 0 ? std::string(columns_name)
-                                : std::string(columns_name) + " = " + std::to_string(columns),
-                    ") ", dtype_name(dtype), ", got ", describe(x));
+    TOME_EXPECT(fits, name, ": expected (", batch, ", ",
+                columns < 0 ? std::string(columns_name)
+                            : std::string(columns_name) + " = " + std::to_string(columns),
+                ") ", dtype_name(dtype), ", got ", describe(x));
 }
 
 bool same_shape(const Tensor& x, const Tensor& y) {
@@ -74,8 +74,7 @@ DType float_dtype(const Tensor& x, const char* name) {
         default:
             break;
     }
-    STD_TORCH_CHECK(false, name, ": expected float32, float16, bfloat16 or float64, got ",
-                    describe(x));
+    TOME_EXPECT(false, name, ": expected float32, float16, bfloat16 or float64, got ", describe(x));
 }
 
 ScalarType accumulate_dtype(const Tensor& x) {
@@ -86,7 +85,7 @@ Reduce parse_reduce(const std::string& reduce) {
     if (reduce == "mean") return Reduce::kMean;
     if (reduce == "sum") return Reduce::kSum;
     if (reduce == "amax") return Reduce::kAmax;
-    STD_TORCH_CHECK(false, "reduce: expected 'mean', 'sum' or 'amax', got '", reduce, "'");
+    TOME_EXPECT(false, "reduce: expected 'mean', 'sum' or 'amax', got '", reduce, "'");
 }
 
 Tensor with_contiguous_last_dim(const Tensor& x) {
@@ -95,9 +94,9 @@ Tensor with_contiguous_last_dim(const Tensor& x) {
 }
 
 void check_same_as(const Tensor& x, const char* name, const Tensor& of, const char* of_name) {
-    STD_TORCH_CHECK(same_shape(x, of) && x.scalar_type() == of.scalar_type(), name,
-                    ": expected the shape and dtype of ", of_name, ", ", describe(of), ", got ",
-                    describe(x));
+    TOME_EXPECT(same_shape(x, of) && x.scalar_type() == of.scalar_type(), name,
+                ": expected the shape and dtype of ", of_name, ", ", describe(of), ", got ",
+                describe(x));
     check_same_device(of, of_name, x, name);
 }
 

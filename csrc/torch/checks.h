@@ -1,14 +1,30 @@
 // What the checks of arguments are made of: every message says what was expected and what came.
-// Raised as RuntimeError in Python, where tome_ext/reference.py has the same checks.
+// Raised as ValueError in Python, where tome_ext/reference.py has the same checks.
 #pragma once
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "stable.h"
 #include "tome_core/merge.h"
 #include "tome_core/types.h"
 
+// The message is put together only when it is needed. Python makes ValueError of
+// std::invalid_argument and RuntimeError of std::runtime_error; STD_TORCH_CHECK would give the
+// latter for everything, and add a file and line of ours.
+#define TOME_EXPECT(condition, ...) \
+    if (!(condition)) throw std::invalid_argument(::tome::torch_layer::text_of(__VA_ARGS__))
+#define TOME_REFUSE(...) throw std::runtime_error(::tome::torch_layer::text_of(__VA_ARGS__))
+
 namespace tome::torch_layer {
+
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+    std::ostringstream text;
+    (text << ... << parts);
+    return text.str();
+}
 
 const char* dtype_name(ScalarType dtype);
 

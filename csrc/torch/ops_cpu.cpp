@@ -1,6 +1,7 @@
 // The operators on the CPU: tome_core on torch's own threads.
 
 #include "calls.h"
+#include "checks.h"
 #include "stable.h"
 #include "tome_core/tome_core.h"
 
@@ -20,27 +21,23 @@ void check_status(const Status& status, const char* op, int64_t tokens, int64_t 
         case Status::kOk:
             return;
         case Status::kAssignOutOfRange:
-            STD_TORCH_CHECK(false, op, ": expected assign entries from -1 to M - 1 = ", rows - 1,
-                            ", got assign[", status.batch, ", ", status.index,
-                            "] = ", status.value);
+            TOME_REFUSE(op, ": expected assign entries from -1 to M - 1 = ", rows - 1,
+                        ", got assign[", status.batch, ", ", status.index, "] = ", status.value);
         case Status::kMemberOutOfRange:
-            STD_TORCH_CHECK(false, op, ": expected members entries from 0 to N - 1 = ", tokens - 1,
-                            ", got members[", status.batch, ", ", status.index,
-                            "] = ", status.value);
+            TOME_REFUSE(op, ": expected members entries from 0 to N - 1 = ", tokens - 1,
+                        ", got members[", status.batch, ", ", status.index, "] = ", status.value);
         case Status::kMemberRepeated:
-            STD_TORCH_CHECK(false, op, ": expected every token once in members, got token ",
-                            status.value, " again at members[", status.batch, ", ", status.index,
-                            "]");
+            TOME_REFUSE(op, ": expected every token once in members, got token ", status.value,
+                        " again at members[", status.batch, ", ", status.index, "]");
         case Status::kOffsetsNotOrdered:
-            STD_TORCH_CHECK(false, op,
-                            ": expected offsets that start at 0, never decrease and end at most "
-                            "at N = ",
-                            tokens, ", got offsets[", status.batch, ", ", status.index,
-                            "] = ", status.value);
+            TOME_REFUSE(op,
+                        ": expected offsets that start at 0, never decrease and end at most "
+                        "at N = ",
+                        tokens, ", got offsets[", status.batch, ", ", status.index,
+                        "] = ", status.value);
         case Status::kTargetsNotOrdered:
-            STD_TORCH_CHECK(
-                false, "targets: expected ascending tokens behind the prefix, below N = ", tokens,
-                ", got targets[", status.index, "] = ", status.value);
+            TOME_REFUSE("targets: expected ascending tokens behind the prefix, below N = ", tokens,
+                        ", got targets[", status.index, "] = ", status.value);
     }
 }
 

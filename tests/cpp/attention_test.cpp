@@ -235,6 +235,35 @@ TEST_P(AttentionTest, NaNStaysInItsRowOrReachesAll) {
     });
 }
 
+// Padding that was never written. Also of all keys of an image, and of whole blocks of keys.
+TEST_P(AttentionTest, WhatHiddenTokensHoldChangesNothing) {
+    const int64_t block = tome::tuning::kMaxBlockKeys;
+    const double values[] = {kNaN, kInf, -kInf};
+    for_each_isa([&] {
+        for (Sizes sizes : {Sizes::kWithZeros, Sizes::kImageHidden, Sizes::kZeros}) {
+            for (const AttentionShape& s :
+                 {AttentionShape{2, 2, 19, 45, 17}, AttentionShape{2, 1, 3, block + 30, 8}}) {
+                SCOPED_TRACE(::testing::PrintToString(s));
+                const Problem clean(GetParam(), s, Layout::kPacked, sizes);
+                Problem spoiled = clean;
+                for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+                    if (clean.size[size_t(i)] != 0) continue;
+                    for (int64_t h = 0; h < s.heads; ++h) {
+                        const int64_t b = i / s.keys, n = i % s.keys;
+                        const double value = values[(n + h) % 3];
+                        spoiled.k.memory.set(clean.k.index(b, h, n, n % s.dim), value);
+                        spoiled.v.memory.set(clean.v.index(b, h, n, (n + 1) % s.dim), value);
+                    }
+                }
+                const Outputs want = run(clean, pool());
+                EXPECT_EQ(run(spoiled, pool()), want);
+                EXPECT_EQ(run_backward(spoiled, want, pool()), run_backward(clean, want, pool()));
+                EXPECT_EQ(run_cls(spoiled, pool()), run_cls(clean, pool()));
+            }
+        }
+    });
+}
+
 TEST_P(AttentionTest, DegenerateShapes) {
     for (int64_t batch : {0, 1}) {
         for (int64_t heads : {0, 2}) {

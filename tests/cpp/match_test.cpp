@@ -490,12 +490,31 @@ TEST_P(MatchTest, AnImageDoesNotDependOnItsBatchOrTheThreads) {
     });
 }
 
+TEST_P(MatchTest, TakesAnyNumbers) {
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    const Shape s{2, 1, 9, 4};
+    const Array x = random_array(GetParam(), 2 * 9 * 4, 1);
+    const std::vector<int32_t> targets{2, 5};
+    Metric m = contiguous(x, s);
+    EXPECT_EQ(run_match(m, kMost, 1, pool()), run_match(m, 4, 1, pool()));
+    for (int64_t prefix : {int64_t{9}, int64_t{10}, kMost - 1, kMost}) {
+        EXPECT_EQ(run_match(m, kMost, prefix, pool()), run_match(m, 0, 0, pool())) << prefix;
+    }
+    m.targets = &targets;
+    EXPECT_EQ(run_match(m, kMost, 1, pool()), run_match(m, 6, 1, pool()));
+    EXPECT_EQ(tome::cut_r(params_of(m, 3, kMost)), 0);
+}
+
 TEST(CutR, FollowsItsRule) {
     static_assert(tome::cut_r(197, 16, 1) == 16);
     static_assert(tome::cut_r(197, 1000, 1) == 98);
     static_assert(tome::cut_r(10, 5, 9) == 0);
     static_assert(tome::cut_r(3, 5, 20) == 0);
     static_assert(tome::cut_r(10, -1, 0) == 0);
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    static_assert(tome::cut_r(197, kMost, 1) == 98);
+    static_assert(tome::cut_r(197, std::numeric_limits<int64_t>::min(), 1) == 0);
+    static_assert(tome::cut_r(10, 3, kMost) == 0);
     EXPECT_EQ(tome::cut_r(0, 1, 0), 0);
 }
 

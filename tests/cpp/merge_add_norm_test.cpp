@@ -42,6 +42,14 @@ TEST_P(MergeAddNormTest, HoldsWithManyRowsPerThread) {
     });
 }
 
+TEST_P(MergeAddNormTest, RowsOfManyMembers) {
+    const MergeAddNormInputs inputs(GetParam(), {1, 9000, 1, 67}, kMergeAddNormKinds[2]);
+    for_each_isa([&] {
+        MergeAddNormOutputs got = run(inputs, pool());
+        expect_merge_add_norm(inputs.params(got));
+    });
+}
+
 TEST_P(MergeAddNormTest, AnImageDoesNotDependOnItsBatch) {
     const MergeAddNormShape shape{4, 61, 33, 70};
     const MergeAddNormInputs inputs(GetParam(), shape, kMergeAddNormKinds[5]);

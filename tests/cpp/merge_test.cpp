@@ -1,7 +1,9 @@
 // merge(), merge_backward() and unmerge(): against double precision sums over plain loops.
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
+#include <thread>
 
 #include "helpers.h"
 
@@ -284,6 +286,44 @@ TEST_P(MergeTest, BackwardIsTheAdjoint) {
     }
 }
 
+// More members than float32 counts: 0.75 times each of 2^24 + 2^12 ones.
+TEST(LongRows, AreSummedInFull) {
+    const int64_t tokens = (int64_t{1} << 24) + (1 << 12);
+    Plan plan{1, tokens, 1, {}, std::vector<int32_t>(size_t(tokens)), {0, int32_t(tokens)}};
+    for (int64_t n = 0; n < tokens; ++n) plan.members[size_t(n)] = int32_t(n);
+    const std::vector<float> size(size_t(tokens), 0.75f);
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        Array x(dtype, tokens);
+        for (int64_t n = 0; n < tokens; ++n) x.set(n, 1.0);
+        for (const float* sizes : {static_cast<const float*>(nullptr), size.data()}) {
+            const double want = double(tokens) * (sizes == nullptr ? 1.0 : 0.75);
+            for (Reduce reduce : {Reduce::kSum, Reduce::kMean}) {
+                const Merged got = run_merge(dtype, contiguous(x, tokens, 1), plan, 1, sizes,
+                                             reduce, Threads::serial());
+                EXPECT_EQ(got.size[0], want);
+                const double value = reduce == Reduce::kMean ? 1.0 : want;
+                EXPECT_NEAR(got.out[0], value, value * roundoff_of(dtype));
+            }
+        }
+    }
+}
+
+// In chains of several thousands, whole and not, in every width of a vector.
+TEST_P(MergeTest, RowsOfManyMembers) {
+    for (int64_t tokens : {4095, 4096, 4097, 9000}) {
+        const Plan plan = plan_of(std::vector<int32_t>(size_t(tokens), 0), 1, tokens, 1);
+        const Array x = random_array(GetParam(), tokens * 67, 4);
+        const std::vector<float> sizes = random_sizes(tokens, 5);
+        for (Reduce reduce : {Reduce::kMean, Reduce::kSum, Reduce::kAmax}) {
+            for_each_isa([&] {
+                const Merged got = run_merge(GetParam(), contiguous(x, tokens, 67), plan, 67,
+                                             sizes.data(), reduce, Threads::serial());
+                expect_merged(x, plan, 67, sizes.data(), reduce, got);
+            });
+        }
+    }
+}
+
 TEST_P(MergeTest, UnmergeCopies) {
     for (int64_t channels : {1, 5, 64, 131}) {
         const Array x = random_array(GetParam(), 4 * 33 * channels, 5);
@@ -400,6 +440,61 @@ TEST(RefusedPlans, SayWhereAndWriteNothing) {
             EXPECT_TRUE(back.out.untouched());
         }
     }
+}
+
+// A thread that writes to a plan's indices, good and wild ones, while others work by them.
+template <class Body>
+void while_rewritten(std::vector<int32_t>& indices, const Body& body) {
+    std::atomic<bool> stop{false};
+    std::thread writer([&] {
+        const std::vector<int32_t> good = indices;
+        const auto write = [&](size_t i, int32_t value) {
+            std::atomic_ref<int32_t>(indices[i]).store(value, std::memory_order_relaxed);
+        };
+        while (!stop) {
+            for (size_t i = 0; i < good.size(); ++i) write(i, INT32_MAX - int32_t(i % 7));
+            for (size_t i = 0; i < good.size(); ++i) write(i, good[i]);
+        }
+    });
+    for (int i = 0; i < 300; ++i) body();
+    stop = true;
+    writer.join();
+}
+
+// Any result may come of it, and no access outside the tensors: what is followed is what was
+// checked.
+TEST(RewrittenPlans, LeadNowhere) {
+    Plan plan = random_plan(3, 400, 300, 2);
+    const Array tokens = random_array(DType::kFloat32, 3 * 400 * 8, 1);
+    const Array rows = random_array(DType::kFloat32, 3 * 300 * 8, 1);
+    const auto merge_and_back = [&] {
+        run_merge(DType::kFloat32, contiguous(tokens, 400, 8), plan, 8, nullptr, Reduce::kMean,
+                  pool());
+        run_backward(DType::kFloat32, contiguous(rows, 300, 8), plan, 8, nullptr, Reduce::kMean,
+                     pool());
+    };
+    while_rewritten(plan.members, merge_and_back);
+    while_rewritten(plan.offsets, merge_and_back);
+    std::vector<int32_t> members(3 * 400), offsets(3 * 301);
+    while_rewritten(plan.assign, [&] {
+        run_unmerge(DType::kFloat32, contiguous(rows, 300, 8), plan, 8, pool());
+        const Status status =
+            tome::plan({plan.assign.data(), 3, 400, 300, members.data(), offsets.data()}, pool());
+        EXPECT_TRUE(status || status.code == Status::kAssignOutOfRange);
+    });
+    std::vector<int32_t> targets{3, 50, 51, 120, 399};
+    std::vector<int32_t> assign(3 * 400);
+    tome::MatchParams p{};
+    p.metric = tokens.data(), p.dtype = DType::kFloat32;
+    p.batch = 3, p.heads = 1, p.tokens = 400, p.dim = 8;
+    p.stride_batch = 400 * 8, p.stride_token = 8;
+    p.r = 300, p.num_prefix_tokens = 1;
+    p.targets = targets.data(), p.num_targets = 5;
+    p.assign = assign.data(), p.members = members.data(), p.offsets = offsets.data();
+    while_rewritten(targets, [&] {
+        const Status status = tome::match(p, pool());
+        EXPECT_TRUE(status || status.code == Status::kTargetsNotOrdered);
+    });
 }
 
 TEST(RefusedPlans, UnmergeSaysWhereAndWritesNothing) {

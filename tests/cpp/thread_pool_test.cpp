@@ -5,6 +5,11 @@
 #include <numeric>
 #include <stdexcept>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 TEST(ThreadPool, CoversEveryIndexOnce) {
@@ -65,5 +70,63 @@ TEST(ThreadPool, PassesExceptionsOnAndLivesOn) {
     threads.parallel_for(100, 1, [&](int64_t begin, int64_t end) { done += end - begin; });
     EXPECT_EQ(done, 100);
 }
+
+#if defined(__unix__) || defined(__APPLE__)
+
+// As the workers of a data loader come about. One that hangs is ended by its alarm, which shows.
+TEST(ThreadPool, RunsLoopsInAForkedProcess) {
+    auto pool = std::make_unique<tome::ThreadPool>(3);
+    const auto sum_to = [&](int64_t total) {
+        std::atomic<int64_t> sum{0};
+        pool->threads().parallel_for(total, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) sum += i;
+        });
+        return sum.load();
+    };
+    EXPECT_EQ(sum_to(100), 4950);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        const bool right = sum_to(100) == 4950;
+        tome::ThreadPool own(2);  // one of its own has threads
+        std::atomic<int64_t> done{0};
+        own.threads().parallel_for(64, 1, [&](int64_t begin, int64_t end) { done += end - begin; });
+        pool.reset();
+        _exit(right && done == 64 ? 0 : 1);
+    }
+    int status = -1;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status));
+    EXPECT_EQ(WEXITSTATUS(status), 0);
+    EXPECT_EQ(sum_to(1000), 499500);
+}
+
+// One thread runs a loop, with the pool's locks, while another forks.
+TEST(ThreadPool, MayBeForkedDuringALoop) {
+    tome::ThreadPool pool(2);
+    std::atomic<bool> begun{false}, go_on{false};
+    std::thread other([&] {
+        pool.threads().parallel_for(2, 1, [&](int64_t, int64_t) {
+            begun = true;
+            while (!go_on) std::this_thread::yield();
+        });
+    });
+    while (!begun) std::this_thread::yield();
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        int64_t done = 0;
+        pool.threads().parallel_for(8, 1, [&](int64_t begin, int64_t end) { done += end - begin; });
+        _exit(done == 8 ? 0 : 1);
+    }
+    go_on = true;
+    other.join();
+    int status = -1;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status));
+    EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+#endif
 
 }  // namespace

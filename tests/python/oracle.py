@@ -148,3 +148,33 @@ def stock_merge(
         return out
     total = weight.new_zeros(x.shape[0], num_rows, 1).scatter_add(1, index[..., :1], weight)
     return out / total
+
+
+def differentiable_merge(x, size, assign, rows, reduce="mean"):
+    """:func:`merge_rows` for "mean" and "sum" by products with a matrix, in float64."""
+    of_row = (assign.unsqueeze(1) == torch.arange(rows, device=x.device)[:, None]).double()
+    total = of_row @ size.double().unsqueeze(-1)
+    sums = of_row @ (size.double().unsqueeze(-1) * x.double())
+    if reduce == "sum":
+        return sums, total.squeeze(-1)
+    count = of_row.sum(-1, keepdim=True)
+    even = (of_row @ x.double()) / count.clamp_min(1)
+    none = total == 0
+    return torch.where(none, even, sums / torch.where(none, 1.0, total)), total.squeeze(-1)
+
+
+def assert_same_derivatives(run, exact, inputs, rtol, atol):
+    """The gradients of a loss of both functions' outputs, and those of a loss of the gradients."""
+    first = [torch.randn(out.shape).double() for out in exact(*inputs)]
+    second = [torch.randn(x.shape).double() for x in inputs]
+    found = []
+    for function in (run, exact):
+        live = [x.detach().clone().requires_grad_() for x in inputs]
+        outputs = function(*live)
+        loss = sum((out.double().square() * w).sum() for out, w in zip(outputs, first, strict=True))
+        grads = torch.autograd.grad(loss, live, create_graph=True)
+        again = sum((g.double().square() * w).sum() for g, w in zip(grads, second, strict=True))
+        found.append((*grads, *torch.autograd.grad(again, live)))
+    for got, want in zip(*found, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FLOATS, assert_error_within
+from oracle import FLOATS, assert_error_within, assert_same_derivatives
 from torch import Tensor
 
 import tome_ext
@@ -146,6 +146,42 @@ def test_gradients(sized: bool, scale: float | None) -> None:
         size[1] = 0
     assert torch.autograd.gradcheck(lambda q, k: cls_attention(q, k, size, scale), (q, k))
     assert torch.autograd.gradgradcheck(lambda q, k: cls_attention(q, k, size, scale), (q, k))
+
+
+@pytest.mark.parametrize("scale", [None, -0.8])
+def test_learned_sizes_get_their_gradient(scale: float | None) -> None:
+    inputs = (*q_and_k(3, 2, 3, 6, 4, torch.float64), torch.randint(1, 5, (3, 6)).float())
+
+    def exact(q: Tensor, k: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+        weights = ((q[:, :, :1].double() @ k.double().mT) * (scale or 0.5)).exp()
+        weights = weights * size.double()[:, None, None, :]
+        return ((weights / weights.sum(-1, keepdim=True)).mean(1).squeeze(1),)
+
+    assert_same_derivatives(
+        lambda *x: (cls_attention(*x, scale=scale),), exact, inputs, rtol=1e-4, atol=1e-4
+    )
+    inputs[2][:, ::2] = 0
+    size = inputs[2].requires_grad_()
+    (grad,) = torch.autograd.grad(cls_attention(*inputs[:2], size, scale).square().sum(), size)
+    assert grad.isfinite().all()
+    assert not grad[size == 0].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_hidden_keys_hold_changes_nothing(dtype: torch.dtype, bad: float) -> None:
+    q, k = q_and_k(3, 2, 3, 40, 12, dtype)
+    size = torch.randint(0, 3, (3, 40)).float()
+    size[1] = 0
+    spoiled = torch.where((size == 0)[:, None, :, None], torch.tensor(bad, dtype=dtype), k)
+    found = []
+    for keys in (k, spoiled):
+        live = [x.detach().clone().requires_grad_() for x in (q, keys)]
+        out = cls_attention(*live, size)
+        found.append((out, *torch.autograd.grad(out.square().sum(), live)))
+        found[-1] += (reference.cls_attention(q, keys, size),)
+    for clean, got in zip(*found, strict=True):
+        assert torch.equal(clean, got)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

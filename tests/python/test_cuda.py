@@ -523,7 +523,7 @@ def plain():
     assert live.grad.isfinite().all()
     try:
         ops.match(x[0], 12, 1)
-    except RuntimeError as error:
+    except ValueError as error:
         assert "metric: expected" in str(error), error
     else:
         raise AssertionError("no error")
@@ -595,13 +595,23 @@ def test_what_points_outside_is_skipped(value: int) -> None:
 
 @on_gpu
 def test_errors_are_the_cpus() -> None:
-    with pytest.raises(RuntimeError, match="metric: expected"):
+    with pytest.raises(ValueError, match="metric: expected"):
         torch.ops.tome.match(torch.zeros(3, device="cuda"), 1, 0)
     plan = some_plan()
-    with pytest.raises(RuntimeError, match="expected one device"):
+    with pytest.raises(ValueError, match="expected one device"):
         torch.ops.tome.merge(
             torch.zeros(3, 61, 4, device="cuda"), None, plan.members, plan.offsets, "mean"
         )
+
+
+@on_gpu
+def test_more_tokens_than_float32_counts_are_refused() -> None:
+    tokens = 2**24 + 1
+    plan = MergePlan.from_assign(torch.zeros(1, tokens, dtype=torch.int32, device="cuda"), 1)
+    x = torch.ones(1, tokens, 1, device="cuda")
+    with pytest.raises(ValueError, match=r"expected at most 2\^24 .* got 16777217"):
+        plan.merge(x)
+    assert plan.merge(x.double(), reduce="sum")[0].item() == tokens
 
 
 @on_gpu
@@ -750,10 +760,10 @@ def test_nan_is_not_taken_for_hidden_keys(dtype: torch.dtype) -> None:
 @on_gpu
 def test_attention_names_what_its_kernels_do_not_take(capfd: pytest.CaptureFixture[str]) -> None:
     wide = torch.zeros(1, 1, 4, 136, device="cuda")
-    with pytest.raises(RuntimeError, match="at most 128 channels"):
+    with pytest.raises(ValueError, match="at most 128 channels"):
         torch.ops.tome.attention(wide, wide, wide)
     double = torch.zeros(1, 1, 4, 8, device="cuda", dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16 on CUDA"):
+    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16 on CUDA"):
         torch.ops.tome.attention(double, double, double)
     assert capfd.readouterr().err == "", "torch prints errors that pass through its C interface"
     # The public function serves both, through stock attention.

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FLOATS, assert_error_within, merge_rows, stock_merge
+from oracle import (
+    FLOATS,
+    assert_error_within,
+    assert_same_derivatives,
+    differentiable_merge,
+    merge_rows,
+    stock_merge,
+)
 
 import tome_ext
 from tome_ext import MergePlan, reference
@@ -182,7 +192,115 @@ def test_gradients_equal_the_twin(dtype):
     torch.testing.assert_close(*grads)
 
 
-def test_sizes_have_no_gradient():
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_learned_sizes_get_their_gradient(reduce, zeros):
+    """Twice: of x and of sizes, from the rows and from the new sizes."""
+    size = torch.randint(1, 5, (2, 9)).float()
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    for plan in (full_plan(2, 9, 4), random_plan(2, 9, 4, seed=3)):
+        if zeros:  # whole rows, whose mean is even then
+            size = torch.where(plan.assign == 1, 0.0, size)
+        assert_same_derivatives(
+            lambda x, size, p=plan: p.merge(x, size, reduce),
+            lambda x, size, p=plan: differentiable_merge(x, size, p.assign, 4, reduce),
+            (x, size),
+            rtol=1e-4,  # sizes and their gradients are float32
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_only_sizes_may_need_a_gradient(dtype):
+    plan = random_plan(2, 9, 4, seed=3)
+    x = torch.randn(2, 9, 3).to(dtype)
+    x[plan.assign < 0] = float("nan")  # dropped
+    size = torch.rand(2, 9, requires_grad=True)
+    merged, new_size = plan.merge(x, size)
+    (got,) = torch.autograd.grad(merged.sum(), size, retain_graph=True)
+    known = size.detach().clone().requires_grad_()
+    exact, _ = differentiable_merge(x.nan_to_num(), known, plan.assign, 4)
+    (want,) = torch.autograd.grad(exact.sum(), known)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=64 * torch.finfo(dtype).eps + 1e-6)
+    (of_sizes,) = torch.autograd.grad(new_size.sum(), size)
+    assert torch.equal(of_sizes, (plan.assign >= 0).float())
+    _, of_amax = plan.merge(x, size, "amax")
+    assert torch.equal(torch.autograd.grad(of_amax.sum(), size)[0], of_sizes)
+
+
+def test_more_members_than_float32_counts():
+    tokens = 2**24 + 6
+    plan = MergePlan.from_assign(torch.zeros(1, tokens, dtype=torch.int32), 1)
+    ones = torch.ones(1, tokens, 1)
+    for merge in (torch.ops.tome.merge, reference.merge):
+        merged, size = merge(ones, ones[..., 0], plan.members, plan.offsets, "sum")
+        assert merged.item() == size.item() == tokens
+
+
+def test_a_plan_that_is_rewritten_meanwhile_leads_nowhere():
+    """In a process of its own, which an access outside the tensors would end."""
+    program = """
+import threading, torch, tome_ext
+plan = tome_ext.match(torch.randn(2, 400, 8), 150)
+x, rows = torch.randn(2, 400, 8), torch.randn(2, 250, 8)
+good = [t.clone() for t in plan]
+stop = threading.Event()
+def rewrite():
+    while not stop.is_set():
+        for tensor, values in zip(plan, good):
+            tensor.fill_(2**31 - 1)
+            tensor.copy_(values)
+writer = threading.Thread(target=rewrite)
+writer.start()
+done = refused = 0
+for _ in range(2000):
+    for run in (lambda: plan.merge(x), lambda: plan.unmerge(rows),
+                lambda: torch.ops.tome.plan(plan.assign, 250)):
+        try:
+            run()
+            done += 1
+        except RuntimeError as error:
+            assert "expected" in str(error), error
+            refused += 1
+stop.set()
+writer.join()
+print(done + refused)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "6000\n"), run.stderr[-2000:]
+
+
+def test_forked_processes_merge():
+    """As workers of a data loader do, after their parent has used all its threads."""
+    program = """
+import os, torch, tome_ext
+from torch.utils.data import DataLoader, Dataset
+torch.set_num_threads(2)
+x = torch.randn(8, 197, 64)
+def merged():
+    plan = tome_ext.match(x, 60, 1)
+    q = x.unsqueeze(1)
+    return plan.merge(x)[0], tome_ext.proportional_attention(q, q, q, torch.ones(8, 197))
+expected = merged()
+class Merged(Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i): return all(map(torch.equal, merged(), expected))
+loader = DataLoader(Merged(), num_workers=2, multiprocessing_context="fork", timeout=60)
+assert all(bool(right) for right in loader)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # torch's own threads do not live on in a fork
+    os._exit(0 if all(map(torch.equal, merged(), expected)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_given_sizes_have_no_gradient():
     plan = full_plan(1, 6, 3)
     x = torch.randn(1, 6, 2, requires_grad=True)
     merged, size = plan.merge(x, torch.ones(1, 6))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["count_flops", "extra_memory", "live_bytes"]
 
@@ -18,37 +18,11 @@ __all__ = ["count_flops", "extra_memory", "live_bytes"]
 def count_flops(run: Callable[[], object]) -> int:
     """Floating point operations of matrix products, convolutions and attention in a run.
 
-    As ``torch.utils.flop_counter`` counts them (a multiply-add is two), with this package's
-    operators: ``tome::attention`` as ``F.scaled_dot_product_attention``, and in ``tome::match`` the
-    scores, although most of them are never kept; in ``tome::cls_attention`` those of one query.
-    What reads and writes, such as merging, norms and softmax, counts nothing there or here.
+    As ``torch.utils.flop_counter`` counts them, with the formulas of :mod:`tome_ext._flops`.
     """
-    formulas = {
-        # torch has a formula for its attention on the CPU from 2.15 on.
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        torch.ops.tome.attention_forward: _attention_flops,
-        torch.ops.tome.cls_attention: _cls_flops,
-        torch.ops.tome.match: _match_flops,
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
-
-
-def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
-
-
-def _cls_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
-    batch, heads, num_tokens, dim = k
-    return int(2 * batch * heads * num_tokens * dim)
-
-
-def _match_flops(metric: Any, r: int, *args: Any, **kwargs: Any) -> int:
-    if r == 0:
-        return 0
-    batch, num_tokens, dim = metric[0], metric[-2], metric[-1]
-    return int(2 * batch * ((num_tokens + 1) // 2) * (num_tokens // 2) * dim)
 
 
 def extra_memory(run: Callable[[], object], device: torch.device, compiled: bool) -> int | None:

@@ -94,7 +94,7 @@ def auto(
         normalize_fused: of "evit", divide the weights by their sum, so that the fused token is a
             mean. Published models are trained without.
         fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
-            does in training. Costs a pass over the tokens in each block that fuses.
+            does in training.
         restore_tokens: return tokens at their full number, each merged one as often as it counts,
             for whatever reads them as a grid. With methods that prune, dropped tokens are zeros
             then, for pools too.
@@ -118,7 +118,7 @@ def auto(
             it), or a setting is wrong. Nothing is changed.
         ImportError: the library is not installed, or too old.
     """
-    if host is not None and host not in HOSTS:
+    if host is not None and (not isinstance(host, str) or host not in HOSTS):
         raise ValueError(f"host: expected one of {sorted(HOSTS)}, got {host!r}")
     settings = Settings(
         make_method(
@@ -129,9 +129,9 @@ def auto(
         ),
         r,
         keep_rate,
-        bool(trace_source),
-        bool(restore_tokens),
-        bool(inference),
+        trace_source,
+        restore_tokens,
+        inference,
     )
     find = find_tower if host is None else HOSTS[host].find_tower
     return patch_model(model, find, settings)

@@ -22,11 +22,44 @@ namespace tome::TOME_ISA_NAMESPACE {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// bias (padded keys) of one image: log2 of the sizes, -inf behind the last key.
+// bias (padded keys) of one image: log2 of the sizes, -inf behind the last key. Returns whether a
+// size is 0, which hides its key.
 template <class T>
-void fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
-    for (int64_t j = 0; j < keys; ++j) bias[j] = size == nullptr ? T(0) : std::log2(T(size[j]));
-    std::fill(bias + keys, bias + padded, -std::numeric_limits<T>::infinity());
+bool fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
+    constexpr T kHidden = -std::numeric_limits<T>::infinity();
+    bool hides = false;
+    for (int64_t j = 0; j < keys; ++j) {
+        bias[j] = size == nullptr ? T(0) : std::log2(T(size[j]));
+        hides |= bias[j] == kHidden;
+    }
+    std::fill(bias + keys, bias + padded, kHidden);
+    return hides;
+}
+
+// Keys or values (count, dim) as they are packed.
+template <class In>
+struct TokenRows {
+    const In* data;
+    int64_t step;
+};
+
+// Where keys are hidden, a copy in which their rows are zeros: their weights are 0, but 0 times a
+// NaN or an infinity would be NaN in every output.
+//   bias (count)       of these keys
+//   copy (count, dim)  working memory
+template <class In, class T>
+TokenRows<In> without_hidden(TokenRows<In> rows, bool hides, const T* bias, int64_t count,
+                             int64_t dim, In* copy) {
+    if (!hides) return rows;
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(In));
+    for (int64_t j = 0; j < count; ++j) {
+        if (bias[j] == -std::numeric_limits<T>::infinity()) {
+            clear_row(copy + j * dim, bytes);
+        } else {
+            copy_row(copy + j * dim, rows.data + j * rows.step, bytes);
+        }
+    }
+    return {copy, dim};
 }
 
 // Keys [begin, begin + count) of one image and head. Depths are counted in P, which may hold
@@ -171,7 +204,11 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
     P* weights = apart.get();
     if constexpr (kInPlace) weights = scores.get();
 
+    // Keys or values of a block, where some are hidden.
+    const Scratch<In> shown(p.size == nullptr ? 0 : block_keys * p.dim);
+
     int64_t packed = -1, biased = -1;  // which (image, head) and image the buffers hold
+    bool hides = false;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t image_head = item / parts, first_row = item % parts * per_part;
         const int64_t image = image_head / p.heads, head = image_head % p.heads;
@@ -181,16 +218,21 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
         };
         if (biased != image) {
             const float* size = p.size == nullptr ? nullptr : p.size + image * p.keys;
-            fill_bias(size, p.keys, padded_keys, bias.get());
+            hides = fill_bias(size, p.keys, padded_keys, bias.get());
             biased = image;
         }
         // One block even where there are no keys, which writes the zeros.
         for (int64_t key = 0; key == 0 || key < p.keys; key += per_block) {
             const int64_t count = std::min(per_block, p.keys - key);
             if (!one_block || packed != image_head) {
-                pack_columns(at(p.k, p.k_strides, key), p.k_strides.token, count, p.dim,
-                             spare.get(), columns.get());
-                pack_rows(at(p.v, p.v_strides, key), p.v_strides.token, count, p.dim, values.get());
+                const auto shown_rows = [&](const void* x, const HeadStrides& s) {
+                    return without_hidden<In>({at(x, s, key), s.token}, hides, bias.get() + key,
+                                              count, p.dim, shown.get());
+                };
+                const TokenRows<In> k = shown_rows(p.k, p.k_strides);
+                pack_columns(k.data, k.step, count, p.dim, spare.get(), columns.get());
+                const TokenRows<In> v = shown_rows(p.v, p.v_strides);
+                pack_rows(v.data, v.step, count, p.dim, values.get());
                 packed = image_head;
             }
             const KeyBlock<P, T> block{columns.get(), values.get(), bias.get() + key,

@@ -153,8 +153,11 @@ void write_sums(const T* sums, int64_t keys, int64_t padded_dim, int64_t dim, T 
     }
 }
 
+//   hides              whether a key of this image is hidden
+//   shown (keys, dim)  working memory, if so
 template <class In>
 void attention_backward_head(const AttentionBackwardParams& p, int64_t image, int64_t head,
+                             bool hides, In* shown,
                              const BackwardWork<typename Accumulate<In>::Type>& work) {
     using T = typename Accumulate<In>::Type;
     const int64_t keys = p.keys, dim = p.dim;
@@ -167,11 +170,14 @@ void attention_backward_head(const AttentionBackwardParams& p, int64_t image, in
     const int64_t out_step = p.heads * dim;
     const T* lse = static_cast<const T*>(p.lse) + (image * p.heads + head) * p.queries;
 
-    pack_columns(at(p.k, p.k_strides, 0), p.k_strides.token, keys, dim, work.spare.get(),
-                 work.k_columns.get());
-    pack_columns(at(p.v, p.v_strides, 0), p.v_strides.token, keys, dim, work.spare.get(),
-                 work.v_columns.get());
-    pack_rows(at(p.k, p.k_strides, 0), p.k_strides.token, keys, dim, work.k_rows.get());
+    const auto shown_rows = [&](const void* x, const HeadStrides& s) {
+        return without_hidden<In>({at(x, s, 0), s.token}, hides, work.bias.get(), keys, dim, shown);
+    };
+    const TokenRows<In> k = shown_rows(p.k, p.k_strides);
+    pack_columns(k.data, k.step, keys, dim, work.spare.get(), work.k_columns.get());
+    pack_rows(k.data, k.step, keys, dim, work.k_rows.get());
+    const TokenRows<In> v = shown_rows(p.v, p.v_strides);
+    pack_columns(v.data, v.step, keys, dim, work.spare.get(), work.v_columns.get());
     std::fill_n(work.sum_k.get(), keys * work.padded_dim, T(0));
     std::fill_n(work.sum_v.get(), keys * work.padded_dim, T(0));
 
@@ -222,13 +228,15 @@ template <class In>
 void attention_backward_heads_of(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
     using T = typename Accumulate<In>::Type;
     const BackwardWork<T> work(p.keys, p.dim);
+    const Scratch<In> shown(p.size == nullptr ? 0 : p.keys * p.dim);
+    bool hides = false;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / p.heads;
         if (item == begin || item % p.heads == 0) {
-            fill_bias(p.size == nullptr ? nullptr : p.size + image * p.keys, p.keys,
-                      work.padded_keys, work.bias.get());
+            hides = fill_bias(p.size == nullptr ? nullptr : p.size + image * p.keys, p.keys,
+                              work.padded_keys, work.bias.get());
         }
-        attention_backward_head<In>(p, image, item % p.heads, work);
+        attention_backward_head<In>(p, image, item % p.heads, hides, shown.get(), work);
     }
 }
 

@@ -12,6 +12,7 @@ void cls_attention_head_of(const ClsAttentionParams& p, int64_t image, int64_t h
                            typename Accumulate<In>::Type* weights) {
     using T = typename Accumulate<In>::Type;
     using V = typename Vector<T>::Type;
+    using M = typename Vector<T>::Int;
     constexpr int64_t kLanes = Vector<T>::kLanes;
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     const In* k = static_cast<const In*>(p.k) + image * p.k_strides.batch + head * p.k_strides.head;
@@ -31,7 +32,10 @@ void cls_attention_head_of(const ClsAttentionParams& p, int64_t image, int64_t h
                 sums[i] += q * load_channels<T>(k + (j + i) * p.k_strides.token, d, p.dim);
             }
         }
-        const V logit = totals<T>(sums) * factor + load(logits.get() + j);
+        const V bias = load(logits.get() + j);
+        // A hidden key's is its bias, -inf, whatever it holds.
+        const V logit = select<V>(static_cast<M>(bias > broadcast<V>(kNone)),
+                                  totals<T>(sums) * factor + bias, bias);
         store(logits.get() + j, logit);
         for (int64_t i = 0; i < here; ++i) peak = std::max(peak, logits[j + i]);
     }

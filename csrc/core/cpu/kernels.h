@@ -69,6 +69,7 @@ struct Sets {
 };
 
 constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
+    if (prefix > tokens) prefix = tokens;  // or the next positions might overflow
     const int64_t first_a = prefix + prefix % 2;
     const int64_t first_b = prefix + 1 - prefix % 2;
     return {first_a, first_b, tokens > first_a ? (tokens - first_a + 1) / 2 : 0,

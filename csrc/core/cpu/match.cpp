@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "kernels.h"
+#include "plan.h"
 #include "scratch.h"
 #include "tuning.h"
 
@@ -134,7 +135,10 @@ Status check_targets(const MatchParams& p) {
 
 }  // namespace
 
-Status match(const MatchParams& p, const Threads& threads) {
+Status match(const MatchParams& given, const Threads& threads) {
+    MatchParams p = given;
+    const OwnIndices targets(given.targets, given.targets == nullptr ? 0 : given.num_targets);
+    if (given.targets != nullptr) p.targets = targets.get();
     const Sets sets = split_sets(p.tokens, p.num_prefix_tokens);
     Matching m{{sets.first_a, sets.num_a}, {sets.first_b, sets.num_b}, cut_r(p)};
     const Scratch<int32_t> sources(p.targets == nullptr ? 0 : p.tokens);

@@ -1,5 +1,5 @@
-// Entry points of merge, merge_add_norm, merge_backward and unmerge: check the plan, split the rows
-// over threads.
+// Entry points of merge, merge_add_norm, merge_backward and unmerge: copy and check the plan, split
+// the rows over threads.
 
 #include "tome_core/merge.h"
 
@@ -9,9 +9,10 @@
 
 namespace tome {
 
-Status merge(const MergeParams& p, const Threads& threads) {
-    const Status status = check_plan(p.members, p.offsets, p.batch, p.tokens, p.rows);
-    if (!status) return status;
+Status merge(const MergeParams& given, const Threads& threads) {
+    MergeParams p = given;
+    const OwnPlan plan(p);
+    if (!plan.status()) return plan.status();
     const Kernels& kernels = active_kernels();
     const int64_t grain = tuning::rows_per_task(p.channels * element_size(p.dtype));
     threads.parallel_for(p.batch * p.rows, grain,
@@ -19,9 +20,10 @@ Status merge(const MergeParams& p, const Threads& threads) {
     return {};
 }
 
-Status merge_add_norm(const MergeAddNormParams& p, const Threads& threads) {
-    const Status status = check_plan(p.members, p.offsets, p.batch, p.tokens, p.rows);
-    if (!status) return status;
+Status merge_add_norm(const MergeAddNormParams& given, const Threads& threads) {
+    MergeAddNormParams p = given;
+    const OwnPlan plan(p);
+    if (!plan.status()) return plan.status();
     const Kernels& kernels = active_kernels();
     // Two rows are read and two written: twice the bytes of a merge.
     const int64_t grain = tuning::rows_per_task(2 * p.channels * element_size(p.dtype));
@@ -31,9 +33,10 @@ Status merge_add_norm(const MergeAddNormParams& p, const Threads& threads) {
     return {};
 }
 
-Status merge_backward(const MergeBackwardParams& p, const Threads& threads) {
-    const Status status = check_plan(p.members, p.offsets, p.batch, p.tokens, p.rows);
-    if (!status) return status;
+Status merge_backward(const MergeBackwardParams& given, const Threads& threads) {
+    MergeBackwardParams p = given;
+    const OwnPlan plan(p);
+    if (!plan.status()) return plan.status();
     const Kernels& kernels = active_kernels();
     const int64_t row_bytes = p.channels * element_size(p.dtype);
     threads.parallel_for(
@@ -49,7 +52,8 @@ Status merge_backward(const MergeBackwardParams& p, const Threads& threads) {
 }
 
 Status unmerge(const UnmergeParams& p, const Threads& threads) {
-    const Status status = check_assign(p.assign, p.batch, p.tokens, p.rows);
+    const OwnIndices assign(p.assign, p.batch * p.tokens);
+    const Status status = check_assign(assign.get(), p.batch, p.tokens, p.rows);
     if (!status) return status;
     const int64_t element = element_size(p.dtype);
     const int64_t row_bytes = p.channels * element;
@@ -58,7 +62,7 @@ Status unmerge(const UnmergeParams& p, const Threads& threads) {
     threads.parallel_for(
         p.batch * p.tokens, tuning::rows_per_task(row_bytes), [&](int64_t begin, int64_t end) {
             for (int64_t flat = begin; flat < end; ++flat) {
-                const int64_t row = p.assign[flat];
+                const int64_t row = assign[flat];
                 const int64_t b = flat / p.tokens;
                 char* to = out + flat * row_bytes;
                 if (row < 0) {

@@ -10,19 +10,39 @@ namespace tome::TOME_ISA_NAMESPACE {
 // enough to stay in registers.
 constexpr int kUnroll = 4;
 
+// Members of a row that are summed in one chain. A longer row is a sum of such sums: in one chain
+// of float32, 2^24 equal members are as far as a sum ever gets.
+constexpr int64_t kChain = 4096;
+
 // torch.amax's rule: NaN wins, whichever side it is on.
 template <class V>
 TOME_INLINE V maximum(V a, V b) {
     return select<V>((a > b) | (a != a), a, b);
 }
 
+// Calls add(into, m) for members 1 to count - 1, where member 0 is in `sums` already, so that they
+// end up there.
+//   kLong   a sum of chains; else in one
+template <bool kLong, class V, int kCount, class Add>
+TOME_INLINE void add_members(int64_t count, V (&sums)[kCount], const Add& add) {
+    const int64_t end = kLong ? kChain : count;
+    for (int64_t m = 1; m < end; ++m) add(sums, m);
+    for (int64_t begin = end; kLong && begin < count; begin += kChain) {
+        V chain[kCount] = {};
+        const int64_t next = std::min(count, begin + kChain);
+        for (int64_t m = begin; m < next; ++m) add(chain, m);
+        for (int u = 0; u < kCount; ++u) sums[u] += chain[u];
+    }
+}
+
 // out[0, channels) = sum over members of weight[m] * x[m], over `divisor`; or their maximum.
 //   members (count)          tokens
 //   weight  (tokens) float   nullptr: every weight is 1
-template <class In, bool kMaximum>
-void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32_t* members,
-                int64_t count, const float* weight, typename Accumulate<In>::Type divisor,
-                In* out) {
+//   kLong                    of more than kChain members
+template <class In, bool kMaximum, bool kLong>
+void reduce_row_of(const In* x, int64_t stride_token, int64_t channels, const int32_t* members,
+                   int64_t count, const float* weight, typename Accumulate<In>::Type divisor,
+                   In* out) {
     using T = typename Accumulate<In>::Type;
     using V = typename Vector<T>::Type;
     constexpr int64_t kLanes = Vector<T>::kLanes;
@@ -49,28 +69,38 @@ void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32
         V sum[kUnroll];
         const In* row = x + members[0] * stride_token + c;
         for (int u = 0; u < kUnroll; ++u) sum[u] = first(load(row + u * kLanes));
-        for (int64_t m = 1; m < count; ++m) {
+        add_members<kLong>(count, sum, [&](auto& into, int64_t m) TOME_INLINE_LAMBDA {
             row = x + members[m] * stride_token + c;
-            for (int u = 0; u < kUnroll; ++u) sum[u] = combine(sum[u], load(row + u * kLanes), m);
-        }
+            for (int u = 0; u < kUnroll; ++u) into[u] = combine(into[u], load(row + u * kLanes), m);
+        });
         for (int u = 0; u < kUnroll; ++u) store(out + c + u * kLanes, scale(sum[u]));
     }
     for (; c < channels; c += kLanes) {
         const int64_t part = channels - c < kLanes ? channels - c : kLanes;
-        V sum = first(load_part(x + members[0] * stride_token + c, part));
-        for (int64_t m = 1; m < count; ++m) {
-            sum = combine(sum, load_part(x + members[m] * stride_token + c, part), m);
-        }
-        store_part(out + c, scale(sum), part);
+        V sum[1] = {first(load_part(x + members[0] * stride_token + c, part))};
+        add_members<kLong>(count, sum, [&](auto& into, int64_t m) TOME_INLINE_LAMBDA {
+            into[0] = combine(into[0], load_part(x + members[m] * stride_token + c, part), m);
+        });
+        store_part(out + c, scale(sum[0]), part);
     }
 }
 
+template <class In, bool kMaximum>
+void reduce_row(const In* x, int64_t stride_token, int64_t channels, const int32_t* members,
+                int64_t count, const float* weight, typename Accumulate<In>::Type divisor,
+                In* out) {
+    const auto reduce = !kMaximum && count > kChain ? reduce_row_of<In, kMaximum, !kMaximum>
+                                                    : reduce_row_of<In, kMaximum, false>;
+    reduce(x, stride_token, channels, members, count, weight, divisor, out);
+}
+
+// In double: float32 stops counting at 2^24.
 template <class T>
 T total_size(const float* size, const int32_t* members, int64_t count) {
     if (size == nullptr) return T(count);
-    T total = 0;
-    for (int64_t m = 0; m < count; ++m) total += T(size[members[m]]);
-    return total;
+    double total = 0;
+    for (int64_t m = 0; m < count; ++m) total += double{size[members[m]]};
+    return T(total);
 }
 
 template <class In>

@@ -58,7 +58,8 @@ TOME_INLINE auto total_of(const V (&sums)[kUnroll]) {
 
 // out = the weighted mean of x + scale * branch. Returns the sum of what was stored.
 //   kSingle   there is one token, of weight and divisor 1
-template <class In, bool kSingle>
+//   kLong     there are more than kChain
+template <class In, bool kSingle, bool kLong>
 typename Accumulate<In>::Type merge_sums(const AddedTokens<In>& of, int64_t channels, In* out) {
     using T = typename Accumulate<In>::Type;
     using V = typename Vector<T>::Type;
@@ -80,9 +81,9 @@ typename Accumulate<In>::Type merge_sums(const AddedTokens<In>& of, int64_t chan
         for (int u = 0; u < n; ++u) sum[u] = added(0, u);
         if (!kSingle) {
             for (int u = 0; u < n; ++u) sum[u] *= weight(0);
-            for (int64_t m = 1; m < of.count; ++m) {
-                for (int u = 0; u < n; ++u) sum[u] += added(m, u) * weight(m);
-            }
+            add_members<kLong>(of.count, sum, [&](auto& into, int64_t m) TOME_INLINE_LAMBDA {
+                for (int u = 0; u < n; ++u) into[u] += added(m, u) * weight(m);
+            });
             for (int u = 0; u < n; ++u) sum[u] /= divisor;
         }
         for (int u = 0; u < n; ++u) {
@@ -155,9 +156,11 @@ void merge_add_norm_rows_of(const MergeAddNormParams& p, int64_t begin, int64_t 
         if (of.count == 0) {
             clear_row(out, p.channels * static_cast<int64_t>(sizeof(In)));
         } else if (of.count == 1) {
-            sum = merge_sums<In, true>(of, p.channels, out);
+            sum = merge_sums<In, true, false>(of, p.channels, out);
+        } else if (of.count <= kChain) {
+            sum = merge_sums<In, false, false>(of, p.channels, out);
         } else {
-            sum = merge_sums<In, false>(of, p.channels, out);
+            sum = merge_sums<In, false, true>(of, p.channels, out);
         }
 
         const T mean = sum / T(p.channels);

@@ -84,12 +84,13 @@ void plan_image(const int32_t* assign, int64_t tokens, int64_t rows, int32_t* me
 }
 
 Status plan(const PlanParams& p, const Threads& threads) {
-    const Status status = check_assign(p.assign, p.batch, p.tokens, p.rows);
+    const OwnIndices assign(p.assign, p.batch * p.tokens);
+    const Status status = check_assign(assign.get(), p.batch, p.tokens, p.rows);
     if (!status) return status;
     const int64_t grain = tuning::rows_per_task((p.tokens * 2 + p.rows) * 4);
     threads.parallel_for(p.batch, grain, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
-            plan_image(p.assign + b * p.tokens, p.tokens, p.rows, p.members + b * p.tokens,
+            plan_image(assign.get() + b * p.tokens, p.tokens, p.rows, p.members + b * p.tokens,
                        p.offsets + b * (p.rows + 1));
         }
     });

@@ -65,13 +65,23 @@ Outputs plain(const char* name, const Args&... args) {
 
 // What the CPU takes and these kernels do not.
 void check_cuda_dtype(DType dtype, const Tensor& q) {
-    STD_TORCH_CHECK(dtype != DType::kFloat64,
-                    "q: expected float32, float16 or bfloat16 on CUDA, got ", describe(q));
+    TOME_EXPECT(dtype != DType::kFloat64, "q: expected float32, float16 or bfloat16 on CUDA, got ",
+                describe(q));
 }
 void check_cuda_heads(DType dtype, const Tensor& q) {
     check_cuda_dtype(dtype, q);
-    STD_TORCH_CHECK(q.size(3) <= kMaxCudaHeadDim, "q: expected at most ", kMaxCudaHeadDim,
-                    " channels per head on CUDA, got ", describe(q));
+    TOME_EXPECT(q.size(3) <= kMaxCudaHeadDim, "q: expected at most ", kMaxCudaHeadDim,
+                " channels per head on CUDA, got ", describe(q));
+}
+
+// A float32 sum of ones ends at 2^24, and how many members a row has only the device knows.
+template <class P>
+void check_cuda_tokens(const P& params) {
+    constexpr int64_t kMost = int64_t{1} << 24;
+    TOME_EXPECT(params.dtype == DType::kFloat64 || params.tokens <= kMost,
+                "x: expected at most 2^24 = ", kMost,
+                " tokens per image on CUDA, past which float32 sums stop counting, got ",
+                params.tokens, " (float64 takes more)");
 }
 
 // Torch's allocator hands it out again only to work behind this on the same stream.
@@ -85,11 +95,16 @@ cudaError_t start(const MatchCall& call, cudaStream_t stream) {
 }
 cudaError_t start(const SelectCall& call, cudaStream_t s) { return select_cuda(call.params, s); }
 cudaError_t start(const PlanCall& call, cudaStream_t s) { return plan_cuda(call.params, s); }
-cudaError_t start(const MergeCall& call, cudaStream_t s) { return merge_cuda(call.params, s); }
+cudaError_t start(const MergeCall& call, cudaStream_t s) {
+    check_cuda_tokens(call.params);
+    return merge_cuda(call.params, s);
+}
 cudaError_t start(const MergeAddNormCall& call, cudaStream_t s) {
+    check_cuda_tokens(call.params);
     return merge_add_norm_cuda(call.params, s);
 }
 cudaError_t start(const MergeBackwardCall& call, cudaStream_t s) {
+    check_cuda_tokens(call.params);
     return merge_backward_cuda(call.params, s);
 }
 cudaError_t start(const UnmergeCall& call, cudaStream_t s) { return unmerge_cuda(call.params, s); }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...attention import cls_attention
 from ...plan import MergePlan, match, select
+from .refusals import check_bool
 
 __all__ = ["METHODS", "EViT", "Method", "MethodName", "ToMe", "TopK", "make_method"]
 
@@ -208,15 +209,7 @@ class EViT(Method):
         return select(ranks.detach(), amount, prefix, fuse=True)
 
     def averages(self, ranks: Tensor | None) -> bool:
-        return self.normalize_fused and not self._differentiable(ranks)
-
-    def _differentiable(self, ranks: Tensor | None) -> bool:
-        """Whether the weights are for torch to multiply by.
-
-        The operators take float32 weights, and give them no gradient.
-        """
-        wide = ranks is not None and ranks.dtype != torch.float32
-        return wide or self.fused_weight_grad
+        return self.normalize_fused and not _wide(ranks)
 
     def weights(self, ranks: Tensor, plan: MergePlan, size: Tensor | None) -> Tensor | None:
         """1, or the score of a token that becomes part of the last row."""
@@ -227,11 +220,16 @@ class EViT(Method):
     ) -> tuple[Tensor, Tensor | None]:
         weights = self.weights(ranks, plan, size)
         assert weights is not None
-        if self._differentiable(ranks):
+        if _wide(ranks):
             if self.normalize_fused:
                 weights = _normalized(weights, plan)
             return plan.merge(x * weights.unsqueeze(-1), reduce="sum")[0].to(x.dtype), None
         return plan.merge(x, weights, "mean" if self.normalize_fused else "sum")[0], None
+
+
+def _wide(ranks: Tensor | None) -> bool:
+    """Whether the weights are for torch to multiply by: the operators take float32 ones."""
+    return ranks is not None and ranks.dtype != torch.float32
 
 
 def _normalized(weights: Tensor, plan: MergePlan) -> Tensor:
@@ -250,13 +248,15 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (ToMe, EVi
 
 
 def make_method(name: str, **settings: object) -> Method:
-    """The method of that name, with those of the settings that are its own; as bools.
+    """The method of that name, with those of the settings that are its own.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or a setting is not a bool, of another method too.
     """
+    for key, value in settings.items():
+        check_bool(value, key)
     if name not in list(METHODS):  # which compares, so that any value may come
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {name!r}")
     method = METHODS[name]
     own = {field.name for field in fields(method)}
-    return method(**{key: bool(value) for key, value in settings.items() if key in own})
+    return method(**{key: value for key, value in settings.items() if key in own})

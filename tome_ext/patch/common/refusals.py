@@ -10,11 +10,18 @@ from .class_swap import has_own_forward
 
 __all__ = [
     "check_blocks",
+    "check_bool",
     "check_classes",
     "check_not_sharded",
     "check_own_methods",
     "class_name",
 ]
+
+
+def check_bool(value: object, name: str) -> None:
+    """Refuse a setting that is not a bool: any text would count as True, "no" too."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r} ({type(value).__name__})")
 
 
 def class_name(module: nn.Module) -> str:

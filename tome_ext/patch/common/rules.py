@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from ..._checks import INT32_MAX
 from ...schedule import KeepRate, Schedule, parse_keep_rate, parse_r
 from .methods import Method, ToMe
+from .refusals import check_bool
 
 __all__ = ["LayerRule", "Rules", "Settings", "make_rules"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given."""
+    """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given.
+
+    Raises:
+        ValueError: one that says yes or no is something else.
+    """
 
     method: Method = field(default_factory=ToMe)
     r: Schedule = 0
@@ -21,6 +27,10 @@ class Settings:
     trace_source: bool = False
     restore_tokens: bool = False
     inference: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("trace_source", "restore_tokens", "inference"):
+            check_bool(getattr(self, name), name)
 
 
 class LayerRule(NamedTuple):
@@ -76,7 +86,8 @@ def make_rules(settings: Settings, num_layers: int, num_prefix_tokens: int) -> R
     """
     schedule = parse_r(num_layers, settings.r)
     if settings.keep_rate is None:
-        layers = tuple(LayerRule(r > 0, r, None) for r in schedule)
+        # More tokens than there can be are as many as an operator takes, which cuts them.
+        layers = tuple(LayerRule(r > 0, min(r, INT32_MAX), None) for r in schedule)
     else:
         if any(schedule):
             raise ValueError(

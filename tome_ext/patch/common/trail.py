@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
 
 from ..._torch import in_backward, record_on_storage, recorded_on_storage
 from ...attention import unsupported
@@ -266,7 +267,13 @@ class Trail:
             known[layer, batch_size, num_tokens] = tokens
         return tokens
 
-    def _first(self, x: Tensor) -> Tokens:
+    def _first(self, x: Any) -> Tokens:
+        if isinstance(x, Proxy):
+            raise TraceError(
+                "a patched model cannot be traced by torch.fx.symbolic_trace: how many tokens "
+                "merge depends on shapes, which it does not know; use torch.export.export or "
+                "torch.compile, or take the patch off with tome_ext.patch.remove(model)"
+            )
         if torch.compiler.is_compiling():
             return self._fresh(0, x.shape[0], x.shape[1], self._rules)
         if in_backward():

@@ -21,7 +21,9 @@ struct AttentionInputs {
     DType dtype;
     int64_t batch, heads, queries, keys, dim;
     HeadStrides q_strides, k_strides, v_strides;
-    const float* size;  // (batch, keys) >= 0, or nullptr for ones; 0 hides a key
+    // (batch, keys) >= 0, or nullptr for ones. 0 hides a key: what it and its value hold, NaN and
+    // infinity too, changes nothing on the CPU; on CUDA its weight is 0, and 0 times NaN is NaN.
+    const float* size;
     double scale;
 };
 

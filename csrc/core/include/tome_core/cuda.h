@@ -31,6 +31,8 @@ cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
 
 cudaError_t select_cuda(const SelectParams& params, cudaStream_t stream);
 
+// Rows are sums in one chain, of float32 unless dtype is float64: such sums stop counting at 2^24
+// members, where those of the CPU go on.
 cudaError_t merge_cuda(const MergeParams& params, cudaStream_t stream);
 cudaError_t merge_add_norm_cuda(const MergeAddNormParams& params, cudaStream_t stream);
 cudaError_t merge_backward_cuda(const MergeBackwardParams& params, cudaStream_t stream);

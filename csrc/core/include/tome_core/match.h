@@ -43,7 +43,8 @@ constexpr int64_t cut_r(int64_t tokens, int64_t r, int64_t num_prefix_tokens) {
 // The same with targets: cut to the tokens that are none.
 constexpr int64_t cut_r(const MatchParams& p) {
     if (p.targets == nullptr) return cut_r(p.tokens, p.r, p.num_prefix_tokens);
-    const int64_t free = p.tokens - p.num_prefix_tokens - p.num_targets;
+    const int64_t behind = p.tokens > p.num_prefix_tokens ? p.tokens - p.num_prefix_tokens : 0;
+    const int64_t free = behind - p.num_targets;
     return p.r <= 0 || p.num_targets == 0 || free <= 0 ? 0 : p.r < free ? p.r : free;
 }
 
