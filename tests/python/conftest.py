@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -68,6 +72,25 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a process of its own, in a folder of its own.
+
+    ``python -c`` imports from the folder it runs in, and a source folder has no library.
+    """
+
+    def run(code: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            **options,
+        )
+
+    return run
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -536,18 +534,11 @@ print("DONE")
 
 @on_gpu
 @pytest.mark.parametrize("case", ["match", "merge_add_norm", "attention", "threads", "plain"])
-def test_in_a_cold_process(case: str, tmp_path: Path) -> None:
+def test_in_a_cold_process(run_python: Any, case: str) -> None:
     env = {**os.environ, "PYTHONWARNINGS": "error:tome_ext runs plain:RuntimeWarning"}
     if case == "plain":
         env["TOME_CUDA_KERNELS"] = "0"
-    run = subprocess.run(
-        [sys.executable, "-c", COLD, case],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = run_python(COLD, case, env=env, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "DONE\n"
 

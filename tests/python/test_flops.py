@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -75,7 +73,7 @@ def test_a_patched_model_counts_what_it_computes(method: str, r: int) -> None:
 
 
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "tome_ext"])
-def test_imports_in_any_order(first: str) -> None:
+def test_imports_in_any_order(run_python: Any, first: str) -> None:
     second = {"tome_ext": "torch.utils.flop_counter"}.get(first, "tome_ext")
     program = f"""
 import sys, {first}
@@ -88,5 +86,5 @@ with FlopCounterMode(display=False) as counter:
     torch.ops.tome.attention(q, q, q)
 print(counter.get_total_flops())
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = run_python(program)
     assert (run.returncode, run.stdout) == (0, "512\n"), run.stderr[-2000:]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,9 +198,7 @@ def test_what_the_cuda_library_falls_back_on(monkeypatch: pytest.MonkeyPatch) ->
         ) == str(getattr(torch.ops.tome, f"_plain_{name}").default._schema)
 
 
-def test_importing_does_not_start_cuda(tmp_path: Path) -> None:
+def test_importing_does_not_start_cuda(run_python: Any) -> None:
     script = "import tome_ext, torch; print(torch.cuda.is_initialized())"
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert run.stdout == "False\n"
+    run = run_python(script)
+    assert run.stdout == "False\n", run.stderr

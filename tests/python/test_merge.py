@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -238,7 +235,7 @@ def test_more_members_than_float32_counts():
         assert merged.item() == size.item() == tokens
 
 
-def test_a_plan_that_is_rewritten_meanwhile_leads_nowhere():
+def test_a_plan_that_is_rewritten_meanwhile_leads_nowhere(run_python):
     """In a process of its own, which an access outside the tensors would end."""
     program = """
 import threading, torch, tome_ext
@@ -267,11 +264,11 @@ stop.set()
 writer.join()
 print(done + refused)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = run_python(program)
     assert (run.returncode, run.stdout) == (0, "6000\n"), run.stderr[-2000:]
 
 
-def test_forked_processes_merge():
+def test_forked_processes_merge(run_python):
     """As workers of a data loader do, after their parent has used all its threads."""
     program = """
 import os, torch, tome_ext
@@ -294,9 +291,7 @@ if child == 0:
     os._exit(0 if all(map(torch.equal, merged(), expected)) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
+    run = run_python(program, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -348,7 +346,7 @@ def test_wrong_r_changes_nothing(r: Any) -> None:
     assert model._tome_info["prop_attn"] is False
 
 
-def test_timm_is_imported_only_when_its_patch_is_called() -> None:
+def test_timm_is_imported_only_when_its_patch_is_called(run_python: Any) -> None:
     code = (
         "import sys; sys.modules['timm'] = None\n"
         "import torch, tome_ext\n"
@@ -356,4 +354,5 @@ def test_timm_is_imported_only_when_its_patch_is_called() -> None:
         "except ImportError as error: assert 'pip install timm' in str(error), error\n"
         "else: raise SystemExit('no error')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = run_python(code)
+    assert run.returncode == 0, run.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -127,13 +126,8 @@ def test_names_it_cannot_be_installed_as(name: Any) -> None:
         tome_ext.install_as(name)
 
 
-def run_alone(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_needs_no_model_library_and_no_pillow_until_they_are_used() -> None:
-    run_alone(
+def test_needs_no_model_library_and_no_pillow_until_they_are_used(run_python: Any) -> None:
+    run = run_python(
         "import sys, tome_ext\n"
         "sys.modules.update(dict.fromkeys(['timm', 'torchvision', 'PIL', 'numpy']))\n"
         "tome_ext.install_as('tome')\n"
@@ -146,10 +140,11 @@ def test_needs_no_model_library_and_no_pillow_until_they_are_used() -> None:
         "    except (ImportError, ValueError) as error: print(error)\n"
         "    else: raise SystemExit('expected an error')\n"
     )
+    assert run.returncode == 0, run.stderr
 
 
-def test_the_package_itself_under_another_name_says_what_to_call() -> None:
-    run_alone(
+def test_the_package_itself_under_another_name_says_what_to_call(run_python: Any) -> None:
+    run = run_python(
         "import sys, tome_ext\n"
         "sys.modules['tome'] = tome_ext\n"
         "import tome\n"
@@ -158,6 +153,7 @@ def test_the_package_itself_under_another_name_says_what_to_call() -> None:
         "    except ImportError as error: assert 'tome_ext.install_as' in str(error), error\n"
         "    else: raise SystemExit(name)\n"
     )
+    assert run.returncode == 0, run.stderr
 
 
 def test_signatures_are_the_published_ones(as_tome: types.ModuleType) -> None:

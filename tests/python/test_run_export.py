@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +102,7 @@ def test_export_leaves_no_trace_in_the_model(strict: bool) -> None:
     assert torch.equal(model(x), logits)
 
 
-def test_a_program_runs_where_only_tome_ext_is_imported(tmp_path: Path) -> None:
+def test_a_program_runs_where_only_tome_ext_is_imported(run_python: Any, tmp_path: Path) -> None:
     x = images(4)
     model = Everything()
     torch.export.save(export(model), tmp_path / "program.pt2")
@@ -115,7 +114,7 @@ def test_a_program_runs_where_only_tome_ext_is_imported(tmp_path: Path) -> None:
         "torch.testing.assert_close(program.module()(x), expected)\n"
         "assert 'timm' not in sys.modules\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    run = run_python(code)
     assert run.returncode == 0, run.stderr
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,22 +125,17 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_operators_without_memory_raise_and_work_again(threads: int) -> None:
+def test_operators_without_memory_raise_and_work_again(run_python: Any, threads: int) -> None:
     """Whichever of its allocations fails: the room grows until the call succeeds."""
     program = LEAVE + "import tome_ext._command\n" + OPERATORS
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(threads)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(program, str(threads), env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) == 10
 
 
 @pytest.mark.parametrize("command", ["bench", "demo", "eval"])
 def test_commands_without_memory_say_so(
-    command: str, pictures: Path, weights: Path, tmp_path: Path
+    run_python: Any, command: str, pictures: Path, weights: Path, tmp_path: Path
 ) -> None:
     options = {
         "bench": ["--batch-size", "1024", "--seconds", "0"],
@@ -147,12 +143,7 @@ def test_commands_without_memory_say_so(
         "eval": [pictures, "--checkpoint", weights, "--workers", "0", "--batch-size", "1024"],
     }[command]
     argv = [command, "--model", "test_vit", "--r", "4", *map(str, options)]
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVE + COMMAND, *argv],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(LEAVE + COMMAND, *argv, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "tome-ext: error: " in done.stderr
     assert "memory" in done.stderr
@@ -179,6 +170,7 @@ def test_a_stopped_command_ends_at_once_and_leaves_no_process(
     with said.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", FROM_A_TERMINAL, *argv],
+            cwd=tmp_path,  # not in the source folder, which would be imported
             env=ENVIRONMENT,
             stdout=file,
             stderr=file,
