@@ -87,11 +87,14 @@ class SlicedCall:
     def plan_so_far(self) -> None:
         """There is no plan: positions are those of as many tokens as there are."""
 
-    def rotary(self, table: Tensor, own: bool = False) -> Tensor:
+    def rotary(
+        self, table: tuple[Tensor, Tensor], own: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         if not self.tokens.reduced:
-            return table
-        table = table[..., : self.num_tokens - self.tokens.rules.num_prefix_tokens, :]
-        return table.unsqueeze(0) if table.dim() == 2 else table
+            return None
+        num_patches = self.num_tokens - self.tokens.rules.num_prefix_tokens
+        first, second = (half[..., :num_patches, :] for half in table)
+        return (first, second) if first.dim() > 2 else (first.unsqueeze(0), second.unsqueeze(0))
 
     def position_ids(self, coordinates: Tensor) -> Tensor | None:
         if not self.tokens.reduced:

@@ -72,31 +72,33 @@ class BlockCall:
         assert tokens.composed is not None
         return MergePlan.from_assign(tokens.composed, tokens.num_tokens)
 
-    def rotary(self, table: Tensor, own: bool = False) -> Tensor:
+    def rotary(
+        self, table: tuple[Tensor, Tensor], own: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """The rotary table of the present tokens.
 
         A merged token's position is the mean over the original tokens it stands for, brought back
         to length 1.
 
         Args:
-            table: (P, D) or (B, P, D) of the original patch tokens, those without the prefix: two
-                halves of D, the cosines and the sines in either order.
+            table: cosines and sines, in either order, of the original patch tokens, those without
+                the prefix: (P, D) or (B, P, D) each.
             own: the table is this layer's own, or learned; else one serves all layers of a forward.
 
         Returns:
-            The table as it came if nothing has merged; else (B, M - prefix, D).
+            The same, (B, M - prefix, D) each; None if nothing has merged.
         """
         prefix = self.tokens.rules.num_prefix_tokens
-        own = own or table.requires_grad
+        own = own or table[0].requires_grad
+        batch = self.tokens.batch_size
         if not self.tokens.reduced:
             if self.reduces and not own:
-                self.tables = (positions.for_all_tokens(table, self.tokens.batch_size, prefix),)
-            return table
+                self.tables = (positions.for_all_tokens(table, batch, prefix),)
+            return None
         if own:
             plan = self.plan_so_far()
             assert plan is not None
-            every = positions.for_all_tokens(table, self.tokens.batch_size, prefix)
-            carried = plan.merge(every)[0]
+            carried = plan.merge(positions.for_all_tokens(table, batch, prefix))[0]
         else:
             if not self.tables:
                 raise RuntimeError(
@@ -104,7 +106,8 @@ class BlockCall:
                     "were not; expected one in every block"
                 )
             carried = self.tables[0]
-        return positions.of_length_1(carried[:, prefix:]).to(table.dtype)
+        first, second = positions.of_length_1(carried[:, prefix:])
+        return first.to(table[0].dtype), second.to(table[0].dtype)
 
     def position_ids(self, coordinates: Tensor) -> Tensor | None:
         """Which original token each present token takes its position from.

@@ -18,8 +18,13 @@ def of_grid(height: int, width: int, prefix: int, device: torch.device) -> Tenso
     return torch.nn.functional.pad(patches, (0, 0, prefix, 0))
 
 
-def for_all_tokens(table: Tensor, batch: int, prefix: int) -> Tensor:
-    """A table (P, D) or (B, P, D) of patch tokens as (B, prefix + P, D), zeros for the prefix."""
+def for_all_tokens(halves: tuple[Tensor, Tensor], batch: int, prefix: int) -> Tensor:
+    """A table of patch tokens in one, (B, prefix + P, 2D), with zeros for the prefix.
+
+    Args:
+        halves: cosines and sines, (P, D) or (B, P, D) each.
+    """
+    table = torch.cat(halves, dim=-1)
     if prefix:
         table = torch.nn.functional.pad(table, (0, 0, prefix, 0))
     return table.expand(batch, -1, -1)
@@ -31,12 +36,16 @@ def for_all_tokens(table: Tensor, batch: int, prefix: int) -> Tensor:
 SHORT = 2.0**-6
 
 
-def of_length_1(table: Tensor) -> Tensor:
-    """The means (B, M, D) of tables, whose halves are (cosines, sines), as rotations again."""
+def of_length_1(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The means (B, M, D) of tables, whose halves are (cosines, sines), as rotations again.
+
+    Returns:
+        Both halves (B, M, D / 2).
+    """
     cos, sin = table.chunk(2, dim=-1)
     # Not torch.linalg.vector_norm, which takes a millisecond for 200 tokens on a CPU.
-    inverse = (cos * cos + sin * sin).clamp_min(SHORT * SHORT).rsqrt()
-    return torch.cat((cos * inverse, sin * inverse), dim=-1)
+    inverse = torch.addcmul(cos * cos, sin, sin).clamp_min(SHORT * SHORT).rsqrt()
+    return cos * inverse, sin * inverse
 
 
 def representatives(plan: MergePlan, coordinates: Tensor) -> Tensor:

@@ -40,11 +40,13 @@ def of_present(call: BlockCall, rope: Tensor, own: bool) -> Tensor:
     if rope.dim() > 2:
         # Heads become channels: all sines, then all cosines.
         table = rope.unflatten(-1, (2, -1)).movedim(-4, -2).flatten(-3)
-    table = call.rotary(table, own)
-    if not call.tokens.reduced:
+    sin, cos = table.chunk(2, dim=-1)
+    halves = call.rotary((sin, cos), own)
+    if halves is None:
         return rope
     heads = 1 if rope.dim() == 2 else rope.shape[-3]
-    return table.unflatten(-1, (2, heads, -1)).movedim(-2, 1).flatten(-2)
+    joined = torch.cat([half.unflatten(-1, (heads, -1)) for half in halves], dim=-1)
+    return joined.transpose(1, 2)
 
 
 class TimmRotaryAttention(SizedAttention):

@@ -198,11 +198,10 @@ class RotaryLayer(Layer):
         kwargs = dict(kwargs)
         if len(args) > 1:  # attention_mask comes first
             kwargs["position_embeddings"], args = args[1], args[:1]
-        table = torch.cat(kwargs["position_embeddings"], dim=-1)
-        carried = call.rotary(table)
-        if carried is not table:
-            cos, sin = carried.unsqueeze(1).chunk(2, dim=-1)
-            kwargs["position_embeddings"] = (cos, sin)
+        carried = call.rotary(kwargs["position_embeddings"])
+        if carried is not None:
+            cos, sin = carried
+            kwargs["position_embeddings"] = (cos.unsqueeze(1), sin.unsqueeze(1))
         return args, kwargs
 
 
