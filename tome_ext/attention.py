@@ -6,9 +6,13 @@ key token. Nothing here knows a model library.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks, ops
 from ._torch import any_autocast, in_transform
@@ -266,7 +270,12 @@ def attend(
     bias = attention_bias(size, attn_mask, q.dtype)
     if k.dim() == v.dim() == 4:
         k, v = without_hidden(k, size), without_hidden(v, size)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    # Of stock attention, only the plain form has derivatives of every kind.
+    transformed = not is_compiling() and in_transform()
+    with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale
+        )
     return out, reason
 
 

@@ -7,6 +7,7 @@ of :func:`tome_ext.match`, :class:`tome_ext.MergePlan`, :func:`tome_ext.proporti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -490,7 +491,7 @@ def _register() -> None:
     torch.library.impl("tome::attention", "CompositeImplicitAutograd", attention)
     _onnx.register()
     _flops.register()
-    register_autograd = torch.library.register_autograd
+    register_autograd = functools.partial(torch.library.register_autograd, lib=_derivatives)
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)
     register_autograd(
         "tome::merge_add_norm", _merge_add_norm_backward, setup_context=_merge_add_norm_setup
@@ -512,6 +513,23 @@ def _register() -> None:
     )
 
 
+class _Derivatives(torch.library.Library):
+    """Registers autograd kernels that are the twin where torch's cannot follow: see _operator.
+
+    A kernel made by torch would leave tangents out, without a word.
+    """
+
+    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:  # type: ignore[override]
+        plain = twin(op_name)
+
+        def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if in_transform() and not is_compiling():
+                return plain(*args, **kwargs)
+            return fn(keyset, *args, **kwargs)
+
+        super().impl(op_name, call, dispatch_key, **options)
+
+
 if __name__.rpartition(".")[0] != _library.__name__.rpartition(".")[0]:
     # sys.modules["tome"] = tome_ext: every operator would be registered once more.
     raise ImportError(
@@ -519,4 +537,5 @@ if __name__.rpartition(".")[0] != _library.__name__.rpartition(".")[0]:
         'cannot be imported; expected tome_ext.install_as("tome")'
     )
 if _library.load_error is None:
+    _derivatives = _Derivatives("tome", "FRAGMENT")  # what it has registered lives as long as it
     _register()

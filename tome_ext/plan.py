@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import INT32_MAX
+from .schedule import as_integer
 
 __all__ = ["MergePlan", "compose", "match", "select"]
 
@@ -181,9 +181,7 @@ def compose(first: Tensor, then: Tensor) -> Tensor:
 def _count(value: Any, name: str) -> Any:
     """An integer as the operators take it: cut to what numbers of tokens can be."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-            raise ValueError(f"{name}: expected an integer, got {ops.describe(value)}")
-        value = operator.index(value)
+        value = as_integer(value, name)
     if -INT32_MAX <= value <= INT32_MAX:
         return value
     return INT32_MAX if value > 0 else -INT32_MAX

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import torch
-
 __all__ = ["KeepRate", "Schedule", "as_integer", "parse_keep_rate", "parse_r"]
 
 # What ``r`` may be: one number, (number, inflection), or a list with one number per layer.
@@ -120,7 +118,9 @@ def as_integer(value: Any, name: str, expected: str = "an integer") -> int:
     """
     if type(value) is int:
         return value
-    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+    dtype = str(getattr(value, "dtype", None))
+    # Bools of older versions of NumPy and torch count as integers otherwise.
+    if not isinstance(value, bool) and dtype not in ("bool", "torch.bool"):
         try:
             return operator.index(value)
         except TypeError:

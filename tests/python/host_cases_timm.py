@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -152,7 +153,11 @@ EVA = [
         use_pre_transformer_norm=True,
         rope_grid_indexing="xy",
     ),
-    _eva("EVA, grouped queries", attn_type="rope", qkv_fused=False, num_kv_heads=1, qk_norm=True),
+    *(
+        _eva("EVA, grouped queries", attn_type="rope", qkv_fused=False, qk_norm=True, **grouped)
+        for grouped in [{"num_kv_heads": 1}]
+        if grouped.keys() <= inspect.signature(eva.Eva).parameters.keys()  # younger than the oldest
+    ),
     _eva(
         "RoPE mixed, no class token",
         class_token=False,

@@ -271,7 +271,7 @@ def test_shapes_and_dtypes_under_fake_tensors():
 
 
 def test_compiles():
-    x, branch, scale, weight, bias = (t.requires_grad_() for t in inputs(2, 21, 16, torch.float32))
+    x, branch, scale, weight, bias = (t.requires_grad_() for t in inputs(2, 21, 16, torch.float64))
 
     def block(x, branch):
         plan = tome_ext.match(x.detach(), 5, 1)

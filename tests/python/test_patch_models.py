@@ -275,10 +275,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "CrossVit",
     ),
-    "DiffParallelScalingBlock": (
-        with_blocks(vision_transformer.DiffParallelScalingBlock),
-        "DiffParallelScalingBlock as block 0",
-    ),
+    **{
+        name: (with_blocks(getattr(vision_transformer, name)), f"{name} as block 0")
+        for name in ["DiffParallelScalingBlock"]
+        if hasattr(vision_transformer, name)  # younger than the oldest timm
+    },
     "parallel attentions of another class": (
         replaced_parallel_attention,
         "ParallelThingsBlock as block 1 with DiffAttention",

@@ -35,6 +35,16 @@ class Swapped:
         return _rebuild, (self._tome_mixin, self._tome_base), state
 
 
+def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``type(module)(...)`` makes is a module of the class as it was, without a patch.
+
+    Without arguments it is an empty one to be filled, as copies are made.
+    """
+    if args or kwargs:
+        return cls._tome_base(*args, **kwargs)
+    return nn.Module.__new__(cls)
+
+
 def _swapped_class(mixin: type, base: type) -> type:
     made = _classes.get((mixin, base))
     if made is None:
@@ -47,6 +57,7 @@ def _swapped_class(mixin: type, base: type) -> type:
                 "__doc__": base.__doc__,
                 "_tome_mixin": mixin,
                 "_tome_base": base,
+                "__new__": _new,
             },
         )
         _classes[mixin, base] = made

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .methods import ToMe
+from .refusals import check_bool
 from .rules import make_rules
 from .trail import Trail
 
@@ -66,7 +67,8 @@ class PublishedInfo(MutableMapping[str, Any]):
         if key == "r":
             change_settings(self._trail, r=value, keep_rate=None)
         elif key == "trace_source":
-            change_settings(self._trail, trace_source=bool(value))
+            check_bool(value, "_tome_info['trace_source']")
+            change_settings(self._trail, trace_source=value)
         elif key == "prop_attn":
             method = self._trail.rules.method
             if not isinstance(method, ToMe):
@@ -74,7 +76,8 @@ class PublishedInfo(MutableMapping[str, Any]):
                     f"_tome_info['prop_attn']: {method.name!r} has no sizes to attend by; expected "
                     "a model that was patched with method='tome'"
                 )
-            change_settings(self._trail, method=replace(method, prop_attn=bool(value)))
+            check_bool(value, "_tome_info['prop_attn']")
+            change_settings(self._trail, method=replace(method, prop_attn=value))
         elif key in ("size", "source"):
             if value is not None:
                 raise ValueError(
