@@ -89,6 +89,38 @@ inline std::vector<float> random_sizes(const AttentionShape& s, Sizes kind, unsi
     return out;
 }
 
+// Fills the keys and values of size 0 with NaN and infinities, as padding that was never written
+// may hold.
+template <class Case>
+void spoil_hidden(Case& x) {
+    const double values[] = {kNaN, kInf, -kInf};
+    const AttentionShape& s = x.shape;
+    for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+        if (x.size[size_t(i)] != 0) continue;
+        for (int64_t h = 0; h < s.heads; ++h) {
+            const int64_t b = i / s.keys, n = i % s.keys;
+            for (int64_t d = 0; d < s.dim; ++d) {
+                x.k.memory.set(x.k.index(b, h, n, d), values[(n + h) % 3]);
+                x.v.memory.set(x.v.index(b, h, n, d), values[(n + h + 1) % 3]);
+            }
+        }
+    }
+}
+
+// Sizes by image, in turn: one key in three hidden and, where there are more than 160, the first
+// 130; all hidden; the last key only.
+inline std::vector<float> sizes_to_spoil(const AttentionShape& s) {
+    std::vector<float> out;
+    for (int64_t b = 0; b < s.batch; ++b) {
+        for (int64_t n = 0; n < s.keys; ++n) {
+            const bool of_first = n % 3 == 1 || (s.keys > 160 && n < 130);
+            const bool hidden = b % 3 == 0 ? of_first : b % 3 == 1 || n == s.keys - 1;
+            out.push_back(hidden ? 0.0f : 1.0f + float(n % 4));
+        }
+    }
+    return out;
+}
+
 // The params of a test's case, which has a dtype, a shape, q, k, v, sizes (empty: none) and a
 // scale.
 template <class Case>

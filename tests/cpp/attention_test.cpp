@@ -238,7 +238,6 @@ TEST_P(AttentionTest, NaNStaysInItsRowOrReachesAll) {
 // Padding that was never written. Also of all keys of an image, and of whole blocks of keys.
 TEST_P(AttentionTest, WhatHiddenTokensHoldChangesNothing) {
     const int64_t block = tome::tuning::kMaxBlockKeys;
-    const double values[] = {kNaN, kInf, -kInf};
     for_each_isa([&] {
         for (Sizes sizes : {Sizes::kWithZeros, Sizes::kImageHidden, Sizes::kZeros}) {
             for (const AttentionShape& s :
@@ -246,15 +245,7 @@ TEST_P(AttentionTest, WhatHiddenTokensHoldChangesNothing) {
                 SCOPED_TRACE(::testing::PrintToString(s));
                 const Problem clean(GetParam(), s, Layout::kPacked, sizes);
                 Problem spoiled = clean;
-                for (int64_t i = 0; i < s.batch * s.keys; ++i) {
-                    if (clean.size[size_t(i)] != 0) continue;
-                    for (int64_t h = 0; h < s.heads; ++h) {
-                        const int64_t b = i / s.keys, n = i % s.keys;
-                        const double value = values[(n + h) % 3];
-                        spoiled.k.memory.set(clean.k.index(b, h, n, n % s.dim), value);
-                        spoiled.v.memory.set(clean.v.index(b, h, n, (n + 1) % s.dim), value);
-                    }
-                }
+                spoil_hidden(spoiled);
                 const Outputs want = run(clean, pool());
                 EXPECT_EQ(run(spoiled, pool()), want);
                 EXPECT_EQ(run_backward(spoiled, want, pool()), run_backward(clean, want, pool()));

@@ -247,6 +247,35 @@ TEST_P(CudaAttentionBackwardTest, HiddenKeysHaveZeroGradients) {
     expect_hidden_keys_have_zero_gradients(GetParam(), {2, 2, 37, 50, 32});
 }
 
+void expect_hidden_keys_change_nothing(DType dtype, const Shape& s, Layout layout) {
+    SCOPED_TRACE(::testing::Message() << ::testing::PrintToString(s) << " layout " << int(layout));
+    Problem x = random_problem(dtype, s, Sizes::kSome, 0, layout);
+    x.size = sizes_to_spoil(s);
+    run_forward(x);
+    const Gradients want = on_cuda(x);
+    spoil_hidden(x);
+    const Gradients got = on_cuda(x);
+    EXPECT_EQ(got, want);
+    expect_close(x, got);
+    const int64_t row = s.heads * s.dim;
+    for (int64_t i = 0; i < s.batch * s.keys * row; ++i) {
+        if (x.size[size_t(i / row)] != 0) continue;
+        ASSERT_EQ(got.of(got.k, size_t(i)), 0) << i;
+        ASSERT_EQ(got.of(got.v, size_t(i)), 0) << i;
+    }
+}
+
+TEST_P(CudaAttentionBackwardTest, WhatHiddenTokensHoldChangesNothing) {
+    for (int64_t dim : {32, 64, 72, 80, 96, 128, 17}) {
+        for (int64_t keys : {1, 45, 170}) {
+            const int64_t heads = keys == 45 ? 2 : 1;
+            expect_hidden_keys_change_nothing(GetParam(), {3, heads, 18, keys, dim},
+                                              Layout::kPacked);
+        }
+    }
+    expect_hidden_keys_change_nothing(GetParam(), {3, 1, 35, 70, 64}, Layout::kOdd);
+}
+
 void expect_all_zero(const Gradients& g) {
     for (const Array* x : {&g.q, &g.k, &g.v}) {
         const int64_t count = x->count() - g.begin() - Gradients::kBand;
@@ -356,6 +385,12 @@ TEST_P(HopperAttentionBackwardTest, ReadsAnyStridesInPlace) {
 TEST_P(HopperAttentionBackwardTest, HiddenKeysHaveZeroGradients) {
     expect_hidden_keys_have_zero_gradients(GetParam(), {2, 2, 37, 90, 64});
     expect_all_zero(on_cuda(random_problem(GetParam(), {2, 2, 37, 50, 64}, Sizes::kZeros)));
+}
+
+TEST_P(HopperAttentionBackwardTest, WhatHiddenTokensHoldChangesNothing) {
+    for (int64_t keys : {1, 45, 170, 300}) {
+        expect_hidden_keys_change_nothing(GetParam(), {3, 1, 70, keys, 64}, Layout::kPacked);
+    }
 }
 
 TEST_P(HopperAttentionBackwardTest, TheSameBitsInAnyOrderAndMemory) {

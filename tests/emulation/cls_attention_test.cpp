@@ -150,6 +150,31 @@ TEST_P(CudaClsAttentionTest, SizesAndScales) {
     for (int64_t n = 0; n < s.keys; ++n) EXPECT_EQ(got[kGuard + n], 0.0) << "all keys hidden";
 }
 
+TEST_P(CudaClsAttentionTest, WhatHiddenKeysHoldChangesNothing) {
+    const double values[] = {kNaN, kInf, -kInf};
+    const Shape s{3, 3, 70, 40};
+    for (int64_t pad : {0, 1}) {    // on and off alignment
+        for (int fit : {70, 17}) {  // all logits at once, and in chunks
+            const tome_emulation::UseOptions use({uint32_t(fit), 4, 4 * 3 * (fit + 2)});
+            Inputs in = random_inputs(GetParam(), s, pad);
+            for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+                const int64_t b = i / s.keys, n = i % s.keys;
+                const bool hidden = b == 0 ? n % 3 == 1 || n < 20 : b == 1 || n == s.keys - 1;
+                if (hidden) in.size[size_t(i)] = 0;
+            }
+            const Array want = on_cuda(in);
+            for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+                if (in.size[size_t(i)] != 0) continue;
+                const int64_t at =
+                    in.k_at + i / s.keys * in.strides.batch + i % s.keys * in.strides.token;
+                for (int64_t d = 0; d < s.heads * s.dim; ++d) in.packed.set(at + d, values[i % 3]);
+            }
+            EXPECT_EQ(on_cuda(in), want);
+            expect_exact_enough(in);
+        }
+    }
+}
+
 TEST_P(CudaClsAttentionTest, RowsAddUpToOne) {
     const Shape s{2, 6, 130, 64};
     Inputs in = random_inputs(GetParam(), s);

@@ -749,6 +749,34 @@ def test_nan_is_not_taken_for_hidden_keys(dtype: torch.dtype) -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", ATTENTION_ERROR)
+@pytest.mark.parametrize("dim", [17, 32, 64, 72, 96, 128])
+@pytest.mark.parametrize("tokens", [50, 197, 300])
+def test_what_hidden_keys_hold_changes_nothing(dtype: torch.dtype, dim: int, tokens: int) -> None:
+    q, k, v = (x.cuda() for x in packed_qkv(3, 2, tokens, dim, dtype))
+    size = torch.ones(3, tokens, device="cuda")
+    size[0, 1::3] = 0
+    size[0, : max(0, min(130, tokens - 60))] = 0  # whole tiles
+    size[1] = 0  # rows without a visible key
+    size[2, -1] = 0
+    values = torch.tensor([float("nan"), float("inf"), float("-inf")], device="cuda", dtype=dtype)
+    filled = values[torch.arange(tokens, device="cuda") % 3].view(1, 1, -1, 1)
+    hidden = (size == 0).view(3, 1, -1, 1)
+    results = []
+    for keys, held in ((k, v), (k.where(~hidden, filled), v.where(~hidden, -filled))):
+        inputs = [x.detach().requires_grad_() for x in (q, keys, held)]
+        out = torch.ops.tome.attention(*inputs, size)
+        grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        scores = torch.ops.tome.cls_attention(q, keys, size)
+        results.append((out.detach(), scores, *grads))
+    for want, got in zip(*results, strict=True):
+        assert got.isfinite().all()
+        assert torch.equal(got, want)
+    for grad in results[1][3:]:
+        assert (grad.transpose(1, 2)[size == 0] == 0).all()
+
+
+@on_gpu
 def test_attention_names_what_its_kernels_do_not_take(capfd: pytest.CaptureFixture[str]) -> None:
     wide = torch.zeros(1, 1, 4, 136, device="cuda")
     with pytest.raises(ValueError, match="at most 128 channels"):

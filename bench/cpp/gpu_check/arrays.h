@@ -21,10 +21,11 @@ inline double decode_half(uint16_t bits) {
     return sign * std::ldexp(fraction + 1024, exponent - 25);
 }
 
-// To nearest, ties to even. No input here is too large for float16.
+// To nearest, ties to even. No finite input here is too large for float16.
 inline uint16_t encode_half(double value) {
     if (std::isnan(value)) return 0x7e00;
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+    if (std::isinf(value)) return static_cast<uint16_t>(sign | 0x7c00);
     const double size = std::fabs(value);
     const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
     const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));

@@ -29,7 +29,9 @@ inline constexpr const char* kOpNames[] = {
     "merge_add_norm", "unmerge", "chain", "attention", "attention_backward",
     "cls_attention"};
 
-enum class Sizes { kNone, kSome, kZeros };  // kZeros: one token in four hidden; all of one image
+// kZeros: one token in four hidden; all of one image. kSpoiled, of attention: others, and hidden
+// keys and values hold NaN and infinities.
+enum class Sizes { kNone, kSome, kZeros, kSpoiled };
 
 inline constexpr unsigned kAll = 1, kSanitizer = 2, kRepeats = 4, kEmulator = 8;  // sets of cases
 
@@ -67,7 +69,7 @@ inline std::string name_of(const Case& c) {
     if (c.prefix > 0) number("p", c.prefix);
     constexpr const char* kLayouts[] = {"", ":heads", ":odd"};
     name += kLayouts[int(c.layout)];
-    constexpr const char* kSizes[] = {":none", "", ":zeros"};
+    constexpr const char* kSizes[] = {":none", "", ":zeros", ":spoiled"};
     name += kSizes[int(c.sizes)];
     constexpr const char* kReduces[] = {"", ":sum", ":amax"};
     name += kReduces[int(c.reduce)];
@@ -258,6 +260,21 @@ inline std::vector<Case> attention_cases() {
         }
         add(dtype, 16, 12, 197, 197, 64, Layout::kPacked, Sizes::kSome);
         add(dtype, 2, 2, 128, 577, 80, Layout::kHeads, Sizes::kZeros);
+        // Every kernel; of 64 channels also those in which keys pass in stages.
+        for (int64_t dim : {32, 64, 72, 80, 96, 128, 17}) {
+            for (int64_t n : {50, 197, 577}) {
+                add(dtype, 3, 2, n, n, dim, Layout::kPacked, Sizes::kSpoiled,
+                    kAll | (n == 50 && (dim == 64 || dim == 80) ? kEmulator | watched : 0u));
+            }
+        }
+        add(dtype, 3, 2, 33, 150, 64, Layout::kOdd, Sizes::kSpoiled);
+        for (Layout layout : {Layout::kPacked, Layout::kOdd}) {
+            Case c;
+            c.op = Op::kClsAttention, c.dtype = dtype, c.batch = 3, c.heads = 3, c.queries = 1;
+            c.tokens = 197, c.dim = 64, c.layout = layout, c.sizes = Sizes::kSpoiled;
+            c.sets = kAll | (layout == Layout::kPacked ? kEmulator | watched : 0u);
+            all.push_back(c);
+        }
         for (int64_t n : {1, 5, 50, 197, 577, 1025, 4096}) {
             Case c;
             c.op = Op::kClsAttention, c.dtype = dtype, c.batch = 2, c.heads = n == 4096 ? 16 : 3;

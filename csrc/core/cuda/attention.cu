@@ -144,7 +144,7 @@ __device__ __forceinline__ void attend(Rows<kDim>& rows, const T* k, const T* v,
 template <class T, int kDim>
 __device__ __forceinline__ void write_rows(const AttentionArgs& m, Rows<kDim>& rows, T* tile,
                                            T* out, float* lse, int count) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(device::forget_origin(threadIdx.x)) % kWarp;
 #pragma unroll
     for (int block = 0; block < Rows<kDim>::kBlocks; ++block) {
 #pragma unroll
@@ -177,11 +177,12 @@ struct Place {
     int count;      // of the warp's rows; none, or less, if it has no work
 };
 
-__device__ __forceinline__ Place place_of(const AttentionArgs& m, unsigned block, int rows) {
+__device__ __forceinline__ Place place_of(const AttentionArgs& m, unsigned block, unsigned thread,
+                                          int rows) {
     const unsigned head_of_all = block / m.query_tiles;
     const auto heads = static_cast<unsigned>(m.p.heads);
     const int64_t tile = block % m.query_tiles;
-    const int64_t query = (tile * (blockDim.x / kWarp) + turned_warp(head_of_all)) * rows;
+    const int64_t query = (tile * (blockDim.x / kWarp) + turned_warp(head_of_all, thread)) * rows;
     const int64_t left = m.p.queries - query;
     return {head_of_all / heads, head_of_all % heads, query,
             left < rows ? static_cast<int>(left) : rows};
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
     const AttentionParams& p = m.p;
     const int thread = static_cast<int>(threadIdx.x);
     const int dim = static_cast<int>(p.dim), keys = static_cast<int>(p.keys);
-    const Place place = place_of(m, blockIdx.x, kWarpRows);
+    const Place place = place_of(m, blockIdx.x, threadIdx.x, kWarpRows);
 
     T* stages = reinterpret_cast<T*>(device::dynamic_shared());
     auto* biases = reinterpret_cast<float*>(stages + 2 * stage_elements(kDim));
@@ -249,7 +250,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
         biases[stage * kTileKeys + thread] = thread < keys - key ? log2f(key_size) : -INFINITY;
     };
 
-    if (keys > 0) write_bias(0, 0, start_copies(0, 0));
+    float key_size = 1.0f;  // of this thread's key of the tile that is next
+    if (keys > 0) {
+        key_size = start_copies(0, 0);
+        write_bias(0, 0, key_size);
+    }
     Rows<kDim> rows;
     load_rows<T, kDim, Rows<kDim>::kBlocks>(rows.q, base(p.q, p.q_strides, place.query),
                                             p.q_strides.token, place.count, dim, m.vector_q);
@@ -274,7 +279,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
         device::cp_async_wait<0>();
         // Behind this, the tile is there for all, and none is still at the one before it, whose
         // place the next takes.
-        __syncthreads();
+        sync_shown<T, kDim, kTileKeys>(stages + stage * stage_elements(kDim), key_size == 0.0f);
         const int next = key + kTileKeys;
         // The size's latency, too, passes behind the work on this tile.
         const float next_size = next < keys ? start_copies(next, stage ^ 1) : 1.0f;
@@ -297,13 +302,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, attention_tiles::resident_bl
             }
         }
         if (next < keys) write_bias(next, stage ^ 1, next_size);
+        key_size = next_size;
     }
 
     __syncthreads();  // before the outputs take the tiles' place
-    const Place end = place_of(m, device::forget_origin(blockIdx.x), kWarpRows);
+    const unsigned self = device::forget_origin(threadIdx.x);
+    const Place end = place_of(m, device::forget_origin(blockIdx.x), self, kWarpRows);
     if (end.count > 0) {
         const int64_t head_of_all = end.image * p.heads + end.head;
-        write_rows<T, kDim>(m, rows, stages + thread / kWarp * kWarpRows * pitch(kDim),
+        write_rows<T, kDim>(m, rows, stages + self / kWarp * kWarpRows * pitch(kDim),
                             static_cast<T*>(p.out) +
                                 ((end.image * p.queries + end.query) * p.heads + end.head) * p.dim,
                             static_cast<float*>(p.lse) + head_of_all * p.queries + end.query,

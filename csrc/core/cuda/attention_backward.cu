@@ -181,6 +181,10 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
             of_image += uint64_t{device::forget_origin(image)} * static_cast<unsigned>(keys);
         return attention_cuda_detail::log2_size(of_image, column, keys);
     };
+    float own_x = 0.0f;  // of this thread's column of the stage that is next, if it is a key
+    const auto bring_first_x = [&] {
+        if (!kOfKeys && thread < kStage) sides_at(0)[thread] = own_x = column_x(thread);
+    };
 
     typename P::template Left<true> left_1;
     typename P::template Left<kKeepBoth> left_2;
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     if constexpr (kFromGlobal) {
         if (w.columns.count > 0) {
             stage_columns(0, 0);
-            if (!kOfKeys && thread < kStage) sides_at(0)[thread] = column_x(thread);
+            bring_first_x();
         }
         const auto own_rows = [&](const void* data, const HeadStrides& s) {
             return P::left_from(base(data, s, first_row + own), s.token, count, w.dim, w.vector);
@@ -237,7 +241,7 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
         left_2 = P::template left<kKeepBoth>(rows_2 + own * kRow);
         if (w.columns.count > 0) {
             stage_columns(0, 0);
-            if (!kOfKeys && thread < kStage) sides_at(0)[thread] = column_x(thread);
+            bring_first_x();
         }
     }
 #pragma unroll
@@ -253,7 +257,15 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
     for (int first = 0; first < w.columns.count; first += kStage) {
         const int stage = first / kStage % 2;
         device::cp_async_wait<0>();
-        __syncthreads();  // this stage is there for all, and nobody reads the one before any more
+        // Behind this, the stage is there for all, and nobody reads the one before any more.
+        if constexpr (kOfKeys) {
+            __syncthreads();
+        } else {
+            // Columns behind the last have -infinity, too, and are zeros.
+            const bool hides = own_x == -INFINITY && first + thread < w.columns.count;
+            attention_cuda_detail::sync_shown<T, kDim, kStage>(
+                reinterpret_cast<T*>(stage_at(stage)), hides);
+        }
         const bool more = first + kStage < w.columns.count;
         float next_x = 0.0f;
         if (more) {
@@ -312,8 +324,10 @@ __global__ void __launch_bounds__(attention_tiles::kBackwardWarps* kWarp,
             tile_1 += 16 * kRow;
         }
         if (!kOfKeys && more && thread < kStage) sides_at(stage ^ 1)[thread] = next_x;
+        own_x = next_x;
     }
 
+    if constexpr (kOfKeys) P::clear_hidden(sums_1, sums_2, row_x);
     if constexpr (kFromGlobal) __syncthreads();  // before results take the stages' place
     const unsigned end_thread = device::forget_origin(threadIdx.x);
     const unsigned end_head =

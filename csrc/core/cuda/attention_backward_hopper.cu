@@ -301,18 +301,32 @@ __global__ void __launch_bounds__(
             device::pin(sums_1);
             if constexpr (kOfKeys) device::pin(sums_2);
         };
-        // Behind this, the columns that are due are there for all, and nobody is at the ones before
-        // any more.
-        const auto wait_for_stage = [] {
+        // Behind this, the columns that are due, `count` of them, are there for all, and nobody is
+        // at the ones before any more. Hidden keys are zeros, as by sync_shown of
+        // attention_tile.cuh.
+        const auto wait_for_stage = [&](int stage, int count) {
             device::cp_async_wait<1>();
             device::share_with_products();
-            __syncthreads();
+            if constexpr (kOfKeys) {
+                __syncthreads();
+            } else {
+                // What this thread wrote itself.
+                const bool hides = thread < kColumns && thread < count &&
+                                   sides_x[stage * kColumns + thread] == -INFINITY;
+                if (!__syncthreads_or(hides)) return;
+                unsigned char* columns = stages + stage * 2 * kTileBytes;
+                if (hides) {
+                    attention_cuda_detail::clear_pair(columns, columns + kTileBytes, thread);
+                }
+                device::share_with_products();
+                __syncthreads();
+            }
         };
 
         int now = 0;
 #pragma unroll 1
         for (int j = 0; j < last; ++j) {
-            wait_for_stage();
+            wait_for_stage(now, kColumns);
             const int after = now == 0 ? kHopperStages - 1 : now - 1;  // the one before, and next
             Side side{};
             if (j + 2 <= last) {
@@ -324,9 +338,15 @@ __global__ void __launch_bounds__(
             if (j + 2 <= last) write_side(j + 2, after, side);
             now = now == kHopperStages - 1 ? 0 : now + 1;
         }
-        wait_for_stage();
+        wait_for_stage(now, c.count - last * kColumns);
         meet(now, std::integral_constant<int, kTail>());
 
+        if constexpr (kOfKeys) {  // a NaN in a hidden row of k or v has reached its sums
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                if (row[i / 2 % 2].x == -INFINITY) sums_1[i] = sums_2[i] = 0.0f;
+            }
+        }
         // Worked out again, not kept in registers all the while.
         const unsigned self = device::forget_origin(threadIdx.x);
         const Place end = place_of<kGroups>(w, device::forget_origin(blockIdx.x), self);

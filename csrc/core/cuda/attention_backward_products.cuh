@@ -146,6 +146,20 @@ struct Products {
         }
     }
 
+    // Zeros rows whose x is -infinity: of hidden keys, which a NaN in k or v would reach.
+    static __device__ __forceinline__ void clear_hidden(Sums& first, Sums& second,
+                                                        const float (&x)[kBlocks][2]) {
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+            if (x[i / 2][i % 2] != -INFINITY) continue;
+#pragma unroll
+            for (int j = 0; j < 4 * kSteps; ++j) {
+                first.of[i / 2][j / 2][i % 2 * 2 + j % 2] = 0.0f;
+                second.of[i / 2][j / 2][i % 2 * 2 + j % 2] = 0.0f;
+            }
+        }
+    }
+
     // tile = factor * sums.
     //   tile (16 * kBlocks, kPitch) shared, out
     static __device__ __forceinline__ void store(const Sums& sums, float factor, T* tile) {
@@ -245,6 +259,18 @@ struct Products<float, kDim, 1> {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void clear_hidden(Sums& first, Sums& second,
+                                                        const float (&x)[1][2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (x[0][i] != -INFINITY) continue;
+#pragma unroll
+            for (int j = 0; j < kDim / 4; ++j) {
+                first.of[j / 4][i][j % 4] = second.of[j / 4][i][j % 4] = 0.0f;
             }
         }
     }

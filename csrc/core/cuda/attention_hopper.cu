@@ -194,8 +194,9 @@ __device__ __forceinline__ const T* head_of(const void* data, const HeadStrides&
 
 // --- all keys at once --------------------------------------------------------------------------
 
-// Returns when tile `tile` of tiles 0 to `last`, a group of copies each, is there for all.
-__device__ __forceinline__ void wait_for_tile(int last, int tile) {
+// This thread is done with its part of tile `tile` of tiles 0 to `last`, a group of copies each: a
+// barrier must follow.
+__device__ __forceinline__ void wait_for_copies(int last, int tile) {
     switch (last - tile) {
         case 0:
             device::cp_async_wait<0>();
@@ -210,6 +211,11 @@ __device__ __forceinline__ void wait_for_tile(int last, int tile) {
             device::cp_async_wait<3>();
     }
     device::share_with_products();
+}
+
+// Returns when that tile is there for all.
+__device__ __forceinline__ void wait_for_tile(int last, int tile) {
+    wait_for_copies(last, tile);
     __syncthreads();
 }
 
@@ -258,10 +264,12 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
                                         v_stride, keys - first_of_last, p.v);
         device::cp_async_commit();
 
+        bool hides = false;  // whether one of this thread's keys is hidden
 #pragma unroll
         for (int i = 0; i < kOwnKeys; ++i) {
             const int key = static_cast<int>(threadIdx.x) + i * kWarpgroup;
             if (key < padded) biases[key] = key < keys ? log2f(own_size[i]) : -INFINITY;
+            hides |= own_size[i] == 0.0f;
         }
 
         const uint64_t k_operand = device::operand_of(k_tile);
@@ -283,6 +291,19 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
         load(first);
         // Whether all tiles are known to be there; before, they are waited for one by one.
         bool all_there = false;
+        wait_for_copies(last, 0);
+        // Hidden keys become zeros (sync_shown of attention_tile.cuh), in all tiles at once.
+        if (__syncthreads_or(hides)) {
+            device::cp_async_wait<0>();
+            __syncthreads();
+#pragma unroll 1
+            for (int key = static_cast<int>(threadIdx.x); key < keys; key += kWarpgroup) {
+                if (biases[key] == -INFINITY) clear_pair(k_tile, v_tile, key);
+            }
+            device::share_with_products();
+            __syncthreads();
+            all_there = true;
+        }
 #pragma unroll 1
         for (int query = first; query < end; query += kHopperRows) {
             const int own = query + warp_of(threadIdx.x) * 16;
@@ -290,7 +311,6 @@ __global__ void __launch_bounds__(device::warpgroup_bound(1), 4)
             const bool has_rows = own < p.queries;
             RowState rows;
             begin_rows(rows);
-            if (!all_there) wait_for_tile(last, 0);
 
             float s[32];
             uint32_t weights[4][4] = {};
@@ -389,7 +409,21 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
                 first + thread < keys ? log2f(key_size) : -INFINITY;
         };
 
-        write_bias(0, 0, start_stage(0, 0));
+        // A barrier, behind which a stage is there for all, without what hidden keys hold.
+        const auto sync_stage = [&](int stage, float key_size) {
+            const bool hides = key_size == 0.0f;
+            device::share_with_products();
+            if (!__syncthreads_or(hides)) return;
+            if (hides) {
+                unsigned char* of_stage = stages + stage * 2 * kStageBytes;
+                clear_pair(of_stage, of_stage + kStageBytes, thread);
+            }
+            device::share_with_products();
+            __syncthreads();
+        };
+
+        const float first_size = start_stage(0, 0);
+        write_bias(0, 0, first_size);
         float next_size = kStageKeys < keys ? start_stage(kStageKeys, 1) : 1.0f;
 
         const int64_t own = (int64_t{place.block} * 8 + warp_of(threadIdx.x)) * 16;
@@ -414,8 +448,7 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
         } else {
             device::cp_async_wait<0>();
         }
-        device::share_with_products();
-        __syncthreads();
+        sync_stage(0, first_size);
         device::pin(rows.out);
         device::products_begin();
         start_logits<T>(s, q_operand, k_of(0, 0));
@@ -436,8 +469,7 @@ __global__ void __launch_bounds__(device::warpgroup_bound(2), 2)
                 // Behind this, the next stage is there for all, and nobody is at the one before
                 // this any more, whose place the one after takes.
                 device::cp_async_wait<0>();
-                device::share_with_products();
-                __syncthreads();
+                sync_stage(next, next_size);
                 const int first = (j + 1) * kHopperKeys + kStageKeys;
                 const int after = next == kHopperStages - 1 ? 0 : next + 1;
                 if (first < keys) next_size = start_stage(first, after);

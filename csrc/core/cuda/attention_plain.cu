@@ -129,13 +129,28 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
         stage_tile<float, kDim>(tile, kPlainKeys, k + key * p.k_strides.token, p.k_strides.token,
                                 p.keys - key, dim, m.vector_k);
         device::cp_async_commit();
+        float bias[kKeys];
+        bool hides = false;
+#pragma unroll
+        for (int j = 0; j < kKeys; ++j) {
+            const int64_t own = key + x + j * kSide;
+            bias[j] = log2_size(size, own, p.keys);
+            hides |= own < p.keys && bias[j] == -INFINITY;
+        }
+        // Hidden keys become zeros, as by sync_shown of attention_tile.cuh.
+        const auto clear_hidden = [&] {
+#pragma unroll
+            for (int j = 0; j < kKeys; ++j) {
+                if (bias[j] != -INFINITY) continue;
+                for (int d = y; d < dim; d += kSide) tile[(x + j * kSide) * kPitch + d] = 0.0f;
+            }
+            __syncthreads();
+        };
         device::cp_async_wait<0>();
-        __syncthreads();
+        const bool hidden = __syncthreads_or(hides) != 0;  // whether any of the tile is
+        if (hidden) clear_hidden();
         float s[kRows][kKeys] = {};
         multiply_keys<kPitch>(q_tile, tile, dim, s);
-        float bias[kKeys];
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j) bias[j] = log2_size(size, key + x + j * kSide, p.keys);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             float now = top[i];
@@ -168,6 +183,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
         device::cp_async_commit();
         device::cp_async_wait<0>();
         __syncthreads();
+        if (hidden) clear_hidden();
         add_values<kPitch, kPairs>(weights, tile, out);
         __syncthreads();  // the values have been read
     }

@@ -172,6 +172,26 @@ __device__ __forceinline__ void stage_pair(T* tile, const T* first, int64_t firs
     }
 }
 
+// A barrier of the block, behind which a pair of tiles is there for all, the rows of hidden keys as
+// zeros: their weights are 0, but 0 times a NaN or an infinity would be NaN in every result.
+//   pair  as stage_pair leaves it
+//   hides: whether the key that is this thread's, the row of its number, is hidden
+template <class T, int kDim, int kRows>
+__device__ __forceinline__ void sync_shown(T* pair, bool hides) {
+    if (!__syncthreads_or(hides)) return;
+    using P = Part<T, kDim>;
+    constexpr int kPitch = P::kPitch, kTile = kRows * kPitch;
+    if (hides) {
+        T* to = pair + static_cast<int>(threadIdx.x) * kPitch;
+#pragma unroll 1
+        for (unsigned i = 0; i < P::kChunks; ++i, to += P::kCount) {
+            device::store_word<T, P::kCount>(to, make_uint4(0, 0, 0, 0));
+            device::store_word<T, P::kCount>(to + kTile, make_uint4(0, 0, 0, 0));
+        }
+    }
+    __syncthreads();
+}
+
 // --- shared to global --------------------------------------------------------------------------
 
 // A warp writes the first `count` of the kRows rows of a tile of its own.

@@ -71,8 +71,10 @@ __device__ __forceinline__ void compute_logits(const ClsArgs& m, int64_t image, 
             }
             const int64_t key = first + u * (kWarp / kClsLanes);
             if (lane == u && key < end) {
+                const float bias = log2_size(size, key, p.keys);
+                // A hidden key's is its bias, whatever it holds.
                 logits[head * m.chunk + key - begin] =
-                    sums[u] * m.scale_log2 + log2_size(size, key, p.keys);
+                    bias == -INFINITY ? bias : sums[u] * m.scale_log2 + bias;
             }
         }
     }

@@ -31,6 +31,16 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const T* rows, in
     }
 }
 
+// Zeros a row of each of two tiles, as sync_shown of attention_tile.cuh does. For products to see
+// it, share_with_products() must follow, and a barrier.
+__device__ __forceinline__ void clear_pair(unsigned char* first, unsigned char* second, int row) {
+#pragma unroll 1
+    for (int at = row * device::kTileRowBytes; at < (row + 1) * device::kTileRowBytes; at += 16) {
+        *reinterpret_cast<uint4*>(first + at) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(second + at) = make_uint4(0, 0, 0, 0);
+    }
+}
+
 // Four lanes hold of a row, side by side, two values of every eight: word n of a lane is the pair
 // at 8 n + 2 t. Afterwards lane t holds all of columns 8 t to 8 t + 7 in words 0 to 3.
 __device__ __forceinline__ void gather_row(uint32_t (&x)[4]) {
