@@ -118,6 +118,17 @@ __device__ __forceinline__ Packed pack_score(float score, int32_t column) {
     return ordered(score) << 32 | ~static_cast<uint32_t>(column);
 }
 
+// The score that `ordered` made an integer of.
+__device__ __forceinline__ float score_from(uint32_t bits) {
+    return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
+}
+__device__ __forceinline__ double score_from(Packed bits) {
+    bits = bits >> 63 ? bits ^ Packed { 1 } << 63 : ~bits;
+    double score;
+    memcpy(&score, &bits, sizeof(score));
+    return score;
+}
+
 // A power of two that brings `largest`, finite and not negative, near 1: what is scaled by it has
 // squares that neither overflow nor vanish.
 __device__ __forceinline__ float scale_for(float largest) {
