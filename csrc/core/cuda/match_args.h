@@ -97,6 +97,10 @@ __device__ __forceinline__ int slot(int step, int half, int lane) {
     return (2 * step + half) * 32 + (lane ^ step % 2 * 4);
 }
 
+// Length that a staged row is given: far from where float16 loses bits, and products far from
+// overflow.
+constexpr float kUnit = 16384.0f;
+
 // Scores as integers of the same order, from 1: 0 stands for -inf, "nothing may be chosen".
 __device__ __forceinline__ Packed ordered(float score) {
     const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0: they are equal

@@ -68,8 +68,9 @@ __device__ __forceinline__ Packed score_of(Packed best) {
 //   a, b     the pair's tokens
 //   returns  an entry of the same B token
 template <class T>
-__device__ __forceinline__ Packed ranked(const MatchParams& p, int64_t image, Packed best,
-                                         int64_t a, int64_t b) {
+__device__ __forceinline__ Packed ranked(const MatchArgs& m, int64_t image, Packed best, int64_t a,
+                                         int64_t b) {
+    const MatchParams& p = m.p;
     const auto of = [&](const float* table, int64_t token) {
         return table == nullptr ? 1.0f : table[image * p.tokens + token];
     };
@@ -78,8 +79,9 @@ __device__ __forceinline__ Packed ranked(const MatchParams& p, int64_t image, Pa
     if constexpr (sizeof(T) == 8) {
         return ordered(-merge_cost(score_from(best), size_a, size_b, importance));
     } else {
-        const float score = score_from(static_cast<uint32_t>(best >> 32));
-        return ordered(-merge_cost(score, size_a, size_b, importance)) << 32 |
+        const float unit = m.tiles.form == match_tiles::Form::kPlain ? 1.0f : kUnit;
+        const float similarity = score_from(static_cast<uint32_t>(best >> 32)) / (unit * unit);
+        return ordered(-merge_cost(similarity, size_a, size_b, importance)) << 32 |
                static_cast<uint32_t>(best);
     }
 }
@@ -232,7 +234,7 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
     for (int i = thread; i < whole(num_a); i += kThreads) {
         Packed best = i < num_a ? best_of(i) : 0;
         if (best != 0 && ranks_by_cost(m.p)) {
-            best = ranked<float>(m.p, image, best, first_a + 2 * i,
+            best = ranked<float>(m, image, best, first_a + 2 * i,
                                  first_b + 2 * nearest_of<float>(best, nullptr, i));
         }
         small.scores[i] = static_cast<uint32_t>(best >> 32) + 1;  // from 1: one below exists
@@ -399,7 +401,7 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
     const uint32_t first_b = state.bin;
     for (int64_t i = thread; i < num_a; i += kThreads) {
         if (best[i] != 0 && ranks_by_cost(m.p)) {
-            best[i] = ranked<T>(m.p, image, best[i], a.token(i),
+            best[i] = ranked<T>(m, image, best[i], a.token(i),
                                 b.token(nearest_of<T>(best[i], columns, i)));
         }
         if (best[i] != 0 || !a.takes_part(i)) continue;
@@ -456,8 +458,7 @@ __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
         for (int64_t i = threadIdx.x; i < num_a; i += kThreads) {
             if (best[i] == 0) continue;
             const int64_t j = nearest_of<T>(best[i], m.columns + image * num_a, i);
-            best[i] =
-                ranked<T>(m.p, image, best[i], m.sets.first_a + 2 * i, m.sets.first_b + 2 * j);
+            best[i] = ranked<T>(m, image, best[i], m.sets.first_a + 2 * i, m.sets.first_b + 2 * j);
         }
         __syncthreads();
     }
