@@ -31,6 +31,8 @@ def match(
     *,
     weight: Tensor | None = None,
     targets: Tensor | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`tome_ext.match`, for finite metrics whose squares neither overflow nor vanish."""
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
@@ -65,7 +67,17 @@ def match(
         sees_b = sees_b | (stands & (index[: b.shape[0]] == 0))
     nearest = scores.argmax(2)  # ONNX promises the lowest index among equals
     # Of those that find nothing, hidden ones are last; no similarity is as low as -2.
-    best = torch.where(sees_a, scores.amax(2).clamp_min(-2.0), float("-inf"))
+    best = scores.amax(2).clamp_min(-2.0)
+    if size is not None or importance is not None:
+        sizes = torch.ones_like(rows[..., 0]) if size is None else size
+        cost = reference.merge_cost(
+            best,
+            sizes.index_select(1, a),
+            sizes.index_select(1, b).gather(1, nearest),
+            None if importance is None else importance.index_select(1, a),
+        )
+        best = torch.where(best > -2.0, -cost, float("-inf"))
+    best = torch.where(sees_a, best, float("-inf"))
     mine, other = best.unsqueeze(2), best.unsqueeze(1)
     earlier = index[:num_a] < index[:num_a].unsqueeze(1)
     merges = _count((other > mine) | ((other == mine) & earlier)) < merged

@@ -120,6 +120,8 @@ def match(
     *,
     weight: Tensor | None = None,
     targets: Tensor | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
     raise _library.missing()

@@ -194,6 +194,8 @@ def match(
     *,
     weight: Tensor | None = None,
     targets: Tensor | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> MergePlan:
     """Bipartite soft matching (Bolya et al., ICLR 2023, section 3; arXiv 2210.09461).
 
@@ -202,6 +204,13 @@ def match(
     similarity are merged into theirs. Ties go to the lower index, both times.
 
     With ``targets``, B is these tokens and A all others behind the prefix.
+
+    With ``size`` or ``importance``, each A token looks at the same B token, but the r that merge
+    are those whose merging costs least, in place of the most similar ones: ``(1 - similarity) *
+    size_a * size_b / (size_a + size_b) * importance_a``. Without the last factor that is half of
+    what the merge adds to the sum of squared distances between tokens and their rows, for tokens
+    of length 1: the criterion of Ward, *Hierarchical grouping to optimize an objective function*,
+    JASA 1963.
 
     Tokens of weight 0 (padding, masked ones) are hidden, the prefix excepted: they are neither
     merged nor merged into, what they hold changes nothing, and they are dropped, so that
@@ -226,6 +235,9 @@ def match(
             the sizes of the tokens serve. None means that all take part.
         targets: (T,) int32, the tokens that others merge into, ascending, each from
             num_prefix_tokens to N - 1: those of a grid or a stride. None means the odd positions.
+        size: (B, N) float32, how many original tokens each one stands for; None means 1 each.
+        importance: (B, N) float32, not negative, what a change of each token counts, such as the
+            class token's attention; None means 1 each. A cost that is not a number counts as 0.
 
     Returns:
         A plan with N - r output rows: prefix tokens, the visible A tokens that stay ascending, the
@@ -240,7 +252,10 @@ def match(
             tokens).
     """
     r, prefix = _count(r, "r"), _count(num_prefix_tokens, "num_prefix_tokens")
-    return MergePlan(*ops.match(metric, r, prefix, weight=weight, targets=targets))
+    made = ops.match(
+        metric, r, prefix, weight=weight, targets=targets, size=size, importance=importance
+    )
+    return MergePlan(*made)
 
 
 def select(scores: Tensor, keep: int, num_prefix_tokens: int = 0, fuse: bool = False) -> MergePlan:

@@ -118,8 +118,36 @@ def unit_rows(metric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(norm > 0, metric / norm, 0.0), finite
 
 
+def merge_cost(
+    similarity: Tensor, size_a: Tensor, size_b: Tensor, importance: Tensor | None
+) -> Tensor:
+    """What merging pairs costs by Ward's criterion; see :func:`tome_ext.match`.
+
+    Args:
+        similarity: (B, Na), of each token of set A to that of set B it is most similar to.
+        size_a: (B, Na), its size.
+        size_b: (B, Na), the other's.
+        importance: (B, Na), its own, or None.
+
+    Returns:
+        (B, Na), finite and not negative whatever comes.
+    """
+    size_a, size_b = (size.to(similarity.dtype) for size in (size_a, size_b))
+    least = size_a / (size_a + size_b) * size_b
+    if importance is not None:
+        least = least * importance.to(similarity.dtype)
+    cost = (1.0 - similarity) * least
+    return torch.where(cost > 0, cost, 0.0).clamp_max(torch.finfo(torch.float32).max)
+
+
 def match_sets(
-    metric: Tensor, a: Tensor, b: Tensor, r: int | Tensor, visible: Tensor | None = None
+    metric: Tensor,
+    a: Tensor,
+    b: Tensor,
+    r: int | Tensor,
+    visible: Tensor | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Match the tokens of set A to set B and return which B token each A token joins.
 
@@ -129,6 +157,8 @@ def match_sets(
         b: (B, Nb) int64, the tokens they may be merged into.
         r: how many of A are merged, 0 <= r <= Na; or (B, 1), how many of each image.
         visible: (B, N) bool, the tokens that take part, r of set A or more; None means all.
+        size: (B, N), for ranking by cost; None means 1 each.
+        importance: (B, N), as size; None for both means ranking by similarity.
 
     Returns:
         (B, N) int64: for every token the token it joins, itself if it stays.
@@ -149,6 +179,15 @@ def match_sets(
     # Where nothing may be chosen, that is the first one that is visible.
     highest = (scores == best.unsqueeze(2)) & visible.gather(1, b).unsqueeze(1)
     nearest = highest.to(torch.int8).argmax(2)
+    if size is not None or importance is not None:
+        sizes = metric.new_ones(batch, num_tokens) if size is None else size
+        cost = merge_cost(
+            best,
+            sizes.gather(1, a),
+            sizes.gather(1, b.gather(1, nearest)),
+            None if importance is None else importance.gather(1, a),
+        )
+        best = torch.where(best.isfinite(), -cost, best)
     order = best.sort(dim=1, descending=True, stable=True)[1]
     hidden = ~visible.gather(1, a)
     order = order.gather(1, hidden.gather(1, order).sort(dim=1, stable=True)[1])
@@ -163,6 +202,8 @@ def match(
     *,
     weight: Tensor | None = None,
     targets: Tensor | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
     shown = _checks.describe(metric)
@@ -173,9 +214,10 @@ def match(
     _checks.expect(has_heads, "metric", "at least one head", shown)
     _checks.prefix(num_prefix_tokens)
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
-    if weight is not None:
-        _checks.table(weight, "weight", batch, num_tokens, "N", torch.float32)
-        _checks.one_device(metric, "metric", weight, "weight")
+    for name, table in (("weight", weight), ("size", size), ("importance", importance)):
+        if table is not None:
+            _checks.table(table, name, batch, num_tokens, "N", torch.float32)
+            _checks.one_device(metric, "metric", table, name)
     if targets is not None:
         fits = targets.dim() == 1 and targets.dtype == torch.int32
         _checks.expect(fits, "targets", "(T,) int32", _checks.describe(targets))
@@ -203,7 +245,7 @@ def match(
         excess = (r + in_a + in_b - a.shape[1] - b.shape[1] + 1).clamp_min(1)
         stands = (in_b == 0) & (excess > 1)
         merged = torch.where(in_b > 0, merged, torch.where(stands, excess, 0))
-    joins = match_sets(metric, a, b, merged, visible)
+    joins = match_sets(metric, a, b, merged, visible, size, importance)
     if targets is not None:
         visible = visible | (stands & (index == b[:, :1]))
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.

@@ -139,7 +139,8 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 }  // namespace
 
 void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
-                     OptionalTensor given_weight, OptionalTensor given_targets) {
+                     OptionalTensor given_weight, OptionalTensor given_targets,
+                     OptionalTensor given_size, OptionalTensor given_importance) {
     TOME_EXPECT(given.dim() == 3 || given.dim() == 4,
                 "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
     params.dtype = float_dtype(given, "metric");
@@ -150,12 +151,18 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     TOME_EXPECT(given.size(n) <= INT32_MAX, "metric: expected at most 2^31 - 1 tokens, got ",
                 describe(given));
     check_prefix(num_prefix_tokens);
-    if (given_weight.has_value()) {
-        check_table(*given_weight, "weight", given.size(0), given.size(n), "N", ScalarType::Float);
-        check_same_device(given, "metric", *given_weight, "weight");
-    }
+    const auto check_of_tokens = [&](const OptionalTensor& table, const char* name) {
+        if (!table.has_value()) return;
+        check_table(*table, name, given.size(0), given.size(n), "N", ScalarType::Float);
+        check_same_device(given, "metric", *table, name);
+    };
+    check_of_tokens(given_weight, "weight");
     if (given_targets.has_value()) check_targets(*given_targets, given, num_prefix_tokens);
+    check_of_tokens(given_size, "size");
+    check_of_tokens(given_importance, "importance");
     weight = optional_contiguous(given_weight);
+    size = optional_contiguous(given_size);
+    importance = optional_contiguous(given_importance);
     targets = optional_contiguous(given_targets);
     metric = with_contiguous_last_dim(given);
     params.metric = metric.const_data_ptr();
@@ -169,6 +176,8 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     params.r = r;
     params.num_prefix_tokens = std::min(num_prefix_tokens, params.tokens);
     params.weight = optional_data<float>(weight);
+    params.size = optional_data<float>(size);
+    params.importance = optional_data<float>(importance);
     params.targets = optional_data<int32_t>(targets);
     params.num_targets = targets.has_value() ? targets->size(0) : 0;
     // No targets may lie at no address, which would stand for the odd positions.

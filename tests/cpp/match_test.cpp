@@ -20,9 +20,17 @@ struct Metric {
     int64_t stride_batch, stride_head, stride_token;
     const float* weight = nullptr;  // (batch, tokens)
     const std::vector<int32_t>* targets = nullptr;
+    const float *size = nullptr, *importance = nullptr;  // (batch, tokens)
 
     bool hides(int64_t b, int64_t n) const {
         return weight != nullptr && weight[b * shape.tokens + n] == 0;
+    }
+    double cost(int64_t b, double similarity, int64_t i, int64_t j) const {
+        const auto of = [&](const float* table, int64_t n) {
+            return table == nullptr ? 1.0 : double(table[b * shape.tokens + n]);
+        };
+        return (1 - similarity) * of(size, i) * of(size, j) / (of(size, i) + of(size, j)) *
+               of(importance, i);
     }
     double at(int64_t b, int64_t h, int64_t n, int64_t d) const {
         return load(dtype, data, b * stride_batch + h * stride_head + n * stride_token + d);
@@ -40,6 +48,7 @@ tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
     p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
     p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
     p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
+    p.size = m.size, p.importance = m.importance;
     if (m.targets != nullptr) {
         p.targets = m.targets->data();
         p.num_targets = static_cast<int64_t>(m.targets->size());
@@ -121,6 +130,9 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
             if (score > top.score) top = {score, i, j};
         }
         if (second != -kInf) margin = std::min(margin, top.score - second);
+        if (top.score != -kInf && (m.size != nullptr || m.importance != nullptr)) {
+            top.score = -m.cost(b, top.score, i, top.to);
+        }
         best.push_back(top);
     }
     std::stable_sort(best.begin(), best.end(),
@@ -165,11 +177,12 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
 
 // Random tokens whose every decision is clear by far more than float32 rounding.
 Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix,
-               const float* weight = nullptr, const std::vector<int32_t>* targets = nullptr) {
+               const float* weight = nullptr, const std::vector<int32_t>* targets = nullptr,
+               const float* size = nullptr, const float* importance = nullptr) {
     for (unsigned seed = 1; seed < 200; ++seed) {
         Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
         Metric m = contiguous(x, s);
-        m.weight = weight, m.targets = targets;
+        m.weight = weight, m.targets = targets, m.size = size, m.importance = importance;
         if (oracle_match(m, r, prefix).margin > 3e-6) return x;
     }
     throw std::runtime_error("no tie-free data for this shape");
@@ -429,6 +442,35 @@ TEST_P(MatchTest, TargetsAreWhatOthersMergeInto) {
         Metric m = contiguous(x, shape);
         m.targets = targets;
         EXPECT_EQ(run_match(m, 7, 2, pool()).rows, 45);
+    }
+}
+
+TEST_P(MatchTest, RanksByWhatMergingCosts) {
+    const std::vector<int32_t> targets = {3, 4, 9, 15, 16, 29};
+    for (const auto& [shape, r, prefix] :
+         {Case{{3, 2, 31, 16}, 9, 2}, {{8, 1, 50, 33}, 8, 1}, {{1, 3, 197, 64}, 13, 1}}) {
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, r " << r);
+        std::mt19937 engine(5);
+        std::vector<float> size, importance;
+        for (int64_t i = 0; i < shape.batch * shape.tokens; ++i) {
+            size.push_back(float(1 + engine() % 9));
+            importance.push_back(0.1f + float(engine() % 100) / 100);
+        }
+        const std::vector<float> weight = some_weights(shape, 11);
+        for (int given = 1; given < 8; ++given) {
+            const float* sizes = given % 2 != 0 ? size.data() : nullptr;
+            const float* counts = given / 2 % 2 != 0 ? importance.data() : nullptr;
+            const float* weights = given / 4 != 0 ? weight.data() : nullptr;
+            const auto* into = shape.tokens == 31 ? &targets : nullptr;
+            const Array x = tie_free(GetParam(), shape, r, prefix, weights, into, sizes, counts);
+            Metric m = contiguous(x, shape);
+            m.weight = weights, m.targets = into, m.size = sizes, m.importance = counts;
+            const Plan want = oracle_match(m, r, prefix).plan;
+            for_each_isa([&, r = r, prefix = prefix] {
+                EXPECT_EQ(run_match(m, r, prefix, Threads::serial()), want) << given;
+                EXPECT_EQ(run_match(m, r, prefix, pool()), want) << given;
+            });
+        }
     }
 }
 

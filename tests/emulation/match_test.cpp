@@ -28,6 +28,7 @@ struct Metric {
     int64_t stride_batch, stride_head, stride_token;
     const float* weight = nullptr;  // (batch, tokens)
     const std::vector<int32_t>* targets = nullptr;
+    const float *size = nullptr, *importance = nullptr;  // (batch, tokens)
 };
 
 Metric contiguous(const Array& x, const Shape& s) {
@@ -47,6 +48,7 @@ tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
     p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
     p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
     p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
+    p.size = m.size, p.importance = m.importance;
     if (m.targets != nullptr) {
         p.targets = m.targets->data();
         p.num_targets = static_cast<int64_t>(m.targets->size());
@@ -544,6 +546,40 @@ TEST_P(CudaMatchTest, TargetsAreWhatOthersMergeInto) {
                 [&, r = r, prefix = prefix] { EXPECT_EQ(on_cuda(m, r, prefix), want); });
             const UseOptions plain(with(7, 2, kNoTile));
             EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain";
+        }
+    }
+}
+
+// Ranked by counting and by radix, of every form, with hidden tokens and targets too.
+TEST_P(CudaMatchTest, RanksByWhatMergingCosts) {
+    const Case cases[] = {
+        {{8, 2, 21, 16}, 7, 0},  {{8, 1, 50, 33}, 100, 2},  {{2, 3, 197, 16}, 13, 1},
+        {{1, 3, 300, 8}, 60, 1}, {{2, 1, 1040, 8}, 300, 1}, {{2, 2, 40, 136}, 8, 3},
+    };
+    for (const auto& [shape, r, prefix] : cases) {
+        if (GetParam() == DType::kFloat64 && shape.tokens > 1000) continue;  // slow here
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, dim " << shape.dim);
+        const Array x = random_metric(GetParam(), shape, 5);
+        std::mt19937 engine(5);
+        std::vector<float> size, importance;
+        for (int64_t i = 0; i < shape.batch * shape.tokens; ++i) {
+            size.push_back(float(1 + engine() % 9));
+            importance.push_back(engine() % 9 == 0 ? 0.0f : float(1 + engine() % 4));
+        }
+        const std::vector<float> weight = some_weights(shape, 3);
+        const std::vector<int32_t> targets = every(4, static_cast<int32_t>(prefix), shape.tokens);
+        for (int given = 1; given < 8; ++given) {
+            Metric m = contiguous(x, shape);
+            m.size = given % 2 != 0 ? size.data() : nullptr;
+            m.importance = given / 2 % 2 != 0 ? importance.data() : nullptr;
+            if (given / 4 != 0) m.weight = weight.data();
+            if (given == 7) m.targets = &targets;
+            if (m.size == nullptr && m.importance == nullptr) continue;
+            const Plan want = on_cpu(m, r, prefix);
+            for_each_machine(
+                [&, r = r, prefix = prefix] { EXPECT_EQ(on_cuda(m, r, prefix), want) << given; });
+            const UseOptions plain(with(7, 2, kNoTile));
+            EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain, " << given;
         }
     }
 }

@@ -179,6 +179,8 @@ void fuzz_match(Choices& c) {
     const bool wild = c.one_in(2);
     const Array metric = some_values(c, dtype, batch * heads * tokens * dim, wild);
     const std::vector<float> weight = some_sizes(c, batch * tokens, false);
+    const std::vector<float> size = some_sizes(c, batch * tokens, wild);
+    const std::vector<float> importance = some_sizes(c, batch * tokens, wild);
     std::vector<int32_t> targets;
     for (int64_t n = prefix; n < tokens; ++n) {
         if (c.one_in(3)) targets.push_back(static_cast<int32_t>(n));
@@ -193,6 +195,7 @@ void fuzz_match(Choices& c) {
     p.stride_batch = heads * tokens * dim, p.stride_head = tokens * dim, p.stride_token = dim;
     p.r = c.between(-2, 60), p.num_prefix_tokens = prefix;
     p.weight = or_null(weight);
+    p.size = or_null(size), p.importance = or_null(importance);
     if (has_targets) p.targets = targets.data(), p.num_targets = int64_t(targets.size());
     const int64_t rows = tokens - tome::cut_r(p);
 

@@ -242,6 +242,8 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
         "num_prefix_tokens": prefix,
         "weight": weight,
         "targets": targets,
+        "size": sizes_of(rng, batch, tokens) if one_in(rng, 3) else None,
+        "importance": sizes_of(rng, batch, tokens) if one_in(rng, 4) else None,
     }
     if spoil:
         spoils = [
@@ -255,6 +257,8 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
             constant("weight", torch.ones(batch, tokens + 1)),
             constant("weight", torch.ones(batch, tokens).half()),
             constant("weight", torch.ones(tokens)),
+            constant("size", torch.ones(batch, tokens + 1)),
+            constant("importance", torch.ones(batch, tokens).double()),
             constant("targets", torch.tensor([tokens], dtype=torch.int32)),
             constant("targets", torch.tensor([-1], dtype=torch.int32)),
             constant("targets", torch.zeros(1, 1, dtype=torch.int32)),
@@ -309,8 +313,24 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
         for i in np.flatnonzero(merged):
             taken = score[i][row_b == assign[b, a[i]]].max()
             assert taken >= best[i] - slack, "merged into one that is less similar"
+        size, importance = (
+            np.ones(tokens) if given[name] is None else numbers(given[name])[b]
+            for name in ("size", "importance")
+        )
+        if given["size"] is not None or given["importance"] is not None:
+            # The cost is of the pair, which is known where one token is by far the most similar.
+            if len(others) > 1:
+                second = np.sort(score, axis=1)[:, -2]
+                if (best - second <= slack).any():
+                    continue
+            size_a, size_b = size[a], size[others[score.argmax(1)]]
+            both = np.maximum(size_a + size_b, 1e-300)
+            factor = size_a * size_b / both * importance[a]
+            best, slack_here = -(1 - best) * factor, slack * factor.max(initial=1)
+        else:
+            slack_here = slack
         if merged.any() and not merged.all():
-            assert best[merged].min() >= best[~merged].max() - slack, "others are more similar"
+            assert best[merged].min() >= best[~merged].max() - slack_here, "others come before"
 
 
 def fuzz_select(rng: Rng, wild: bool, spoil: bool) -> None:

@@ -59,8 +59,12 @@ def match_plan(
     prefix: int,
     weight: Tensor | None = None,
     targets: list[int] | None = None,
+    size: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[list[list[int]], float]:
     """Bipartite soft matching by loops in float64; tokens of weight 0 take no part.
+
+    With ``size`` or ``importance`` the pairs that merge are those of the least cost.
 
     ``targets`` are what others merge into, None means the odd positions. An image of which all are
     hidden must have room for its other tokens.
@@ -97,6 +101,11 @@ def match_plan(
             best.append((row[j], i, j))
             others = [s for k, s in enumerate(row) if k != j]
             gap = min([gap] + [row[j] - s for s in others])
+        if size is not None or importance is not None:
+            best = [
+                (-_merge_cost(score, number, a[i], b[j], size, importance), i, j)
+                for score, i, j in best
+            ]
         ranked = sorted(best, key=lambda entry: (-entry[0], entry[1]))
         if merged < len(ranked):
             gap = min(gap, ranked[merged - 1][0] - ranked[merged][0])
@@ -105,6 +114,19 @@ def match_plan(
         row_of = {n: row for row, n in enumerate(order)}
         assigns.append([row_of.get(joins.get(n, n), -1) for n in range(num_tokens)])
     return assigns, gap
+
+
+def _merge_cost(
+    similarity: float,
+    image: int,
+    a: int,
+    b: int,
+    size: Tensor | None,
+    importance: Tensor | None,
+) -> float:
+    size_a, size_b = (1.0 if size is None else size[image, n].item() for n in (a, b))
+    factor = 1.0 if importance is None else importance[image, a].item()
+    return (1 - similarity) * size_a * size_b / (size_a + size_b) * factor
 
 
 def merge_rows(

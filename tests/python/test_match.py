@@ -264,6 +264,76 @@ def test_hidden_tokens_take_no_part(batch, tokens, r, prefix, heads, density, dt
         assert torch.equal(plan.unmerge(merged)[:, prefix:, 0] > 0, weight[:, prefix:] > 0)
 
 
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    r=st.integers(-2, 30),
+    prefix=st.integers(0, 4),
+    heads=st.integers(0, 2),
+    given=st.sampled_from([("size",), ("importance",), ("size", "importance")]),
+    density=st.sampled_from([0.4, 1.0]),
+    with_targets=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**16),
+)
+def test_pairs_rank_by_what_merging_them_costs(
+    batch, tokens, r, prefix, heads, given, density, with_targets, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, 7) if heads else (batch, tokens, 7)
+    metric = torch.randn(shape, generator=generator).to(dtype)
+    tables = {
+        "size": torch.randint(1, 9, (batch, tokens), generator=generator).float(),
+        "importance": torch.rand(batch, tokens, generator=generator) + 0.01,
+    }
+    options = {name: tables[name] for name in given}
+    if density < 1:
+        options["weight"] = (torch.rand(batch, tokens, generator=generator) < density).float()
+    elif with_targets:
+        options["targets"] = torch.arange(tokens, dtype=torch.int32)[prefix::3]
+    plan = tome_ext.match(metric, r, prefix, **options)
+    for ours, twin in zip(plan, reference.match(metric, r, prefix, **options), strict=True):
+        assert torch.equal(ours, twin)
+    targets = options.pop("targets", None)
+    targets = None if targets is None else targets.tolist()
+    expected, gap = match_plan(metric, r, prefix, targets=targets, **options)
+    if gap > 1e-5:
+        assert plan.assign.tolist() == expected
+
+
+def test_costs_of_equal_sizes_rank_as_similarities_do():
+    metric = torch.randn(3, 2, 80, 16, dtype=torch.float64)
+    plan = tome_ext.match(metric, 20, 1)
+    for size in (torch.ones(3, 80), torch.full((3, 80), 7.0)):
+        assert torch.equal(tome_ext.match(metric, 20, 1, size=size).assign, plan.assign)
+    # Large tokens stay, and those of no importance go.
+    size = torch.ones(3, 80)
+    size[:, 2::4] = 1e6
+    size[:, 3::2] = 1e6
+    joined = tome_ext.match(metric, 20, 1, size=size).assign
+    assert (joined[:, 2::4].sort(1)[0].diff(dim=1) > 0).all()  # rows of their own, in order
+    importance = torch.ones(3, 80)
+    importance[:, 4:44:2] = 0
+    rows = tome_ext.match(metric, 20, 1, importance=importance).assign
+    staying = [n for n in range(1, 80) if n % 2 == 0 and not 4 <= n < 44]
+    assert (rows[:, staying] == torch.arange(1, 1 + len(staying), dtype=torch.int32)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_numbers_may_be_sizes_and_importance(dtype):
+    metric = torch.randn(2, 60, 8).to(dtype)
+    metric[0, 5] = float("nan")
+    strange = torch.tensor([0.0, 1.0, -1.0, 1e-38, 3e38, float("inf"), float("nan")])
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        size, importance = strange[torch.randint(0, 7, (2, 2, 60), generator=generator)]
+        for options in ({"size": size}, {"importance": importance, "size": size}):
+            plan = tome_ext.match(metric, 13, 1, **options)
+            check_plan(*plan, 60, 47)
+            for ours, twin in zip(plan, reference.match(metric, 13, 1, **options), strict=True):
+                assert torch.equal(ours, twin)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_weight_that_hides_nothing_changes_nothing(shape, dtype):

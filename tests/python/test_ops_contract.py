@@ -26,6 +26,8 @@ def samples():
         yield OPS.match.default, (metric, 4, 1), {"weight": (torch.rand(2, 21) > 0.5).float()}
         targets = torch.tensor([2, 5, 6, 13, 20], dtype=torch.int32)
         yield OPS.match.default, (metric, 14, 1), {"targets": targets}
+        tables = {"size": torch.rand(2, 21) + 1, "importance": torch.rand(2, 21)}
+        yield OPS.match.default, (metric, 4, 1), tables
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
         if dtype != torch.bfloat16:
@@ -212,6 +214,10 @@ BAD_CALLS = [
     ("match", X[:, None], 1, {"weight": SIZE[0]}),
     ("match", X, 0, {"weight": SIZE.half()}),
     ("match", X, 1, {"weight": SIZE.bool()}),
+    ("match", X, 1, {"size": SIZE[:, :8]}),
+    ("match", X, 1, {"size": SIZE.double()}),
+    ("match", X[:, None], 1, {"importance": SIZE[0]}),
+    ("match", X, 1, {"importance": SIZE.half()}),
     ("match", X, 1, {"targets": INT}),
     ("match", X, 0, {"targets": INT[0].long()}),
     ("match", X, 1, 5, {"targets": torch.arange(4, 9, dtype=torch.int32)}),

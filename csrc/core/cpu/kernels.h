@@ -94,6 +94,24 @@ TOME_ALSO_ON_DEVICE constexpr int64_t visible_r(int64_t r, int64_t visible_a, in
     return r < least ? r : least;
 }
 
+TOME_ALSO_ON_DEVICE constexpr bool ranks_by_cost(const MatchParams& p) {
+    return p.size != nullptr || p.importance != nullptr;
+}
+
+// What merging a pair costs, by Ward's criterion: what the sum of squared distances of all tokens
+// to their rows grows by is |a - b|^2 size_a size_b / (size_a + size_b), and two rows of length 1
+// are |a - b|^2 = 2 (1 - similarity) apart; times the importance of the token that is merged.
+// Finite and not negative whatever comes.
+template <class T>
+TOME_ALSO_ON_DEVICE constexpr T merge_cost(T similarity, float size_a, float size_b,
+                                           float importance) {
+    const T both = static_cast<T>(size_a) + static_cast<T>(size_b);
+    const T least = static_cast<T>(size_a) / both * static_cast<T>(size_b);
+    const T cost = (T(1) - similarity) * (least * static_cast<T>(importance));
+    constexpr T kMost = static_cast<T>(3.4028234663852886e38);
+    return cost > 0 ? cost < kMost ? cost : kMost : T(0);  // NaN, too, is 0
+}
+
 // Rows of no bytes may come with null pointers, which memcpy and memset must not be given.
 inline void copy_row(void* to, const void* from, int64_t bytes) {
     if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));

@@ -49,6 +49,21 @@ void write_assign(const TokenSet& a, const TokenSet& b, int64_t prefix, int64_t 
     for (int64_t j = 0; j < b.count; ++j) assign[b[j]] = first_b_row + static_cast<int32_t>(j);
 }
 
+// Similarities become negative costs, where pairs rank by them. Those for which nothing may be
+// chosen, of similarity -inf, stay last.
+template <class T>
+void rank_by_cost(const MatchParams& p, const TokenSet& a, const TokenSet& b, int64_t image,
+                  const int32_t* nearest, T* similarity) {
+    const auto of = [&](const float* table, int64_t token) {
+        return table == nullptr ? 1.0f : table[image * p.tokens + token];
+    };
+    for (int64_t i = 0; i < a.count; ++i) {
+        if (similarity[i] < T(-2)) continue;
+        similarity[i] = -merge_cost(similarity[i], of(p.size, a[i]), of(p.size, b[nearest[i]]),
+                                    of(p.importance, a[i]));
+    }
+}
+
 // Merges r tokens of set a into their nearest of set b, or without a look at either into the first;
 // assign must be -1 for tokens in neither.
 template <class T>
@@ -59,6 +74,9 @@ void match_sets(const MatchParams& p, const TokenSet& a, const TokenSet& b, bool
     const Scratch<Candidate<T>> candidates(a.count);
     if (r > 0 && looks) {
         active_kernels().nearest(p, a, b, image, threads, nearest.get(), similarity.get());
+        if (ranks_by_cost(p)) {
+            rank_by_cost(p, a, b, image, nearest.get(), similarity.get());
+        }
     } else {
         std::fill_n(nearest.get(), a.count, 0);
         std::fill_n(similarity.get(), a.count, T(0));

@@ -97,6 +97,10 @@ __device__ __forceinline__ int slot(int step, int half, int lane) {
     return (2 * step + half) * 32 + (lane ^ step % 2 * 4);
 }
 
+// Length that a staged row is given: far from where float16 loses bits, and products far from
+// overflow.
+constexpr float kUnit = 16384.0f;
+
 // Scores as integers of the same order, from 1: 0 stands for -inf, "nothing may be chosen".
 __device__ __forceinline__ Packed ordered(float score) {
     const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0: they are equal
@@ -116,6 +120,17 @@ __device__ __forceinline__ Packed ordered(double score) {
 //   | ordered score | ~column       |
 __device__ __forceinline__ Packed pack_score(float score, int32_t column) {
     return ordered(score) << 32 | ~static_cast<uint32_t>(column);
+}
+
+// The score that `ordered` made an integer of.
+__device__ __forceinline__ float score_from(uint32_t bits) {
+    return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
+}
+__device__ __forceinline__ double score_from(Packed bits) {
+    bits = bits >> 63 ? bits ^ Packed { 1 } << 63 : ~bits;
+    double score;
+    memcpy(&score, &bits, sizeof(score));
+    return score;
 }
 
 // A power of two that brings `largest`, finite and not negative, near 1: what is scaled by it has

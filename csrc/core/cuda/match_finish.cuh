@@ -63,6 +63,36 @@ __device__ __forceinline__ Packed score_of(Packed best) {
     return sizeof(T) == 8 ? best : best >> 32;
 }
 
+// What an entry of m.best ranks by: the score itself, or what merging the pair costs.
+//   best     not 0, which is "nothing may be chosen"
+//   a, b     the pair's tokens
+//   returns  an entry of the same B token
+template <class T>
+__device__ __forceinline__ Packed ranked(const MatchArgs& m, int64_t image, Packed best, int64_t a,
+                                         int64_t b) {
+    const MatchParams& p = m.p;
+    const auto of = [&](const float* table, int64_t token) {
+        return table == nullptr ? 1.0f : table[image * p.tokens + token];
+    };
+    const float size_a = of(p.size, a), size_b = of(p.size, b);
+    const float importance = of(p.importance, a);
+    if constexpr (sizeof(T) == 8) {
+        return ordered(-merge_cost(score_from(best), size_a, size_b, importance));
+    } else {
+        const float unit = m.tiles.form == match_tiles::Form::kPlain ? 1.0f : kUnit;
+        const float similarity = score_from(static_cast<uint32_t>(best >> 32)) / (unit * unit);
+        return ordered(-merge_cost(similarity, size_a, size_b, importance)) << 32 |
+               static_cast<uint32_t>(best);
+    }
+}
+
+// The B token in an entry of m.best that is not 0.
+//   columns (num_a): one image, float64 only
+template <class T>
+__device__ __forceinline__ int64_t nearest_of(Packed best, const int32_t* columns, int64_t i) {
+    return sizeof(T) == 8 ? int64_t{columns[i]} : int64_t{~static_cast<uint32_t>(best)};
+}
+
 // Each thread counts who ranks before its tokens: num_a^2 / kThreads steps, without waiting.
 //   best (num_a): one image
 template <class T>
@@ -152,9 +182,7 @@ __device__ __forceinline__ void write_assign(const MatchArgs& m, const Packed* b
         const int before = device::block_exclusive_sum(exists && !merges, &stay, scratch);
         if (exists) {
             // 0 is "nothing may be chosen", and then the first of B.
-            const int64_t nearest = mine == 0        ? 0
-                                    : sizeof(T) == 8 ? int64_t{columns[i]}
-                                                     : int64_t{~static_cast<uint32_t>(mine)};
+            const int64_t nearest = mine == 0 ? 0 : nearest_of<T>(mine, columns, i);
             assign[m.sets.first_a + 2 * i] =
                 static_cast<int32_t>(merges ? first_b_row + nearest : row + before);
         }
@@ -204,7 +232,11 @@ __device__ __forceinline__ void finish_small_image(const MatchArgs& m, int64_t i
 
     const auto whole = [](int count) { return (count + 3) / 4 * 4; };  // vectors of four
     for (int i = thread; i < whole(num_a); i += kThreads) {
-        const Packed best = i < num_a ? best_of(i) : 0;
+        Packed best = i < num_a ? best_of(i) : 0;
+        if (best != 0 && ranks_by_cost(m.p)) {
+            best = ranked<float>(m, image, best, first_a + 2 * i,
+                                 first_b + 2 * nearest_of<float>(best, nullptr, i));
+        }
         small.scores[i] = static_cast<uint32_t>(best >> 32) + 1;  // from 1: one below exists
         // 0 is "nothing may be chosen", and then the first of B.
         small.nearest[i] = best == 0 ? 0 : static_cast<int32_t>(~static_cast<uint32_t>(best));
@@ -368,6 +400,10 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
     __syncthreads();
     const uint32_t first_b = state.bin;
     for (int64_t i = thread; i < num_a; i += kThreads) {
+        if (best[i] != 0 && ranks_by_cost(m.p)) {
+            best[i] = ranked<T>(m, image, best[i], a.token(i),
+                                b.token(nearest_of<T>(best[i], columns, i)));
+        }
         if (best[i] != 0 || !a.takes_part(i)) continue;
         if constexpr (sizeof(T) == 8) {
             best[i] = 1;
@@ -401,9 +437,7 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
     __syncthreads();  // rows of B before they are looked up
     for (int64_t i = thread; i < num_a; i += kThreads) {
         if (!cut.includes(score_of<T>(best[i]), i)) continue;
-        const int64_t nearest =
-            sizeof(T) == 8 ? int64_t{columns[i]} : int64_t{~static_cast<uint32_t>(best[i])};
-        assign[a.token(i)] = assign[b.token(nearest)];
+        assign[a.token(i)] = assign[b.token(nearest_of<T>(best[i], columns, i))];
     }
     __syncthreads();
     group_tokens(m, image, shared);
@@ -415,10 +449,18 @@ __device__ __forceinline__ void finish_image(const MatchArgs& m, int64_t image,
                                              unsigned char* shared) {
     auto& state = *reinterpret_cast<FinishShared*>(shared);
     const int64_t num_a = m.sets.num_a;
-    const Packed* best = m.best + image * num_a;
+    Packed* best = m.best + image * num_a;
     if (sizeof(T) == 4 && num_a <= kCountingRank) {
         finish_small_image(m, image, shared, [&](int64_t i) { return best[i]; });
         return;
+    }
+    if (ranks_by_cost(m.p)) {
+        for (int64_t i = threadIdx.x; i < num_a; i += kThreads) {
+            if (best[i] == 0) continue;
+            const int64_t j = nearest_of<T>(best[i], m.columns + image * num_a, i);
+            best[i] = ranked<T>(m, image, best[i], m.sets.first_a + 2 * i, m.sets.first_b + 2 * j);
+        }
+        __syncthreads();
     }
     const Cut cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, m.r, state)
                                    : cut_by_radix(best, num_a, m.r, state);

@@ -45,9 +45,6 @@ __device__ __forceinline__ Record split(float a, float b, float c, float d) {
 // A token that may not be chosen and may not choose: all its scores are NaN, larger than nothing.
 constexpr uint32_t kUnusable = 0x7fff7fffu;
 
-// Length that a row is given: far from where float16 loses bits, and products far from overflow.
-constexpr float kUnit = 16384.0f;
-
 // What the eight lanes of a row hold, combined.
 template <class T, class Combine>
 __device__ __forceinline__ T over_row_lanes(T value, const Combine& combine) {

@@ -18,6 +18,9 @@ namespace tome {
 // With `targets`, these are the tokens that others merge into, and all others behind the prefix are
 // what may merge. Where every target of an image is hidden and its other visible tokens are more
 // than the rows, as many of them as must, the first ones, merge into the first target.
+//
+// With `size` or `importance`, pairs rank by what merging them costs, least first, in place of
+// similarity: see merge_cost. Who is a token's most similar one stays as it is.
 struct MatchParams {
     const void* metric;  // (batch, heads, tokens, dim): averaged over heads
     DType dtype;
@@ -32,6 +35,8 @@ struct MatchParams {
     const float* weight = nullptr;     // (batch, tokens), or null: nothing is hidden
     const int32_t* targets = nullptr;  // (num_targets) ascending, or null: the odd positions
     int64_t num_targets = 0;
+    const float* size = nullptr;        // (batch, tokens), not negative, or null: all are 1
+    const float* importance = nullptr;  // (batch, tokens), not negative, or null: all are 1
 };
 
 // How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
