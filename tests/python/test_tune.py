@@ -157,6 +157,22 @@ def test_noise_is_not_claimed_to_be_a_gain(
     assert "do not show that the found schedule is better" in found.verdict
 
 
+@pytest.mark.parametrize("number", [4, 20])
+def test_the_interval_holds_for_few_pictures(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 pairs of schedules that are equally good, 2 or 3 may be called better."""
+    monkeypatch.setattr(tuning, "RESAMPLES", 400)
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for trial in range(100):
+        found, flat = rng.lognormal(sigma=0.5, size=(2, number)).tolist()
+        value, low, high = tuning._ratio(found, flat, trial)
+        assert low <= value <= high
+        claimed += high < 1
+    assert claimed <= 4
+    assert tuning._student(3) == pytest.approx(3.182, rel=0.01)
+    assert tuning._student(19) == pytest.approx(2.093, rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("variant", "outputs"),
     [
@@ -541,6 +557,30 @@ def test_the_command_writes_a_setting_and_says_how_to_use_it(
     model = timm.create_model("test_vit").eval()
     exec(code, {"model": model})
     assert model.r == found.r
+
+
+@pytest.mark.usefixtures("offline")
+def test_pooled_features_of_pretrained_weights(work: Path, tmp_path: Path) -> None:
+    """Of a model of Transformers, on a folder without classes."""
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=64, patch_size=16,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "model")
+    output = tmp_path / "found.json"
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in (work / "flowers").glob("*/*.png"):
+        (pictures / path.name).write_bytes(path.read_bytes())
+    argv = ["tune", pictures, "--model", f"hf:{tmp_path / 'model'}", "--output", output]
+    argv += ["--flops", 0.9, "--seconds", 0, "--workers", 0]
+    assert cli.main([str(a) for a in argv]) == 0
+    found = Setting.load(output)
+    assert (found.layers, found.tokens, found.image_size) == (2, 17, [64, 64])
+    assert found.report.pictures == 6
+    assert "transformers" in found.versions
 
 
 @pytest.mark.usefixtures("offline")
