@@ -22,14 +22,17 @@ from .matching import (
 )
 from .plan import MergePlan, match, select
 from .schedule import parse_r
+from .setting import Setting
 from .utils import info
 
 if TYPE_CHECKING:
     from . import vis
+    from .tuning import tune
     from .vis import make_visualization
 
 __all__ = [
     "MergePlan",
+    "Setting",
     "__version__",
     "bipartite_soft_matching",
     "cls_attention",
@@ -47,16 +50,20 @@ __all__ = [
     "random_bipartite_soft_matching",
     "reference",
     "select",
+    "tune",
     "utils",
     "vis",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    # The search needs torch's counter of operations, which takes long to import.
+    if name == "tune":
+        return import_module(".tuning", __name__).tune
     # Drawing needs Pillow and NumPy, which the rest does not.
     if name in ("vis", "make_visualization"):
-        from importlib import import_module
-
         vis = import_module(".vis", __name__)
         return vis if name == "vis" else vis.make_visualization
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

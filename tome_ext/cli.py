@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_eval(commands)
     add_bench(commands)
+    add_tune(commands)
     add_models(commands)
     return top
 
@@ -130,30 +131,87 @@ def add_eval(commands: Any) -> None:
     evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
     evaluate.add_argument("--model", required=True, metavar="NAME", help=MODEL)
     add_reductions(evaluate)
-    evaluate.add_argument(
-        "--checkpoint", type=Path, metavar="FILE",
-        help="weights for as many classes as the folder has (default: pretrained ones)",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--batch-size", type=at_least_one, default=64, metavar="B", help=f"images a run {DEFAULT}"
-    )
-    evaluate.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
-    evaluate.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
-    )
-    evaluate.add_argument(
-        "--workers", type=at_least_zero, default=4, metavar="W",
-        help=f"processes that read pictures; 0 reads them between runs {DEFAULT}",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--img-size", type=at_least_one, metavar="PIXELS",
-        help="side of the images (default: what the model was made for)",
-    )  # fmt: skip
+    add_running(evaluate, batch_size=64)
     evaluate.add_argument(
         "--limit", type=at_least_one, metavar="N",
         help="only N pictures, spread evenly over the folder",
     )  # fmt: skip
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+
+
+def add_tune(commands: Any) -> None:
+    """The options of ``tome-ext tune``."""
+    tune = commands.add_parser(
+        "tune",
+        help="search how many tokens each layer of a ViT should remove, on a folder of pictures",
+        description="Search how many tokens each layer should remove, so that the outputs on a "
+        "folder of pictures stay as near as can be to those without merging. Half of the pictures "
+        "choose, the other half says what it is worth beside the same number in every layer. "
+        "Needs: pip install 'tome_ext[eval]'",
+    )
+    tune.set_defaults(run=run_tune)
+    tune.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="pictures, in it or in a folder for each class"
+    )
+    tune.add_argument("--model", required=True, metavar="NAME", help=MODEL)
+    tune.add_argument(
+        "--method", choices=list(METHODS), default="tome",
+        help="tome merges similar tokens; evit fuses, and topk drops, those that the class token "
+        f"attends to least {DEFAULT}",
+    )  # fmt: skip
+    goal = tune.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--flops", type=number, metavar="SHARE",
+        help="at most this share of the model's operations, such as 0.6",
+    )  # fmt: skip
+    goal.add_argument(
+        "--speed", type=number, metavar="TIMES",
+        help="at least so many times as fast, measured here, such as 1.5",
+    )  # fmt: skip
+    tune.add_argument(
+        "--seconds", type=seconds, default=600.0, metavar="S", help=f"how long to search {DEFAULT}"
+    )
+    tune.add_argument(
+        "--pictures", type=at_least_one, metavar="N",
+        help="only N pictures, spread evenly over the folder",
+    )  # fmt: skip
+    tune.add_argument(
+        "--seed", type=at_least_zero, default=0, metavar="N",
+        help=f"of which pictures choose, and of the order of the search {DEFAULT}",
+    )  # fmt: skip
+    tune.add_argument(
+        "--output", type=Path, default="setting.json", metavar="FILE",
+        help=f"where to write what was found {DEFAULT}",
+    )  # fmt: skip
+    tune.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="write every step here, and go on from it if it is there",
+    )  # fmt: skip
+    add_running(tune, batch_size=32)
+
+
+def add_running(command: Any, batch_size: int) -> None:
+    """The options of commands that run a model on a folder of pictures."""
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="weights for as many classes as the folder has (default: pretrained ones)",
+    )  # fmt: skip
+    command.add_argument(
+        "--batch-size", type=at_least_one, default=batch_size, metavar="B",
+        help=f"images a run {DEFAULT}",
+    )  # fmt: skip
+    command.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
+    command.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
+    )
+    command.add_argument(
+        "--workers", type=at_least_zero, default=4, metavar="W",
+        help=f"processes that read pictures; 0 reads them between runs {DEFAULT}",
+    )  # fmt: skip
+    command.add_argument(
+        "--img-size", type=at_least_one, metavar="PIXELS",
+        help="side of the images (default: what the model was made for)",
+    )  # fmt: skip
 
 
 def add_bench(commands: Any) -> None:
@@ -302,6 +360,17 @@ def dtypes(text: str) -> tuple[str, ...]:
     return found
 
 
+def number(text: str) -> float:
+    """Parse a number above 0 for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def seconds(text: str) -> float:
     """Parse a time for argparse."""
     try:
@@ -321,13 +390,16 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def check_installed(command: str, packages: tuple[str, ...]) -> None:
-    """Refuse to start without the library or a package, before anything is loaded."""
+def check_installed(command: str, packages: tuple[str, ...], extra: str | None = None) -> None:
+    """Refuse to start without the library or a package, before anything is loaded.
+
+    ``extra`` is what pip knows the packages by, if not by the command's name.
+    """
     _library.require()
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"the {command} needs {', '.join(missing)}: pip install 'tome_ext[{command}]'"
+            f"the {command} needs {', '.join(missing)}: pip install 'tome_ext[{extra or command}]'"
         )
 
 
@@ -364,6 +436,31 @@ def run_eval(arguments: argparse.Namespace) -> None:
         img_size=arguments.img_size,
         limit=arguments.limit,
         json_file=arguments.json,
+    )
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    """Run the search."""
+    check_installed("tune", EVAL_PACKAGES, "eval")
+    from . import _tune_folder
+
+    _tune_folder.run(
+        arguments.folder,
+        arguments.model,
+        flops=arguments.flops,
+        speed=arguments.speed,
+        method=arguments.method,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        pictures=arguments.pictures,
+        batch_size=arguments.batch_size,
+        device_name=arguments.device,
+        dtype=DTYPES[arguments.dtype],
+        workers=arguments.workers,
+        checkpoint=arguments.checkpoint,
+        img_size=arguments.img_size,
+        output=arguments.output,
+        state=arguments.state,
     )
 
 

@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,18 @@ class UnreadableError(Exception):
     """A picture that pillow can't read; raised in the processes that read pictures."""
 
 
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Turns a picture that can't be read, of a loader that is read inside, into a CommandError."""
+    try:
+        yield
+    except UnreadableError as error:
+        # From a worker it comes with a traceback, and the message is the last line of that.
+        line = str(error).splitlines()[-1]
+        name = f"{__name__}.{UnreadableError.__qualname__}: "
+        raise CommandError(line.removeprefix(name)) from None
+
+
 class Share(Dataset[tuple[Any, int]]):
     """The pictures of one process, in a form that ``timm.data.create_loader`` takes.
 
@@ -195,8 +208,8 @@ class Share(Dataset[tuple[Any, int]]):
         self.digest = hashlib.sha256(repr(listed).encode()).hexdigest()
 
     @classmethod
-    def of(cls, folder: Path, world: World, limit: int | None) -> Share:
-        """List a folder with timm's reader."""
+    def of(cls, folder: Path, world: World, limit: int | None, labelled: bool = True) -> Share:
+        """List a folder with timm's reader; unless ``labelled``, pictures may lie in it itself."""
         from timm.data import create_dataset
 
         if not folder.is_dir():
@@ -208,7 +221,7 @@ class Share(Dataset[tuple[Any, int]]):
                 f"no pictures in {folder}; expected FOLDER/CLASS/PICTURE, each .png, .jpg or .jpeg"
             ) from None
         root = Path(reader.root)
-        if "" in reader.class_to_idx:
+        if labelled and "" in reader.class_to_idx:
             raise CommandError(
                 f"pictures lie in {root} itself; expected them in a folder per class"
             )
@@ -307,29 +320,24 @@ def count(
     counts = torch.zeros(len(settings), 3, dtype=torch.int64)
     seconds = torch.zeros(len(settings), dtype=torch.float64)
     warm = False
-    with tqdm(total=number, desc="evaluating", unit="img", disable=not show) as progress:
-        try:
-            for x, target in batches:
-                for i, setting in enumerate(settings):
-                    if not warm:
-                        timed(model, x, setting)
-                    logits, time_taken = timed(model, x, setting)
-                    if not logits.isfinite().all():
-                        raise CommandError(
-                            f"{setting or 'unpatched'}: NaN or infinite output of the model in "
-                            f"{str(x.dtype).removeprefix('torch.')}"
-                        )
-                    seconds[i] += time_taken
-                    right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-                    top1, top5 = right[:, 0].sum().item(), right.sum().item()
-                    counts[i] += torch.tensor([len(x), top1, top5])
-                warm = True
-                progress.update(len(x))
-        except UnreadableError as error:
-            # From a worker it comes with a traceback, and the message is the last line of that.
-            line = str(error).splitlines()[-1]
-            name = f"{__name__}.{UnreadableError.__qualname__}: "
-            raise CommandError(line.removeprefix(name)) from None
+    bar = tqdm(total=number, desc="evaluating", unit="img", disable=not show)
+    with bar as progress, told_in_a_line():
+        for x, target in batches:
+            for i, setting in enumerate(settings):
+                if not warm:
+                    timed(model, x, setting)
+                logits, time_taken = timed(model, x, setting)
+                if not logits.isfinite().all():
+                    raise CommandError(
+                        f"{setting or 'unpatched'}: NaN or infinite output of the model in "
+                        f"{str(x.dtype).removeprefix('torch.')}"
+                    )
+                seconds[i] += time_taken
+                right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+                top1, top5 = right[:, 0].sum().item(), right.sum().item()
+                counts[i] += torch.tensor([len(x), top1, top5])
+            warm = True
+            progress.update(len(x))
     return counts, seconds
 
 

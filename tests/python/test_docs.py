@@ -16,7 +16,7 @@ PAGES = sorted(page.name for page in RUNNING.glob("*.md") if page.name != "READM
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ON_GPU = {"cuda-graphs.md"}
 BY_TORCHRUN = {"distributed.md"}
-OTHERS = ("../methods.md", "../migration.md")  # pages elsewhere
+OTHERS = ("../methods.md", "../migration.md", "../tuning.md")  # pages elsewhere
 # What pages change in torch._dynamo.config, as it was before: set back after each.
 CHANGED = ("recompile_limit", "skip_fwd_side_effects_in_bwd_under_checkpoint")
 SETTINGS = {name: getattr(torch._dynamo.config, name) for name in CHANGED}

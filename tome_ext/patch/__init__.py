@@ -7,13 +7,16 @@ A library is imported only when a model of it is patched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..schedule import KeepRate, Schedule
+from ..setting import Setting
 from .common.methods import MethodName, make_method
-from .common.patched_model import find, patch_model, remove
+from .common.patched_model import PatchedModel, Tower, find, patch_model, remove
 from .common.rules import Settings
 from .common.token_state import Tokens
 from .registry import HOSTS, Host, find_tower, register
@@ -45,6 +48,7 @@ def auto(
     restore_tokens: bool = False,
     inference: bool = False,
     host: str | None = None,
+    setting: Setting | str | Path | None = None,
 ) -> Any:
     """Patch a Vision Transformer, so that its blocks go on with fewer tokens.
 
@@ -108,6 +112,10 @@ def auto(
             two blocks.
         host: the library, where it should not be found by the model's class: a name of
             :data:`tome_ext.patch.registry.HOSTS`.
+        setting: what :func:`tome_ext.tune` has found for this model, or the file it was saved as:
+            it says ``r``, ``method`` and what the method has besides (``prop_attn``,
+            ``normalize_fused``), which must not be given then. If a forward begins with another
+            number of tokens than it was found for, that is a warning.
 
     Returns:
         The model. As a context manager it removes the patch at the end:
@@ -115,26 +123,72 @@ def auto(
 
     Raises:
         ValueError: the model or a block is of a kind that is not supported (the message names
-            it), or a setting is wrong. Nothing is changed.
+            it), or a setting is wrong; or ``setting`` is of a model with another number of layers.
+            Nothing is changed.
+        OSError: the file of ``setting`` can't be read.
         ImportError: the library is not installed, or too old.
     """
     if host is not None and (not isinstance(host, str) or host not in HOSTS):
         raise ValueError(f"host: expected one of {sorted(HOSTS)}, got {host!r}")
+    find: Callable[[nn.Module], Tower]
+    find = find_tower if host is None else HOSTS[host].find_tower
+    options: dict[str, Any] = {
+        "prop_attn": prop_attn,
+        "normalize_fused": normalize_fused,
+        "fused_weight_grad": fused_weight_grad,
+    }
+    for_tokens = None
+    if setting is not None:
+        given = {
+            "r": not (isinstance(r, int) and r == 0),
+            "method": method != "tome",
+            "keep_rate": keep_rate is not None,
+            "prop_attn": prop_attn is not True,
+            "normalize_fused": normalize_fused is not False,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise ValueError(f"expected setting or {names}, got both: the setting says them")
+        setting = setting if isinstance(setting, Setting) else Setting.load(setting)
+        r, method, for_tokens = list(setting.r), setting.method, setting.tokens  # type: ignore[assignment]
+        options.update(setting.options)
+        find = _checked(find, model, setting)
     settings = Settings(
-        make_method(
-            method,
-            prop_attn=prop_attn,
-            normalize_fused=normalize_fused,
-            fused_weight_grad=fused_weight_grad,
-        ),
+        make_method(method, **options),
         r,
         keep_rate,
         trace_source,
         restore_tokens,
         inference,
+        for_tokens,
     )
-    find = find_tower if host is None else HOSTS[host].find_tower
     return patch_model(model, find, settings)
+
+
+def _checked(
+    find: Callable[[nn.Module], Tower], model: nn.Module, setting: Setting
+) -> Callable[[nn.Module], Tower]:
+    """``find`` for models with as many layers as a setting is for.
+
+    Raises:
+        ValueError: ``model`` is patched, and has another number.
+    """
+
+    def check(layers: int) -> None:
+        if layers != setting.layers:
+            raise ValueError(
+                f"setting: expected one for a model of {layers} layers, got one for "
+                f"{setting.layers} ({setting.model})"
+            )
+
+    def find_checked(model: nn.Module) -> Tower:
+        tower = find(model)
+        check(len(tower.blocks))
+        return tower
+
+    if isinstance(model, PatchedModel):
+        check(len(model._tome.rules.layers))
+    return find_checked
 
 
 def timm(

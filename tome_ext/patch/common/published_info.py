@@ -26,6 +26,8 @@ def change_settings(trail: Trail, **changes: Any) -> None:
         ValueError: one is wrong. Nothing is changed.
     """
     rules = trail.rules
+    if "r" in changes:  # of the user's own, whatever it was found for before
+        changes["for_tokens"] = None
     settings = replace(rules.settings, **changes)
     trail.rules = make_rules(settings, len(rules.layers), rules.num_prefix_tokens)
 

@@ -17,6 +17,9 @@ __all__ = ["LayerRule", "Rules", "Settings", "make_rules"]
 class Settings:
     """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given.
 
+    Attributes:
+        for_tokens: how many tokens ``r`` was found for, if it was; see :class:`tome_ext.Setting`.
+
     Raises:
         ValueError: one that says yes or no is something else.
     """
@@ -27,6 +30,7 @@ class Settings:
     trace_source: bool = False
     restore_tokens: bool = False
     inference: bool = False
+    for_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("trace_source", "restore_tokens", "inference"):

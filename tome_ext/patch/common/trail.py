@@ -9,6 +9,7 @@ between two blocks, and to look at.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -257,6 +258,13 @@ class Trail:
         tokens = known.get((layer, batch_size, num_tokens)) if made_for is rules else None
         if tokens is not None:
             return tokens
+        wanted = rules.settings.for_tokens
+        if layer == 0 and wanted not in (None, num_tokens):
+            warnings.warn(
+                f"the setting of this patch was found for {wanted} tokens, and this model has "
+                f"{num_tokens}: its schedule may be far from the best here",
+                stacklevel=2,
+            )
         # With those before all layers behind, so that each block finds the next one's.
         tokens = made(len(rules.layers))
         for at in range(len(rules.layers) - 1, layer - 1, -1):
