@@ -76,7 +76,7 @@ def match(
             sizes.index_select(1, b).gather(1, nearest),
             None if importance is None else importance.index_select(1, a),
         )
-        best = torch.where(best > -2.0, -cost, float("-inf"))
+        best = torch.where(best > -2.0, -cost, torch.finfo(work).min)
     best = torch.where(sees_a, best, float("-inf"))
     mine, other = best.unsqueeze(2), best.unsqueeze(1)
     earlier = index[:num_a] < index[:num_a].unsqueeze(1)

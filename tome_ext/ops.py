@@ -521,7 +521,7 @@ class _Derivatives(torch.library.Library):
     A kernel made by torch would leave tangents out, without a word.
     """
 
-    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:  # type: ignore[override]
+    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:
         plain = twin(op_name)
 
         def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:

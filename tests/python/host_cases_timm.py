@@ -167,7 +167,11 @@ EVA = [
         use_abs_pos_emb=False,
         init_values=0.5,
     ),
-    _eva("EVA post norm", use_post_norm=True, global_pool="token"),
+    *(
+        _eva("EVA post norm", use_post_norm=True, global_pool="token")
+        for block in [eva.EvaBlockPostNorm]  # which older versions cannot make
+        if "swiglu_align_to" in inspect.signature(block).parameters
+    ),
 ]
 
 # --- relative positions: tokens that are paired share their rows and columns ----------------------

@@ -72,6 +72,18 @@ def test_a_patched_model_counts_what_it_computes(method: str, r: int) -> None:
     assert r > 0 or 2 * want == whole
 
 
+def test_a_counter_that_is_looked_for_first_or_loaded_again(run_python: Any) -> None:
+    run = run_python("""
+import importlib, importlib.util, sys, tome_ext, torch
+assert importlib.util.find_spec("torch.utils.flop_counter") is not None
+import torch.utils.flop_counter as counter
+print(torch.ops.tome.match in counter.flop_registry)
+importlib.reload(counter)
+print(torch.ops.tome.match in counter.flop_registry)
+""")
+    assert (run.returncode, run.stdout) == (0, "True\nTrue\n"), run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "tome_ext"])
 def test_imports_in_any_order(run_python: Any, first: str) -> None:
     second = {"tome_ext": "torch.utils.flop_counter"}.get(first, "tome_ext")

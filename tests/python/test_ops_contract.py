@@ -154,7 +154,7 @@ MEMBERS, OFFSETS = PLAN[1:]
         (lambda: PLAN.then(PLAN), "following: expected a plan of (B, N) = (2, 6)", "(2, 9)"),
         (lambda: tome_ext.match(X, True), "r: expected an integer", "True (bool)"),
         (lambda: tome_ext.match(X, np.bool_(True)), "r: expected an integer", "True"),
-        (lambda: tome_ext.match(X, torch.tensor(True)), "r: expected an integer", "bool"),
+        (lambda: tome_ext.match(X, torch.tensor(True)), "r: expected an integer", "tensor(True)"),
         (lambda: tome_ext.match(X, 1, 0.5), "num_prefix_tokens: expected an integer", "0.5"),
         (lambda: tome_ext.select(X[..., 0], 1.0), "keep: expected an integer", "1.0 (float)"),
         (lambda: tome_ext.select(X[..., 0], 1, fuse="no"), "fuse: expected True or False", "'no'"),

@@ -55,6 +55,21 @@ def test_patched_model_is_still_of_its_own_type() -> None:
     assert type(tiny().blocks[0]) is Block
 
 
+def test_another_model_of_the_patched_class_is_not_patched() -> None:
+    model: Any = tome_ext.patch.timm(tiny(), r=9)
+    block, attn = model.blocks[0], model.blocks[0].attn
+    for made, part in (
+        (type(model)(img_size=32, patch_size=4, embed_dim=32, num_heads=4, depth=3), model),
+        (type(block)(dim=32, num_heads=4), block),
+        (type(attn)(32, num_heads=4), attn),
+    ):
+        assert type(made) is type(part)._tome_base
+    student = type(model)(img_size=32, patch_size=4, embed_dim=32, num_heads=4, depth=3)
+    expected = student(images())
+    with tome_ext.patch.timm(student):
+        assert torch.equal(student(images()), expected)
+
+
 def test_as_context_manager() -> None:
     model = tiny()
     before = snapshot(model)

@@ -237,7 +237,22 @@ def mvit() -> nn.Module:
     return mvitv2.MultiScaleVit(config, img_size=64)
 
 
+# Younger than the oldest timm: there is nothing to refuse there.
+REFUSED_YOUNG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "DiffParallelScalingBlock": (
+        lambda: with_blocks(vision_transformer.DiffParallelScalingBlock)(),
+        "DiffParallelScalingBlock as block 0",
+    ),
+    "parallel attentions of another class": (
+        replaced_parallel_attention,
+        "ParallelThingsBlock as block 1 with DiffAttention",
+    ),
+    "DiffAttention": (replaced_attention, "block 1 with DiffAttention"),
+    "PRR pool": (lambda: tiny(global_pool="prr"), "AttentionPoolPrr"),
+}
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    **(REFUSED_YOUNG if hasattr(vision_transformer, "DiffParallelScalingBlock") else {}),
     "EVA with a plain block": (eva_with_a_plain_block, "Eva with a Block as block 1"),
     "EVA with a plain attention": (eva_with_a_plain_attention, "block 0 with Attention"),
     "own forward_features of EVA": (lambda: OwnEva(**SMALL), "OwnEva with a forward_features"),
@@ -275,17 +290,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "CrossVit",
     ),
-    **{
-        name: (with_blocks(getattr(vision_transformer, name)), f"{name} as block 0")
-        for name in ["DiffParallelScalingBlock"]
-        if hasattr(vision_transformer, name)  # younger than the oldest timm
-    },
-    "parallel attentions of another class": (
-        replaced_parallel_attention,
-        "ParallelThingsBlock as block 1 with DiffAttention",
-    ),
-    "DiffAttention": (replaced_attention, "block 1 with DiffAttention"),
-    "PRR pool": (lambda: tiny(global_pool="prr"), "AttentionPoolPrr"),
     "attention pool with positions": (positions_in_pool, "position embeddings"),
     "own forward_features": (lambda: OwnFeatures(**SMALL), "OwnFeatures with a forward_features"),
     "own forward": (lambda: OwnForward(**SMALL), "OwnForward with a forward of its own"),

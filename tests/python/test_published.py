@@ -256,6 +256,8 @@ def test_info_that_cannot_take_effect_raises_and_changes_nothing() -> None:
         ("class_token", False, r"'class_token'\]: expected True, which the model says, got False"),
         ("distill_token", True, r"'distill_token'\]: expected False, .*tome_ext\.match"),
         ("r", "8", r"expected an integer >= 0, got '8'"),
+        ("prop_attn", "no", r"expected True or False, got 'no'"),
+        ("trace_source", None, r"expected True or False, got None"),
         ("r", [1] * 9, r"at most 3 entries"),
     ):
         with pytest.raises(ValueError, match=message):

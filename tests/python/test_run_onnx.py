@@ -202,6 +202,7 @@ class MatchVisible(nn.Module):
             *tome.match(metric, 9, num_prefix_tokens=1, weight=weight),
             *tome.match(metric, 14, num_prefix_tokens=1, weight=weight, targets=grid),
             *tome.match(metric, 11, num_prefix_tokens=1, targets=grid),
+            *tome.match(metric, 9, num_prefix_tokens=1, size=weight + 1, importance=weight),
         )
 
 
@@ -257,10 +258,17 @@ def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, see
     targets = (some & (torch.arange(n) >= prefix)).nonzero().flatten().to(torch.int32)
     for weights in (None, weight, torch.zeros(2, n)):
         for chosen in (None, targets):
-            assert_plans_equal(
-                _onnx.match(metric, r, prefix, weight=weights, targets=chosen),
-                reference.match(metric, r, prefix, weight=weights, targets=chosen),
-            )
+            for size, importance in ((None, None), (weight + 1, None), (weight, weight)):
+                options = {
+                    "weight": weights,
+                    "targets": chosen,
+                    "size": size,
+                    "importance": importance,
+                }
+                assert_plans_equal(
+                    _onnx.match(metric, r, prefix, **options),
+                    reference.match(metric, r, prefix, **options),
+                )
 
 
 @settings(max_examples=60)

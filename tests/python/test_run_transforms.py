@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.proxy import TraceError
 
 import tome_ext
@@ -94,6 +94,50 @@ def test_operators_by_themselves() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         _, slope = torch.func.jvp(lambda x: every(x, size), (x,), (along,))
     torch.testing.assert_close(slope, (want[0] * along).sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_second_and_forward_derivatives_of_a_model(fused: bool) -> None:
+    model: Any = make_model(r=[3])
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    image, direction = torch.randn(2, 1, 3, 64, 64, dtype=torch.float64)
+
+    def value(step: torch.Tensor) -> torch.Tensor:
+        return model(image + step * direction).logsumexp(1).sum()
+
+    zero = torch.zeros((), dtype=torch.float64)
+    around = [value(zero + step).item() for step in (-1e-4, 0, 1e-4)]
+    slope, bend = (around[2] - around[0]) / 2e-4, (around[2] - 2 * around[1] + around[0]) / 1e-8
+    assert jvp(value, (zero,), (zero + 1,))[1].item() == pytest.approx(slope, rel=1e-5)
+    assert hessian(value)(zero).item() == pytest.approx(bend, rel=1e-3)
+    assert grad(grad(value))(zero).item() == pytest.approx(bend, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    "name", ["merge", "merge_add_norm", "unmerge", "attention_forward", "cls_attention"]
+)
+def test_operators_called_directly_keep_tangents(name: str) -> None:
+    plan = tome_ext.match(torch.randn(2, 7, 3), 2, 1)
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    q, operators = x.unsqueeze(1), torch.ops.tome
+    by = (None, plan.members, plan.offsets)
+    function, x = {
+        "merge": (lambda x: operators.merge(x, *by)[0], x),
+        "merge_add_norm": (lambda x: operators.merge_add_norm(x, 2 * x, *by)[2], x),
+        "unmerge": (lambda x: operators.unmerge(x, plan.assign), x[:, :5]),
+        "attention_forward": (lambda q: operators.attention_forward(q, q, q)[0], q),
+        "cls_attention": (lambda q: operators.cls_attention(q, q), q),
+    }[name]
+    want = torch.autograd.functional.jacobian(function, x)
+    assert want.abs().max() > 0.01
+    for transform in (jacfwd, jacrev):
+        torch.testing.assert_close(transform(function)(x), want, rtol=1e-9, atol=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+    torch.testing.assert_close(tangent, want.flatten(-x.dim()).sum(-1), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("r", [0, 3])
