@@ -80,6 +80,9 @@ def _made(cls: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
     return loud(cls(**{**SMALL, **options}))
 
 
+EVA_TAKES_MASKS = "attn_mask" in inspect.signature(eva.Eva.forward).parameters  # not the oldest's
+
+
 def _case(
     name: str, cls: Callable[..., nn.Module], equal_tokens: Any = _paired, **options: Any
 ) -> Case:
@@ -96,7 +99,7 @@ def _case(
         LAYERS,
         class_token=model.cls_token is not None,
         equal_tokens=equal_tokens,
-        hidden=_hidden if prefix == 1 and cls is eva.Eva else None,
+        hidden=_hidden if prefix == 1 and cls is eva.Eva and EVA_TAKES_MASKS else None,
         attention="does more than hide keys" if cls in BIASED else "tome::attention",
     )
 
