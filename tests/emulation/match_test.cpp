@@ -553,8 +553,10 @@ TEST_P(CudaMatchTest, TargetsAreWhatOthersMergeInto) {
 // Ranked by counting and by radix, of every form, with hidden tokens and targets too.
 TEST_P(CudaMatchTest, RanksByWhatMergingCosts) {
     const Case cases[] = {
-        {{8, 2, 21, 16}, 7, 0},  {{8, 1, 50, 33}, 100, 2},  {{2, 3, 197, 16}, 13, 1},
-        {{1, 3, 300, 8}, 60, 1}, {{2, 1, 1040, 8}, 300, 1}, {{2, 2, 40, 136}, 8, 3},
+        {{8, 2, 21, 16}, 7, 0},
+        {{1, 3, 300, 8}, 60, 1},
+        {{1, 1, 1040, 8}, 300, 1},
+        {{2, 2, 40, 136}, 8, 3},
     };
     for (const auto& [shape, r, prefix] : cases) {
         if (GetParam() == DType::kFloat64 && shape.tokens > 1000) continue;  // slow here
@@ -568,13 +570,12 @@ TEST_P(CudaMatchTest, RanksByWhatMergingCosts) {
         }
         const std::vector<float> weight = some_weights(shape, 3);
         const std::vector<int32_t> targets = every(4, static_cast<int32_t>(prefix), shape.tokens);
-        for (int given = 1; given < 8; ++given) {
+        for (int given : {1, 6, 7}) {
             Metric m = contiguous(x, shape);
             m.size = given % 2 != 0 ? size.data() : nullptr;
             m.importance = given / 2 % 2 != 0 ? importance.data() : nullptr;
             if (given / 4 != 0) m.weight = weight.data();
             if (given == 7) m.targets = &targets;
-            if (m.size == nullptr && m.importance == nullptr) continue;
             const Plan want = on_cpu(m, r, prefix);
             for_each_machine(
                 [&, r = r, prefix = prefix] { EXPECT_EQ(on_cuda(m, r, prefix), want) << given; });
