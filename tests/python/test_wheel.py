@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,15 +182,13 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("kind", ["missing", "broken"])
-def test_import_survives_without_the_library(kind: str, tmp_path: Path) -> None:
+def test_import_survives_without_the_library(run_python: Any, kind: str, tmp_path: Path) -> None:
     copy = tmp_path / "tome_ext"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     if kind == "broken":
         (copy / "_C.abi3.so").write_bytes(b"not a library")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    run = run_python(SCRIPT, env=env)
     assert run.returncode == 0, run.stderr
     assert str(copy) in run.stdout
     refusal = run.stdout.split("REFUSED", 1)[1]
