@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks, ops
 from ._torch import any_autocast, in_transform
-from .ops import describe, device_kind
+from .ops import describe, device_kind, expect_tensors
 from .plan import MergePlan
 from .reference import accumulate_dtype, log_size, without_hidden
 
@@ -237,6 +237,7 @@ def proportional_attention(
     """
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p!r}")
+    expect_tensors(q=q, k=k, v=v)
     q, k, v = _cast_for_autocast(q, k, v)
     _check(size, q=q, k=k, v=v)
     return attend(q, k, v, size, attn_mask, scale, dropout_p)[0]
@@ -311,6 +312,7 @@ def cls_attention(
         ValueError: wrong rank, shapes that do not go together, no query, several dtypes or
             devices. Nothing is computed.
     """
+    expect_tensors(q=q, k=k)
     q, k = _cast_for_autocast(q, k)
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(

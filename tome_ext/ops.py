@@ -8,6 +8,7 @@ of :func:`tome_ext.match`, :class:`tome_ext.MergePlan`, :func:`tome_ext.proporti
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -25,6 +26,7 @@ __all__ = [
     "cls_attention",
     "describe",
     "device_kind",
+    "expect_tensors",
     "match",
     "merge",
     "merge_add_norm",
@@ -59,6 +61,17 @@ def describe(x: object) -> str:
     if isinstance(x, Tensor):
         return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
     return f"{x!r} ({type(x).__name__})"
+
+
+def expect_tensors(**given: object) -> None:
+    """Refuse anything else.
+
+    Raises:
+        ValueError: one is not a tensor.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {describe(value)}")
 
 
 def device_kind(x: Tensor) -> str:
@@ -96,18 +109,28 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
         return stub
     # The overload itself: looking it up through its name costs a microsecond in every call.
     overload = cast("Callable[P, R]", getattr(torch.ops.tome, stub.__name__).default)
+    names = inspect.signature(stub)
+    tensors = [name for name, value in names.parameters.items() if value.annotation == "Tensor"]
     plain: Callable[P, R] = twin(stub.__name__)
     differentiable = stub.__name__ not in ("match", "select", "plan")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():
             return overload(*args, **kwargs)
-        if in_transform():
-            return plain(*args, **kwargs)
-        if not differentiable or is_grad_enabled() or is_inference_mode_enabled():
-            return overload(*args, **kwargs)  # inference mode has left the autograd layer already
-        with below_autograd():
-            return overload(*args, **kwargs)
+        try:
+            if in_transform():
+                return plain(*args, **kwargs)
+            if not differentiable or is_grad_enabled() or is_inference_mode_enabled():
+                return overload(*args, **kwargs)  # inference mode has left the autograd layer
+            with below_autograd():
+                return overload(*args, **kwargs)
+        except (RuntimeError, AttributeError):  # what torch says of None is about its own source
+            given = names.bind(*args, **kwargs).arguments
+            try:
+                expect_tensors(**{name: given[name] for name in tensors})
+            except ValueError as error:
+                raise error from None
+            raise
 
     return call
 

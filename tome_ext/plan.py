@@ -45,6 +45,7 @@ class MergePlan(NamedTuple):
             RuntimeError: an entry points outside the output (checked on the CPU only: looking at
                 it from the host would stall a GPU, where such a token counts as dropped).
         """
+        ops.expect_tensors(assign=assign)
         if assign.dim() != 2 or assign.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"assign: expected (B, N) int32 or int64, got {ops.describe(assign)}")
         num_output_tokens = _count(num_output_tokens, "num_output_tokens")
@@ -145,6 +146,7 @@ class MergePlan(NamedTuple):
                 takes, on the plan's device.
             RuntimeError: the plan's indices point outside x (checked on the CPU).
         """
+        ops.expect_tensors(x=x)
         rows = self.offsets.shape[1] - 1
         if x.dim() == 3 and x.shape[1] != rows:  # which the operator cannot know
             batch = self.assign.shape[0]
@@ -158,7 +160,8 @@ class MergePlan(NamedTuple):
         """The plan that does this one and then ``following``, from N tokens to its rows.
 
         Raises:
-            ValueError: ``following`` is not of this plan's B, with its M as N.
+            ValueError: ``following`` is not of this plan's B, with its M as N, or on another
+                device.
         """
         wanted, got = (self.assign.shape[0], self.num_output_tokens), following.assign.shape
         if got != wanted:
@@ -166,6 +169,9 @@ class MergePlan(NamedTuple):
                 f"following: expected a plan of (B, N) = {wanted} tokens, this one's rows, got one "
                 f"of {tuple(got)}"
             )
+        here, there = self.assign.device, following.assign.device
+        if here != there:
+            raise ValueError(f"following: expected a plan on {here}, as this one, got {there}")
         assign = compose(self.assign, following.assign)
         return MergePlan._of_rows(assign, following.num_output_tokens)
 

@@ -18,7 +18,19 @@ const char* dtype_name(ScalarType dtype) {
             return "int64";
         case ScalarType::Bool:
             return "bool";
-        default:
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Short:
+            return "int16";
+        case ScalarType::ComplexHalf:
+            return "complex32";
+        case ScalarType::ComplexFloat:
+            return "complex64";
+        case ScalarType::ComplexDouble:
+            return "complex128";
+        default:  // float8 and the like, quantized
             return "another dtype";
     }
 }

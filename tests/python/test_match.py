@@ -497,3 +497,6 @@ def test_then_composes():
     direct, direct_size = first.then(second).merge(x)
     torch.testing.assert_close(direct, twice)
     assert torch.equal(direct_size, size)
+    elsewhere = tome_ext.MergePlan(*(part.to("meta") for part in second))
+    with pytest.raises(ValueError, match=r"following: expected a plan on cpu, .*, got meta"):
+        first.then(elsewhere)

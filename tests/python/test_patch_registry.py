@@ -128,3 +128,6 @@ def test_unknown_models_name_the_libraries_there_are() -> None:
         tome_ext.patch.auto(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"host: expected one of .* got 'mine'"):
         tome_ext.patch.auto(nn.Linear(2, 2), host="mine")
+    for wrong in (None, "vit", nn.Linear):
+        with pytest.raises(ValueError, match=r"model: expected a torch\.nn\.Module, got"):
+            tome_ext.patch.auto(wrong)

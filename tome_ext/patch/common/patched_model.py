@@ -205,6 +205,8 @@ def patch_model(
     Raises:
         ValueError: from ``find_tower``, or a setting is wrong. Nothing is changed.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {model!r}")
     if isinstance(model, PatchedModel):
         trail = model._tome
         _check_method(settings, model._tome_class_token)
