@@ -304,10 +304,80 @@ def gpu_short_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fidelity_line(result: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in result["pictures"].items())
+    return (
+        f"CLIP ViT-B/16, float32, {counts}; speed: {machine_line(result, 'medians')[:-1]}, batches "
+        f"of {result['speed']['batch']}."
+    )
+
+
+FIDELITY_ORDER = ("tome", "tuned", "topk", "evit", "small", "random", "sliced")
+
+
+def by_cost(rows: list[dict[str, Any]], whole: float) -> list[dict[str, Any]]:
+    """Rows of about the same operations together."""
+    return sorted(
+        rows,
+        key=lambda row: (-round(row["gflops"] / whole, 1), FIDELITY_ORDER.index(row["kind"])),
+    )
+
+
+def fidelity_cells(row: dict[str, Any], whole: float, keys: tuple[str, ...]) -> list[str]:
+    """Operations, kind, setting, deviations, speed."""
+    figures = [f"{row['deviation']['all'][key]:.2g}" for key in keys]
+    speed = f"{row['speed']:.2f}x" if "speed" in row else "-"
+    share = f"{row['gflops'] / whole:.2f}"
+    return [share, row["name"], row["amount"], *figures, speed]
+
+
+def fidelity_short_table(result: dict[str, Any]) -> str:
+    """The README's: what users choose from, at three costs."""
+    lines = [
+        fidelity_line(result),
+        "",
+        "| operations | method | setting | mean | median | 95 of 100 below | speed-up |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    whole = result["rows"][0]["gflops"]
+    shown = ("tome", "tuned", "topk", "small")
+    rows = [row for row in result["rows"] if row["kind"] in shown and row["gflops"] < 0.8 * whole]
+    for row in by_cost(rows, whole):
+        lines.append(f"| {' | '.join(fidelity_cells(row, whole, ('mean', 'median', 'p95')))} |")
+    return "\n".join(lines)
+
+
+def fidelity_table(result: dict[str, Any]) -> str:
+    """Everything."""
+    answers = [
+        (way, kind) for way in ("probe", "neighbour") for kind in result["rows"][0]["answers"]
+    ]
+    titles = ["operations", "method", "setting", "mean", "median", "95%", "worst", "speed-up"]
+    titles += [f"{way}, {kind}" for way, kind in answers]
+    lines = [
+        fidelity_line(result),
+        "",
+        f"| {' | '.join(titles)} |",
+        f"| ---: | --- | --- |{' ---: |' * (len(titles) - 3)}",
+    ]
+    plain, *rows = result["rows"]
+    accuracies = [f"{plain['answers'][kind][way]['accuracy']:.3f}" for way, kind in answers]
+    lines.append(f"| 1.00 | unmerged | | 0 | 0 | 0 | 0 | 1 | {' | '.join(accuracies)} |")
+    for row in by_cost(rows, plain["gflops"]):
+        cells = fidelity_cells(row, plain["gflops"], ("mean", "median", "p95", "worst"))
+        for way, kind in answers:
+            found = row["answers"][kind][way]
+            cells.append(f"{found['accuracy']:.3f} ± {found['error']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # Where each table stands, and the figures it is made from. A block whose figures are not there,
 # which only those of GPUs may be, stays as it is.
 TABLES = [
     ("README.md", "short_gpu", "gpu_h100.json", gpu_short_table),
+    ("README.md", "fidelity_short", "fidelity.json", fidelity_short_table),
+    ("docs/fidelity.md", "fidelity", "fidelity.json", fidelity_table),
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),

@@ -1,0 +1,379 @@
+"""What merging costs in answers: a trained ViT, real pictures, every method at equal operations.
+
+    python bench/fidelity.py --data FOLDER --json bench/results/fidelity.json
+    python bench/fidelity.py --json FILE --chart docs/images/fidelity.png    # draws what is there
+
+The model is CLIP's ViT-B/16; bench/fidelity_data.py says what is fetched into FOLDER (300 MB), with
+which licences. One half of every set of pictures is for choosing (``--tune``), and for nearest
+neighbours and linear probes to learn from, without merging; the figures are of the other half. A
+picture's deviation is 1 - cosine of its embedding to that of the model as it is. Beside the methods
+stands what a sceptic asks for: a smaller picture, merging at random, leaving out the last tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fidelity_data import SIDE, SOURCES, TOWER, Pictures, clip_tower, load
+from torch import Tensor
+
+import tome_ext
+from tome_ext._command import Reduction, find_device
+from tome_ext.bench._contenders import share_weights, sliced
+from tome_ext.bench._cost import count_flops
+from tome_ext.bench.timing import describe_machine, interleave, ratio
+from tome_ext.patch.common.methods import METHODS, MethodName, ToMe
+
+R_VALUES = (4, 8, 12, 16)
+SIDES = (208, 192, 176, 160)  # of smaller pictures, pixels
+RIDGES = np.logspace(-4, 2, 25)
+NAMES = {
+    "none": "unmerged",
+    "tome": "ToMe",
+    "tuned": "ToMe, tuned",
+    "evit": "EViT",
+    "topk": "Top-K",
+    "small": "a smaller picture",
+    "random": "merged at random",
+    "sliced": "left out",
+}
+COLORS = {
+    "tome": "#d1495b",
+    "tuned": "#7d1128",
+    "evit": "#2e86ab",
+    "topk": "#e8a33d",
+    "small": "#3f7d20",
+    "random": "#8a8a8a",
+    "sliced": "#bdbdbd",
+}
+INK, FAINT = "#222222", "#666666"
+
+
+@dataclass(frozen=True)
+class RandomMerging(ToMe):
+    """As many merges as ToMe makes, of tokens that have nothing to do with each other."""
+
+    name: ClassVar[MethodName] = cast("MethodName", "random")
+
+    def rank(
+        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
+    ) -> Tensor:
+        generator = torch.Generator(k.device).manual_seed(k.shape[2])
+        return torch.randn(k.shape[0], 1, *k.shape[2:], generator=generator, device=k.device)
+
+
+def merge_at_random(model: Any, r: int) -> Any:
+    """The model patched with a method that users can't ask for."""
+    METHODS["random"] = RandomMerging
+    try:
+        return Reduction(RandomMerging.name, r=r).patch(model)
+    finally:
+        del METHODS["random"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to spend fewer operations.
+
+    Attributes:
+        kind: of ``NAMES``.
+        amount: how far it goes, in words.
+        make: the model of it, of a copy that shares the weights.
+        side: of the pictures it takes.
+    """
+
+    kind: str
+    amount: str
+    make: Callable[[Any], Any]
+    side: int = SIDE
+
+
+def contenders(setting: tome_ext.Setting | None) -> list[Contender]:
+    """All of them, the unmerged model first."""
+    found = [Contender("none", "", lambda model: model)]
+    for r in R_VALUES:
+        amount = f"r = {r}"
+        for method in METHODS:
+            reduction = Reduction(cast("MethodName", method), r=r)
+            found.append(Contender(method, amount, reduction.patch))
+        cut = Reduction("tome", r=r)
+        found.append(Contender("random", amount, lambda m, r=r: merge_at_random(m, r)))
+        found.append(Contender("sliced", amount, lambda m, cut=cut: sliced(m, cut)))
+    rate = Reduction("evit", keep_rate=0.7)
+    found.append(Contender("evit", "keep rate 0.7", rate.patch))
+    for side in SIDES:
+        found.append(Contender("small", f"{side} px", lambda m, s=side: resized(m, s), side))
+    if setting is not None:
+        # Whether or not the pictures that `tune` reported on were enough to show that it is better.
+        r = list(setting.report.found)
+        found.append(Contender("tuned", f"r = {r}", lambda m: tome_ext.patch.auto(m, r=r)))
+    return found
+
+
+def resized(model: Any, side: int) -> Any:
+    """The model for pictures of another size, its positions interpolated."""
+    model.set_input_size(img_size=side)
+    return model
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def embed(model: Any, x: Tensor, batch_size: int, device: torch.device) -> np.ndarray:
+    """Embeddings (n, 512) of length 1, float64."""
+    found = [model(part.to(device)).double().cpu() for part in x.split(batch_size)]
+    return F.normalize(torch.cat(found), dim=1).numpy()
+
+
+def deviation_figures(deviations: np.ndarray) -> dict[str, float]:
+    """Mean, median, 95th percentile, and the worst picture's."""
+    return {
+        "mean": float(deviations.mean()),
+        "median": float(np.median(deviations)),
+        "p95": float(np.quantile(deviations, 0.95)),
+        "worst": float(deviations.max()),
+    }
+
+
+def fit_probe(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression on the labels; its strength by the squared error when one is left out.
+
+    Returns weights (C + 1, K) and the K kinds.
+    """
+    kinds = np.unique(labels)
+    y = (labels[:, None] == kinds).astype(float)
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    errors = []
+    for ridge in RIDGES:
+        shrunk = s**2 / (s**2 + ridge)
+        fitted = u @ (shrunk[:, None] * (u.T @ y))
+        leverage = (u**2 * shrunk).sum(1)
+        errors.append((((y - fitted) / (1 - leverage)[:, None]) ** 2).sum())
+    ridge = RIDGES[int(np.argmin(errors))]
+    weights = vt.T @ ((s / (s**2 + ridge))[:, None] * (u.T @ y))
+    return weights, kinds
+
+
+class Answers:
+    """What a set's labels say of embeddings: nearest neighbours and a linear probe.
+
+    Both learn from the choosing half as the unmerged model sees it, which is how merging is used
+    in a system that is there already.
+    """
+
+    def __init__(self, pictures: Pictures, plain: np.ndarray) -> None:
+        assert pictures.labels is not None
+        self.known, self.kinds = plain[pictures.chooses], pictures.labels[pictures.chooses]
+        self.right = pictures.labels[~pictures.chooses]
+        self.weights, self.classes = fit_probe(self.known, self.kinds)
+        self.plain = self.by_each(plain[~pictures.chooses])
+
+    def by_each(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """The kinds that each way of answering gives embeddings (n, C)."""
+        scores = np.concatenate([x, np.ones((len(x), 1))], 1) @ self.weights
+        nearest = (x @ self.known.T).argmax(1)
+        return {"probe": self.classes[scores.argmax(1)], "neighbour": self.kinds[nearest]}
+
+    def figures(self, x: np.ndarray) -> dict[str, dict[str, float]]:
+        """Accuracy, how often the unmerged model answers the same, and the standard error of the
+        difference of the two accuracies.
+        """
+        found = {}
+        for name, given in self.by_each(x).items():
+            right, before = given == self.right, self.plain[name] == self.right
+            changed = right.astype(float) - before
+            found[name] = {
+                "accuracy": float(right.mean()),
+                "same": float((given == self.plain[name]).mean()),
+                "error": float(changed.std() / len(changed) ** 0.5),
+            }
+        return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything but the chart."""
+    device = find_device(options.device)
+    model = clip_tower(options.data).to(device)
+    sets = load(options.data, options.most)
+    # Those to report on, which every contender sees; those to choose by, the unmerged model only.
+    report = {name: pictures.tensor(~pictures.chooses) for name, pictures in sets.items()}
+    choose = {name: pictures.tensor(pictures.chooses) for name, pictures in sets.items()}
+    setting = None
+    if options.tune:
+        setting = tuned(model, choose, options, device)
+    begun = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    plain: dict[str, np.ndarray] = {}
+    answers: dict[str, Answers] = {}
+    for contender in contenders(setting):
+        made = contender.make(share_weights(model))
+        x = report
+        if contender.side != SIDE:
+            x = {name: p.tensor(~p.chooses, contender.side) for name, p in sets.items()}
+        one = next(iter(x.values()))[:1].to(device)
+        row = {
+            "kind": contender.kind,
+            "name": NAMES[contender.kind],
+            "amount": contender.amount,
+            "gflops": count_flops(lambda made=made, one=one: made(one)) / 1e9,
+        }
+        found = {name: embed(made, part, options.batch_size, device) for name, part in x.items()}
+        if not plain:
+            plain = found
+            for name, pictures in sets.items():
+                if pictures.labels is not None:
+                    whole = np.empty((len(pictures.images), found[name].shape[1]))
+                    whole[~pictures.chooses] = found[name]
+                    whole[pictures.chooses] = embed(model, choose[name], options.batch_size, device)
+                    answers[name] = Answers(pictures, whole)
+        far = {name: (1 - (found[name] * plain[name]).sum(1)).clip(0) for name in sets}
+        row["deviation"] = {name: deviation_figures(d) for name, d in far.items()}
+        row["deviation"]["all"] = deviation_figures(np.concatenate(list(far.values())))
+        row["answers"] = {name: judge.figures(found[name]) for name, judge in answers.items()}
+        rows.append(row)
+        show(row, time.monotonic() - begun)
+    result = {
+        "model": TOWER,
+        "weights": SOURCES[0].package,
+        "sources": [source.package for source in SOURCES],
+        "dtype": "float32",
+        "pictures": {name: int((~p.chooses).sum()) for name, p in sets.items()},
+        "choosing": {name: int(p.chooses.sum()) for name, p in sets.items()},
+        "setting": None if setting is None else {**asdict(setting), "verdict": setting.verdict},
+        "machine": describe_machine(device),
+        "rows": rows,
+    }
+    if options.speed:
+        measure_speed(model, setting, rows, options, device)
+        result["speed"] = {"batch": options.batch_size, "seconds": options.speed}
+    return result
+
+
+def tuned(
+    model: Any, choose: dict[str, Tensor], options: argparse.Namespace, device: torch.device
+) -> tome_ext.Setting:
+    """What ``tome_ext.tune`` finds on pictures to choose by, for the operations of r = 12."""
+    x = next(iter(choose.values()))[:1].to(device)
+    whole = count_flops(lambda: model(x))
+    with Reduction("tome", r=12).patch(share_weights(model)) as merged:
+        share = count_flops(lambda: merged(x)) / whole
+    each = options.tune_pictures // len(choose)
+    pictures = torch.cat([part[:: max(1, len(part) // each)][:each] for part in choose.values()])
+    return tome_ext.tune(
+        model, pictures.to(device), flops=share, seconds=options.tune, state=options.tune_state,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+
+
+def measure_speed(
+    model: Any,
+    setting: tome_ext.Setting | None,
+    rows: list[dict[str, Any]],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """How many times as fast as the unmerged model each is, all taking turns."""
+    runs: dict[str, Callable[[], object]] = {}
+    for i, contender in enumerate(contenders(setting)):
+        if contender.kind in ("random", "sliced"):
+            continue
+        made = contender.make(share_weights(model))
+        x = torch.randn(options.batch_size, 3, contender.side, contender.side, device=device)
+        runs[str(i)] = lambda made=made, x=x: made(x)
+    times = interleave(runs, options.speed, device, warm_up=1, fewest=5)
+    for name in runs:
+        rows[int(name)]["speed"] = ratio(times, "0", name)
+
+
+def show(row: dict[str, Any], seconds: float) -> None:
+    figures = row["deviation"]["all"]
+    print(
+        f"{seconds:6.0f} s  {row['kind']:7} {row['amount'][:24]:24} {row['gflops']:6.2f} GFLOP  "
+        f"mean {figures['mean']:.5f}  median {figures['median']:.5f}  95% {figures['p95']:.5f}",
+        flush=True,
+    )
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Deviation against operations, a line for each kind; mean and 95th percentile."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(9.6, 4.6), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+    whole = result["rows"][0]["gflops"]
+    titles = {"mean": "mean over the pictures", "p95": "95 of 100 pictures are nearer"}
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for kind, color in COLORS.items():
+            rows = [row for row in result["rows"] if row["kind"] == kind]
+            line = [row for row in rows if not row["amount"].startswith("keep")]
+            at = [row["gflops"] / whole for row in line]
+            axes.plot(
+                at, [row["deviation"]["all"][key] for row in line],
+                color=color, linewidth=1.8, linestyle="-" if len(line) > 1 else "",
+                marker="*" if kind == "tuned" else "o", markersize=11 if kind == "tuned" else 4,
+                label=NAMES[kind],
+            )  # fmt: skip
+            for row in line if kind in ("tome", "small") else ():
+                axes.annotate(
+                    row["amount"], (row["gflops"] / whole, row["deviation"]["all"][key]),
+                    xytext=(4, 5) if kind == "tome" else (-4, -11), textcoords="offset points",
+                    ha="left" if kind == "tome" else "right", fontsize=7, color=color,
+                )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_title(title, size=10)
+        axes.set_xlabel("operations, over those without merging", size=9)
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.06, y=0.1)
+        axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
+        axes.spines[:].set_color("#bbbbbb")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("1 - cosine to the unmerged embedding", size=9)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center", ncols=len(COLORS), frameon=False, fontsize=9,
+    )  # fmt: skip
+    count = sum(result["pictures"].values())
+    figure.supxlabel(f"CLIP ViT-B/16, {count} pictures nothing was chosen by", size=8, color=FAINT)
+    return figure
+
+
+def main() -> None:
+    """Measure, draw, or both."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--data", type=Path, metavar="FOLDER", help="measure; files go here")
+    options.add_argument("--json", type=Path, metavar="FILE", required=True)
+    options.add_argument("--chart", type=Path, metavar="FILE")
+    options.add_argument("--most", type=int, metavar="N", help="pictures of a set (default: all)")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--speed", type=float, default=0, metavar="SECONDS", help="measure it too")
+    options.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="search so long")
+    options.add_argument("--tune-pictures", type=int, default=96, metavar="N")
+    options.add_argument("--tune-state", type=Path, metavar="FILE", help="to go on from")
+    given = options.parse_args()
+    if given.data is not None:
+        with torch.inference_mode():
+            result = measure(given)
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    if given.chart is not None:
+        draw(json.loads(given.json.read_text())).savefig(given.chart)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
