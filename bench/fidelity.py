@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from tome_ext.bench.timing import describe_machine, interleave, ratio
 from tome_ext.patch.common.methods import METHODS, MethodName, ToMe
 
 R_VALUES = (4, 8, 12, 16)
+TUNED_R = (8, 12, 16)  # whose operations schedules are searched for
 SIDES = (208, 192, 176, 160)  # of smaller pictures, pixels
 RIDGES = np.logspace(-4, 2, 25)
 NAMES = {
@@ -98,7 +98,7 @@ class Contender:
     side: int = SIDE
 
 
-def contenders(setting: tome_ext.Setting | None) -> list[Contender]:
+def contenders(tuned: list[dict[str, Any]]) -> list[Contender]:
     """All of them, the unmerged model first."""
     found = [Contender("none", "", lambda model: model)]
     for r in R_VALUES:
@@ -113,10 +113,10 @@ def contenders(setting: tome_ext.Setting | None) -> list[Contender]:
     found.append(Contender("evit", "keep rate 0.7", rate.patch))
     for side in SIDES:
         found.append(Contender("small", f"{side} px", lambda m, s=side: resized(m, s), side))
-    if setting is not None:
+    for setting in tuned:
         # Whether or not the pictures that `tune` reported on were enough to show that it is better.
-        r = list(setting.report.found)
-        found.append(Contender("tuned", f"r = {r}", lambda m: tome_ext.patch.auto(m, r=r)))
+        r = setting["report"]["found"]
+        found.append(Contender("tuned", f"r = {r}", lambda m, r=r: tome_ext.patch.auto(m, r=r)))
     return found
 
 
@@ -201,105 +201,124 @@ class Answers:
         return found
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything but the chart."""
+def measure(options: argparse.Namespace) -> None:
+    """Everything but the chart, into ``options.json``, row by row.
+
+    What is there already, of the same pictures on the same machine, is not measured again.
+    """
     device = find_device(options.device)
     model = clip_tower(options.data).to(device)
     sets = load(options.data, options.most)
     # Those to report on, which every contender sees; those to choose by, the unmerged model only.
     report = {name: pictures.tensor(~pictures.chooses) for name, pictures in sets.items()}
     choose = {name: pictures.tensor(pictures.chooses) for name, pictures in sets.items()}
-    setting = None
+    result: dict[str, Any] = {
+        "model": TOWER,
+        "sources": [source.package for source in SOURCES],
+        "dtype": "float32",
+        "pictures": {name: int((~p.chooses).sum()) for name, p in sets.items()},
+        "choosing": {name: int(p.chooses.sum()) for name, p in sets.items()},
+        "machine": describe_machine(device),
+        "batch": options.batch_size,
+    }
+    before: dict[str, Any] = {"tuned": [], "rows": []}
+    if options.json.exists():
+        found = json.loads(options.json.read_text())
+        if result.items() <= found.items():
+            before = found
+    result["tuned"] = before["tuned"]
     if options.tune:
-        setting = tuned(model, choose, options, device)
-    begun = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    plain: dict[str, np.ndarray] = {}
-    answers: dict[str, Answers] = {}
-    for contender in contenders(setting):
+        there = {setting["as_r"]: setting for setting in before["tuned"]}
+        result["tuned"] = [there.get(r) or tune(model, choose, r, options, device) for r in TUNED_R]
+    known = {(row["kind"], row["amount"]): row for row in before["rows"]}
+
+    plain = {name: embed(model, part, options.batch_size, device) for name, part in report.items()}
+    answers = {}
+    for name, pictures in sets.items():
+        if pictures.labels is not None:
+            both = np.empty((len(pictures.images), plain[name].shape[1]))
+            both[~pictures.chooses] = plain[name]
+            both[pictures.chooses] = embed(model, choose[name], options.batch_size, device)
+            answers[name] = Answers(pictures, both)
+
+    def row_of(contender: Contender) -> dict[str, Any]:
         made = contender.make(share_weights(model))
         x = report
         if contender.side != SIDE:
             x = {name: p.tensor(~p.chooses, contender.side) for name, p in sets.items()}
         one = next(iter(x.values()))[:1].to(device)
-        row = {
+        found = {name: embed(made, part, options.batch_size, device) for name, part in x.items()}
+        far = {name: (1 - (found[name] * plain[name]).sum(1)).clip(0) for name in sets}
+        far["all"] = np.concatenate(list(far.values()))
+        return {
             "kind": contender.kind,
             "name": NAMES[contender.kind],
             "amount": contender.amount,
-            "gflops": count_flops(lambda made=made, one=one: made(one)) / 1e9,
+            "gflops": count_flops(lambda: made(one)) / 1e9,
+            "deviation": {name: deviation_figures(d) for name, d in far.items()},
+            "answers": {name: judge.figures(found[name]) for name, judge in answers.items()},
         }
-        found = {name: embed(made, part, options.batch_size, device) for name, part in x.items()}
-        if not plain:
-            plain = found
-            for name, pictures in sets.items():
-                if pictures.labels is not None:
-                    whole = np.empty((len(pictures.images), found[name].shape[1]))
-                    whole[~pictures.chooses] = found[name]
-                    whole[pictures.chooses] = embed(model, choose[name], options.batch_size, device)
-                    answers[name] = Answers(pictures, whole)
-        far = {name: (1 - (found[name] * plain[name]).sum(1)).clip(0) for name in sets}
-        row["deviation"] = {name: deviation_figures(d) for name, d in far.items()}
-        row["deviation"]["all"] = deviation_figures(np.concatenate(list(far.values())))
-        row["answers"] = {name: judge.figures(found[name]) for name, judge in answers.items()}
-        rows.append(row)
-        show(row, time.monotonic() - begun)
-    result = {
-        "model": TOWER,
-        "weights": SOURCES[0].package,
-        "sources": [source.package for source in SOURCES],
-        "dtype": "float32",
-        "pictures": {name: int((~p.chooses).sum()) for name, p in sets.items()},
-        "choosing": {name: int(p.chooses.sum()) for name, p in sets.items()},
-        "setting": None if setting is None else {**asdict(setting), "verdict": setting.verdict},
-        "machine": describe_machine(device),
-        "rows": rows,
-    }
+
+    every = contenders(result["tuned"])
+    result["rows"] = []
+    for contender in every:
+        row = known.get((contender.kind, contender.amount)) or row_of(contender)
+        result["rows"].append(row)
+        show(row)
+        write(options.json, result)
     if options.speed:
-        measure_speed(model, setting, rows, options, device)
-        result["speed"] = {"batch": options.batch_size, "seconds": options.speed}
-    return result
+        measure_speed(model, every, result["rows"], options, device)
+    write(options.json, result)
 
 
-def tuned(
-    model: Any, choose: dict[str, Tensor], options: argparse.Namespace, device: torch.device
-) -> tome_ext.Setting:
-    """What ``tome_ext.tune`` finds on pictures to choose by, for the operations of r = 12."""
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def tune(
+    model: Any, choose: dict[str, Tensor], r: int, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """What ``tome_ext.tune`` finds on pictures to choose by, for the operations of an r."""
     x = next(iter(choose.values()))[:1].to(device)
     whole = count_flops(lambda: model(x))
-    with Reduction("tome", r=12).patch(share_weights(model)) as merged:
-        share = count_flops(lambda: merged(x)) / whole
+    merged = Reduction("tome", r=r).patch(share_weights(model))
+    share = count_flops(lambda: merged(x)) / whole
     each = options.tune_pictures // len(choose)
     pictures = torch.cat([part[:: max(1, len(part) // each)][:each] for part in choose.values()])
-    return tome_ext.tune(
-        model, pictures.to(device), flops=share, seconds=options.tune, state=options.tune_state,
+    setting = tome_ext.tune(
+        model, pictures.to(device), flops=share, seconds=options.tune,
         batch_size=options.batch_size,
     )  # fmt: skip
+    print(f"for the operations of r = {r}: {setting.verdict}", flush=True)
+    return {**asdict(setting), "as_r": r, "seconds": options.tune, "verdict": setting.verdict}
 
 
 def measure_speed(
     model: Any,
-    setting: tome_ext.Setting | None,
+    every: list[Contender],
     rows: list[dict[str, Any]],
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
     """How many times as fast as the unmerged model each is, all taking turns."""
-    runs: dict[str, Callable[[], object]] = {}
-    for i, contender in enumerate(contenders(setting)):
-        if contender.kind in ("random", "sliced"):
-            continue
-        made = contender.make(share_weights(model))
-        x = torch.randn(options.batch_size, 3, contender.side, contender.side, device=device)
-        runs[str(i)] = lambda made=made, x=x: made(x)
+    shape = (options.batch_size, 3)
+    x = torch.randn(*shape, SIDE, SIDE, device=device)
+    runs: dict[str, Callable[[], object]] = {"plain": lambda: model(x)}
+    for i, contender in enumerate(every):
+        if contender.kind not in ("random", "sliced") and "speed" not in rows[i]:
+            made = contender.make(share_weights(model))
+            y = torch.randn(*shape, contender.side, contender.side, device=device)
+            runs[str(i)] = lambda made=made, y=y: made(y)
     times = interleave(runs, options.speed, device, warm_up=1, fewest=5)
     for name in runs:
-        rows[int(name)]["speed"] = ratio(times, "0", name)
+        if name != "plain":
+            rows[int(name)]["speed"] = ratio(times, "plain", name)
 
 
-def show(row: dict[str, Any], seconds: float) -> None:
+def show(row: dict[str, Any]) -> None:
     figures = row["deviation"]["all"]
     print(
-        f"{seconds:6.0f} s  {row['kind']:7} {row['amount'][:24]:24} {row['gflops']:6.2f} GFLOP  "
+        f"{row['kind']:7} {row['amount'][:24]:24} {row['gflops']:6.2f} GFLOP  "
         f"mean {figures['mean']:.5f}  median {figures['median']:.5f}  95% {figures['p95']:.5f}",
         flush=True,
     )
@@ -365,12 +384,10 @@ def main() -> None:
     options.add_argument("--speed", type=float, default=0, metavar="SECONDS", help="measure it too")
     options.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="search so long")
     options.add_argument("--tune-pictures", type=int, default=96, metavar="N")
-    options.add_argument("--tune-state", type=Path, metavar="FILE", help="to go on from")
     given = options.parse_args()
     if given.data is not None:
         with torch.inference_mode():
-            result = measure(given)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+            measure(given)
     if given.chart is not None:
         draw(json.loads(given.json.read_text())).savefig(given.chart)
 

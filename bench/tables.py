@@ -308,7 +308,7 @@ def fidelity_line(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in result["pictures"].items())
     return (
         f"CLIP ViT-B/16, float32, {counts}; speed: {machine_line(result, 'medians')[:-1]}, batches "
-        f"of {result['speed']['batch']}."
+        f"of {result['batch']}."
     )
 
 

@@ -48,7 +48,7 @@ def pictures(seed: int, labels: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def result() -> Any:
+def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", num_classes=20, depth=3, embed_dim=128, num_heads=2
@@ -58,14 +58,23 @@ def result() -> Any:
     sets["cloth"] = pictures(2, True)
     options = Namespace(
         device="cpu", data=None, most=None, batch_size=4, speed=0.01, tune=1.0, tune_pictures=12,
-        tune_state=None,
+        json=tmp_path_factory.mktemp("fidelity") / "result.json",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as change, torch.inference_mode():
         change.setattr(fidelity, "R_VALUES", R_VALUES)
+        change.setattr(fidelity, "TUNED_R", R_VALUES[:1])
         change.setattr(fidelity, "SIDES", (160,))
         change.setattr(fidelity, "clip_tower", lambda folder: model)
         change.setattr(fidelity, "load", lambda folder, most: sets)
-        return json.loads(json.dumps(fidelity.measure(options)))
+        fidelity.measure(options)
+        measured = json.loads(options.json.read_text())
+        # Once more: nothing is measured that is there.
+        change.setattr(fidelity, "deviation_figures", None)
+        change.setattr(fidelity, "ratio", None)
+        options.tune = 0
+        fidelity.measure(options)
+    assert json.loads(options.json.read_text()) == measured
+    return measured
 
 
 def test_every_contender_is_measured(result: Any) -> None:
