@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from bench_scripts import load
 from PIL import Image
 from sklearn.linear_model import RidgeCV
 
-BENCH = Path(__file__).parents[2] / "bench"
 FEW, MANY = 3, 5  # pictures of each half
 R_VALUES = (4, 8)
-
-
-def load(name: str) -> ModuleType:
-    """A script of bench/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 fidelity_data = load("fidelity_data")
 fidelity = load("fidelity")

@@ -3,33 +3,16 @@ that nothing is lost when a test, a case or a row takes its process along."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-def load(name: str) -> ModuleType:
-    """A script of bench/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as change:
-        change.syspath_prepend(str(BENCH))
-        change.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-    return module
-
+from bench_scripts import BENCH, load
 
 gpu_report = load("gpu_report")
 tables = load("tables")
