@@ -31,16 +31,21 @@ from tome_ext._command import Reduction, find_device
 from tome_ext.bench._contenders import share_weights, sliced
 from tome_ext.bench._cost import count_flops
 from tome_ext.bench.timing import describe_machine, interleave, ratio
-from tome_ext.patch.common.methods import METHODS, MethodName, ToMe
+from tome_ext.patch.common.methods import METHODS, Method, MethodName, ToMe
 
 R_VALUES = (4, 8, 12, 16)
-TUNED_R = (8, 12, 16)  # whose operations schedules are searched for
+# Schedules are searched for: of a method, for the operations of an r.
+TUNED: tuple[tuple[MethodName, int], ...] = (
+    ("tome", 12), ("guided", 8), ("guided", 12), ("guided", 16),
+)  # fmt: skip
 SIDES = (208, 192, 176, 160)  # of smaller pictures, pixels
 RIDGES = np.logspace(-4, 2, 25)
 NAMES = {
     "none": "unmerged",
     "tome": "ToMe",
-    "tuned": "ToMe, tuned",
+    "guided": "guided",
+    "tuned tome": "ToMe, tuned",
+    "tuned guided": "guided, tuned",
     "evit": "EViT",
     "topk": "Top-K",
     "small": "a smaller picture",
@@ -49,7 +54,9 @@ NAMES = {
 }
 COLORS = {
     "tome": "#d1495b",
-    "tuned": "#7d1128",
+    "guided": "#6a4c93",
+    "tuned tome": "#7d1128",
+    "tuned guided": "#3b1f5c",
     "evit": "#2e86ab",
     "topk": "#e8a33d",
     "small": "#3f7d20",
@@ -72,13 +79,13 @@ class RandomMerging(ToMe):
         return torch.randn(k.shape[0], 1, *k.shape[2:], generator=generator, device=k.device)
 
 
-def merge_at_random(model: Any, r: int) -> Any:
+def patch_by(method: type[Method], model: Any, r: int) -> Any:
     """The model patched with a method that users can't ask for."""
-    METHODS["random"] = RandomMerging
+    METHODS[method.name] = method
     try:
-        return Reduction(RandomMerging.name, r=r).patch(model)
+        return Reduction(method.name, r=r).patch(model)
     finally:
-        del METHODS["random"]
+        del METHODS[method.name]
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def contenders(tuned: list[dict[str, Any]]) -> list[Contender]:
             reduction = Reduction(cast("MethodName", method), r=r)
             found.append(Contender(method, amount, reduction.patch))
         cut = Reduction("tome", r=r)
-        found.append(Contender("random", amount, lambda m, r=r: merge_at_random(m, r)))
+        found.append(Contender("random", amount, lambda m, r=r: patch_by(RandomMerging, m, r)))
         found.append(Contender("sliced", amount, lambda m, cut=cut: sliced(m, cut)))
     rate = Reduction("evit", keep_rate=0.7)
     found.append(Contender("evit", "keep rate 0.7", rate.patch))
@@ -115,8 +122,9 @@ def contenders(tuned: list[dict[str, Any]]) -> list[Contender]:
         found.append(Contender("small", f"{side} px", lambda m, s=side: resized(m, s), side))
     for setting in tuned:
         # Whether or not the pictures that `tune` reported on were enough to show that it is better.
-        r = setting["report"]["found"]
-        found.append(Contender("tuned", f"r = {r}", lambda m, r=r: tome_ext.patch.auto(m, r=r)))
+        r, method = setting["report"]["found"], setting["method"]
+        make = Reduction(method, r=r).patch
+        found.append(Contender(f"tuned {method}", f"r = {r}", make))
     return found
 
 
@@ -228,8 +236,11 @@ def measure(options: argparse.Namespace) -> None:
             before = found
     result["tuned"] = before["tuned"]
     if options.tune:
-        there = {setting["as_r"]: setting for setting in before["tuned"]}
-        result["tuned"] = [there.get(r) or tune(model, choose, r, options, device) for r in TUNED_R]
+        there = {(setting["method"], setting["as_r"]): setting for setting in before["tuned"]}
+        result["tuned"] = [
+            there.get((method, r)) or tune(model, choose, method, r, options, device)
+            for method, r in TUNED
+        ]
     known = {(row["kind"], row["amount"]): row for row in before["rows"]}
 
     plain = {name: embed(model, part, options.batch_size, device) for name, part in report.items()}
@@ -276,9 +287,14 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def tune(
-    model: Any, choose: dict[str, Tensor], r: int, options: argparse.Namespace, device: torch.device
+    model: Any,
+    choose: dict[str, Tensor],
+    method: MethodName,
+    r: int,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What ``tome_ext.tune`` finds on pictures to choose by, for the operations of an r."""
+    """What ``tome_ext.tune`` finds on pictures to choose by, for the operations of ToMe's r."""
     x = next(iter(choose.values()))[:1].to(device)
     whole = count_flops(lambda: model(x))
     merged = Reduction("tome", r=r).patch(share_weights(model))
@@ -286,10 +302,10 @@ def tune(
     each = options.tune_pictures // len(choose)
     pictures = torch.cat([part[:: max(1, len(part) // each)][:each] for part in choose.values()])
     setting = tome_ext.tune(
-        model, pictures.to(device), flops=share, seconds=options.tune,
+        model, pictures.to(device), flops=share, method=method, seconds=options.tune,
         batch_size=options.batch_size,
     )  # fmt: skip
-    print(f"for the operations of r = {r}: {setting.verdict}", flush=True)
+    print(f"{method}, for the operations of r = {r}: {setting.verdict}", flush=True)
     return {**asdict(setting), "as_r": r, "seconds": options.tune, "verdict": setting.verdict}
 
 
@@ -344,7 +360,8 @@ def draw(result: dict[str, Any]) -> Any:
             axes.plot(
                 at, [row["deviation"]["all"][key] for row in line],
                 color=color, linewidth=1.8, linestyle="-" if len(line) > 1 else "",
-                marker="*" if kind == "tuned" else "o", markersize=11 if kind == "tuned" else 4,
+                marker="*" if kind.startswith("tuned") else "o",
+                markersize=11 if kind.startswith("tuned") else 4,
                 label=NAMES[kind],
             )  # fmt: skip
             for row in line if kind in ("tome", "small") else ():

@@ -312,7 +312,9 @@ def fidelity_line(result: dict[str, Any]) -> str:
     )
 
 
-FIDELITY_ORDER = ("tome", "tuned", "topk", "evit", "small", "random", "sliced")
+FIDELITY_ORDER = (
+    "tome", "tuned tome", "guided", "tuned guided", "topk", "evit", "small", "random", "sliced",
+)  # fmt: skip
 
 
 def by_cost(rows: list[dict[str, Any]], whole: float) -> list[dict[str, Any]]:
@@ -340,7 +342,7 @@ def fidelity_short_table(result: dict[str, Any]) -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     whole = result["rows"][0]["gflops"]
-    shown = ("tome", "tuned", "topk", "small")
+    shown = ("tome", "tuned tome", "guided", "tuned guided", "topk", "small")
     rows = [row for row in result["rows"] if row["kind"] in shown and row["gflops"] < 0.8 * whole]
     for row in by_cost(rows, whole):
         lines.append(f"| {' | '.join(fidelity_cells(row, whole, ('mean', 'median', 'p95')))} |")
@@ -372,12 +374,37 @@ def fidelity_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def choices_table(result: dict[str, Any]) -> str:
+    """Deviations of ways of merging, over those of the first, which is ToMe."""
+
+    def figures(found: dict[str, float], over: dict[str, float] | None = None) -> str:
+        keys = ("mean", "median", "p95")
+        if over is None:
+            return " / ".join(f"{found[key]:.2g}" for key in keys)
+        return " / ".join(f"{found[key] / over[key]:.2f}" for key in keys)
+
+    counts = ", ".join(f"{count} {name}" for name, count in result["pictures"].items())
+    (first, tome), *others = result["choices"].items()
+    lines = [
+        f"CLIP ViT-B/16, float32, {counts} to choose by: mean / median / 95% of the deviations; "
+        "below the first row, over those of the first row.",
+        "",
+        f"| what is compared, and what a merge costs | {' | '.join(f'r = {r}' for r in tome)} |",
+        f"| --- |{' ---: |' * len(tome)}",
+        f"| {first} | {' | '.join(figures(found) for found in tome.values())} |",
+    ]
+    for name, found in others:
+        lines.append(f"| {name} | {' | '.join(figures(found[r], tome[r]) for r in tome)} |")
+    return "\n".join(lines)
+
+
 # Where each table stands, and the figures it is made from. A block whose figures are not there,
 # which only those of GPUs may be, stays as it is.
 TABLES = [
     ("README.md", "short_gpu", "gpu_h100.json", gpu_short_table),
     ("README.md", "fidelity_short", "fidelity.json", fidelity_short_table),
     ("docs/fidelity.md", "fidelity", "fidelity.json", fidelity_table),
+    ("docs/fidelity.md", "choices", "fidelity_choices.json", choices_table),
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),

@@ -156,8 +156,8 @@ def add_tune(commands: Any) -> None:
     tune.add_argument("--model", required=True, metavar="NAME", help=MODEL)
     tune.add_argument(
         "--method", choices=list(METHODS), default="tome",
-        help="tome merges similar tokens; evit fuses, and topk drops, those that the class token "
-        f"attends to least {DEFAULT}",
+        help="tome merges similar tokens; guided spares those that the class token attends to; "
+        f"evit fuses, and topk drops, those that it attends to least {DEFAULT}",
     )  # fmt: skip
     goal = tune.add_mutually_exclusive_group(required=True)
     goal.add_argument(
@@ -268,8 +268,8 @@ def add_reductions(command: Any) -> None:
     """The options that say how tokens are reduced; :func:`reductions_of` reads them."""
     command.add_argument(
         "--method", type=methods, default="tome", metavar="METHOD,...",
-        help="tome merges similar tokens; evit fuses, and topk drops, those that the class token "
-        f"attends to least {DEFAULT}",
+        help="tome merges similar tokens; guided spares those that the class token attends to; "
+        f"evit fuses, and topk drops, those that it attends to least {DEFAULT}",
     )  # fmt: skip
     amount = command.add_mutually_exclusive_group()
     amount.add_argument(

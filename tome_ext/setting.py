@@ -61,7 +61,7 @@ class Setting:
     """A schedule for one model, which ``tome_ext.patch.auto(model, setting=...)`` takes.
 
     Attributes:
-        method: "tome", "evit" or "topk".
+        method: "tome", "guided", "evit" or "topk".
         r: tokens to remove, a number for each layer.
         options: further arguments of :func:`tome_ext.patch.auto` that the method has, all bools.
         model: the class of the model it was made for.

@@ -88,8 +88,8 @@ def tune(
         speed: or at least so fast, over the model without merging; above 1. The search is by
             operations: the schedule is measured, batch by batch in turns with the unmerged model,
             and the limit is lowered until it is as fast.
-        method: "tome", "evit" or "topk"; ``prop_attn`` and ``normalize_fused`` are of the method:
-            see :func:`tome_ext.patch.auto`.
+        method: "tome", "guided", "evit" or "topk"; ``prop_attn`` and ``normalize_fused`` are the
+            method's: see :func:`tome_ext.patch.auto`.
         seconds: how long to search. What has been begun by then is finished, and the reporting
             pictures are run after that.
         evaluations: how many schedules to try at most, each new number of pictures counted. With

@@ -99,10 +99,14 @@ def without_positions(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> Tensor:
+def plain_tome(
+    model: VisionTransformer, x: Tensor, schedule: Sequence[int], guided: bool = False
+) -> Tensor:
     """ToMe as the paper describes it, in explicit PyTorch, on an unpatched float64 model.
 
-    Covers plain attention, LayerScale, DropPath, register tokens, and the "token" and "avg" heads.
+    With ``guided`` the tokens are compared, and the pairs merge that cost least, as the class token
+    sees it. Covers plain attention, LayerScale, DropPath, register tokens, and the "token" and
+    "avg" heads.
     """
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
@@ -112,9 +116,16 @@ def plain_tome(model: VisionTransformer, x: Tensor, schedule: Sequence[int]) -> 
         qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))
         q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
         scores = q @ k.mT / q.shape[-1] ** 0.5 + size.log()[:, None, None, :]
-        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        matrix = scores.softmax(-1)
+        attended = (matrix @ v).transpose(1, 2).flatten(2)
         x = x + block.drop_path1(block.ls1(attn.proj(attended)))
-        assign, _, offsets = reference.match(k.detach(), r, prefix)
+        if guided:
+            importance = matrix[:, :, 0].mean(1).detach().float() ** 0.75
+            assign, _, offsets = reference.match(
+                x.detach(), r, prefix, size=size.float(), importance=importance
+            )
+        else:
+            assign, _, offsets = reference.match(k.detach(), r, prefix)
         groups = nn.functional.one_hot(assign.long(), offsets.shape[1] - 1).to(x).mT  # (B, M, N)
         weighted = groups @ (size.unsqueeze(-1) * x)
         size = (groups @ size.unsqueeze(-1)).squeeze(-1)

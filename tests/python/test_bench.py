@@ -228,7 +228,7 @@ def test_ceiling_has_the_tokens_of_merging(r: int, options: dict[str, Any]) -> N
         assert count == num_tokens
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "topk"])
+@pytest.mark.parametrize("method", ["tome", "guided", "evit", "topk"])
 @pytest.mark.parametrize("amount", [{"r": 5}, {"r": 40}, {"keep_rate": 0.7}])
 def test_ceiling_has_the_tokens_of_every_method(method: Any, amount: dict[str, Any]) -> None:
     x, reduction, places = images(), Reduction(method, **amount), _contenders.counted_in(tiny())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from bench_scripts import load
 from PIL import Image
 from sklearn.linear_model import RidgeCV
+
+import tome_ext
 
 FEW, MANY = 3, 5  # pictures of each half
 R_VALUES = (4, 8)
@@ -47,7 +50,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as change, torch.inference_mode():
         change.setattr(fidelity, "R_VALUES", R_VALUES)
-        change.setattr(fidelity, "TUNED_R", R_VALUES[:1])
+        change.setattr(fidelity, "TUNED", [("tome", R_VALUES[0]), ("guided", R_VALUES[0])])
         change.setattr(fidelity, "SIDES", (160,))
         change.setattr(fidelity, "clip_tower", lambda folder: model)
         change.setattr(fidelity, "load", lambda folder, most: sets)
@@ -82,8 +85,39 @@ def test_every_contender_is_measured(result: Any) -> None:
 def test_methods_are_compared_at_equal_operations(result: Any) -> None:
     for r in R_VALUES:
         flops = [row["gflops"] for row in result["rows"] if row["amount"] == f"r = {r}"]
-        assert len(flops) == 5
-        assert max(flops) <= 1.02 * min(flops)  # ToMe compares tokens, which counts
+        assert len(flops) == 6
+        assert max(flops) <= 1.03 * min(flops)  # comparing tokens counts
+
+
+def test_choices_are_compared_with_tome(tmp_path: Path) -> None:
+    choices = load("fidelity_choices")
+    torch.manual_seed(0)
+    # Sizes count from the second merge on, and the class token does not see the last one.
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=128, num_heads=2).eval()
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(8)  # or attention is all but even, and its power changes nothing
+    options = Namespace(
+        data=None, most=None, each=2, device="cpu", batch_size=4, json=tmp_path / "choices.json"
+    )
+    with pytest.MonkeyPatch.context() as change, torch.inference_mode():
+        change.setattr(choices, "R_VALUES", R_VALUES)
+        change.setattr(choices, "clip_tower", lambda folder: model)
+        change.setattr(choices, "load", lambda folder, most: {"noise": pictures(0, False)})
+        choices.measure(options)
+        # The first is ToMe, and guided merging is the one that is called so.
+        x = pictures(0, False)
+        x = x.tensor(x.chooses)[:2]
+        plain = fidelity.embed(model, x, 4, torch.device("cpu"))
+        for name, method in (("ToMe: ", "tome"), ("guided: ", "guided")):
+            made = tome_ext.patch.auto(copy.deepcopy(model), r=8, method=method)
+            far = 1 - (fidelity.embed(made, x, 4, torch.device("cpu")) * plain).sum(1)
+            found = json.loads(options.json.read_text())["choices"]
+            (row,) = (row for key, row in found.items() if key.startswith(name))
+            assert row["8"]["mean"] == pytest.approx(far.mean(), rel=1e-3)
+    assert len({row["8"]["mean"] for row in found.values()}) == len(choices.CHOICES)
+    table = tables.choices_table(json.loads(options.json.read_text()))
+    assert table.count("|") == 4 * (len(choices.CHOICES) + 2)
 
 
 def test_the_probe_is_ridge_regression() -> None:

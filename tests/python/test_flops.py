@@ -45,7 +45,7 @@ def test_operators_count_their_products() -> None:
     assert flops(lambda: plan.unmerge(plan.merge_add_norm(x, x)[0])) == 0
 
 
-@pytest.mark.parametrize("method", ["tome", "topk", "evit"])
+@pytest.mark.parametrize("method", ["tome", "guided", "topk", "evit"])
 @pytest.mark.parametrize("r", [0, 1, 5])
 def test_a_patched_model_counts_what_it_computes(method: str, r: int) -> None:
     """By the numbers of tokens: nothing is lost, attention least of all."""
@@ -59,14 +59,15 @@ def test_a_patched_model_counts_what_it_computes(method: str, r: int) -> None:
     want = 2 * 16 * (3 * 16 * 16) * dim + 2 * dim * 1000
     tokens = 17
     for _ in range(depth):
-        left = max(tokens - r, 1 + -(-(tokens - 1) // 2)) if method == "tome" else None
+        left = max(tokens - r, 1 + -(-(tokens - 1) // 2)) if method in ("tome", "guided") else None
         left = left or max(tokens - r, 3 if method == "evit" else 2)
         left = min(left, tokens)
         want += 2 * tokens * dim * 4 * dim + 4 * tokens * tokens * dim + 2 * left * dim * 8 * dim
         if left < tokens:
             patches = tokens - 1
-            scores = (patches // 2) * (patches - patches // 2) * (dim // heads)
-            want += 2 * (scores if method == "tome" else tokens * dim)
+            pairs = (patches // 2) * (patches - patches // 2)
+            scores = {"tome": pairs * (dim // heads), "guided": pairs * dim + tokens * dim}
+            want += 2 * scores.get(method, tokens * dim)
         tokens = left
     assert flops(lambda: model(images)) == 2 * want
     assert r > 0 or 2 * want == whole

@@ -124,6 +124,24 @@ def test_methods_that_prune(case: Case, method: Any) -> None:
     assert model.tome.size is None
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.class_token], ids=str)
+def test_guided_merging(case: Case) -> None:
+    model, inputs = case.make().double(), cast(case.inputs(2, 0), torch.float64)
+    plain = run(case, model, inputs)
+    patch(case, model, r=4, method="guided")
+    y = run(case, model, inputs)
+    assert y.isfinite().all()
+    assert model.tome.num_tokens == case.num_tokens - 4 * case.depth
+    assert (model.tome.size.sum(1) == case.num_tokens).all()
+    by_guided = model.tome.plan.assign
+    assert (y - plain).abs().max() > 1e-6
+    patch(case, model, r=4, method="tome")
+    run(case, model, inputs)
+    assert not torch.equal(model.tome.plan.assign, by_guided)
+    patch(case, model, r=0, method="guided")
+    assert torch.equal(run(case, model, inputs), plain)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case.class_token], ids=str)
 def test_methods_that_prune_need_a_class_token(case: Case) -> None:
     model = case.make()

@@ -26,13 +26,19 @@ ORACLE = [
 
 
 @pytest.mark.parametrize("r", [[8, 8, 8], [20, 0, 7], [0, 0, 5], [100, 100, 100]])
-@pytest.mark.parametrize("name", ORACLE)
-def test_outputs_and_gradients_are_those_of_plain_tome(name: str, r: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "tome") for name in ORACLE]
+    + [(name, "guided") for name in ORACLE if VARIANTS[name].get("class_token", True)],
+)
+def test_outputs_and_gradients_are_those_of_plain_tome(
+    name: str, method: Any, r: list[int]
+) -> None:
     model = tiny(**VARIANTS[name]).double()
     twin = copy.deepcopy(model)
     x = images(3, dtype=torch.float64)
-    expected = plain_tome(twin, x, r)
-    tome_ext.patch.timm(model, r=r)
+    expected = plain_tome(twin, x, r, method == "guided")
+    tome_ext.patch.timm(model, r=r, method=method)
     y = model(x)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     expected.square().sum().backward()

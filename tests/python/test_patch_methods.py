@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tome_ext
 from tome_ext import cli, vis
 from tome_ext.bench._contenders import sliced
-from tome_ext.patch.common.methods import METHODS, Method, make_method
+from tome_ext.patch.common.methods import METHODS, Given, Method, make_method
 
 PATCHES = GRID * GRID
 PRUNING = ("evit", "topk")
@@ -105,7 +105,7 @@ def test_gradients_through_the_weights_differ() -> None:
     assert (grads[0] - grads[1]).abs().max() > 1e-3 * grads[0].abs().max()
 
 
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("method", METHODS)
 def test_folding_residual_and_norm_in_changes_nothing(method: str) -> None:
     x = images()
     model = tome_ext.patch.timm(
@@ -129,7 +129,7 @@ def test_a_rate_of_tome_is_the_r_that_leaves_as_many() -> None:
 # --- what is done by a setting -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["tome", *PRUNING])
+@pytest.mark.parametrize("method", METHODS)
 def test_r_and_keep_rate_put_each_other_aside(method: str) -> None:
     model, x = tiny(), images()
     expected = model(x)
@@ -166,7 +166,10 @@ def test_at_least_one_patch_token_stays(method: str, amount: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "prune"}, r"method: expected one of \('tome', 'evit', 'topk'\), got 'prune'"),
+        (
+            {"method": "prune"},
+            r"method: expected one of \('tome', 'guided', 'evit', 'topk'\), got 'prune'",
+        ),
         ({"r": 3, "keep_rate": 0.7}, "expected r or keep_rate, got r=3, keep_rate=0.7"),
         ({"keep_rate": 0.3}, "expected at least 0.5, as tome merges at most half"),
         ({"keep_rate": [0.8, 0.4]}, "half of a layer's tokens, got 0.4 in layer 1"),
@@ -234,12 +237,12 @@ class Front(Method):
     def rank(self, q: Tensor, k: Tensor, *_: Any) -> Tensor:
         return -torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1).float()
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> Any:
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> Any:
         return tome_ext.select(ranks, amount, prefix)
 
 
 @pytest.mark.parametrize("amount", [{"r": 9}, {"keep_rate": [1.0, 0.3]}], ids=str)
-def test_a_fourth_method_is_one_class(
+def test_a_method_of_ones_own_is_one_class(
     amount: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS, "front", Front)
@@ -254,7 +257,7 @@ def test_a_fourth_method_is_one_class(
     assert model.method == "front"
 
 
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("method", ["guided", *PRUNING])
 def test_models_without_a_class_token_are_refused(method: str) -> None:
     model = tiny(**VARIANTS["no class token, avg"])
     message = "this model has no class token; expected one that has, or method='tome'"
@@ -264,7 +267,7 @@ def test_models_without_a_class_token_are_refused(method: str) -> None:
     tome_ext.patch.timm(model, r=3)
 
 
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("method", ["guided", *PRUNING])
 def test_copies_keep_the_method(method: str) -> None:
     x = images()
     model = tome_ext.patch.timm(tiny(), method=method, keep_rate=0.7, normalize_fused=True)

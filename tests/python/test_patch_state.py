@@ -272,7 +272,7 @@ def test_pruned_hidden_tokens_stay_hidden() -> None:
     shown[..., 41:] = False
     one, other = images(dtype=torch.float64), images(dtype=torch.float64)
     other[..., 20:, :] = 5.0  # patches from row 5 on: tokens 41 and later
-    for method in ("tome", "evit", "topk"):
+    for method in ("tome", "guided", "evit", "topk"):
         for proportional in (True, False):
             tome_ext.patch.timm(model, keep_rate=[0.7] * 4, method=method, prop_attn=proportional)
             expected = model(one, attn_mask=shown)
@@ -280,7 +280,7 @@ def test_pruned_hidden_tokens_stay_hidden() -> None:
             y = model(other, attn_mask=shown)
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
             matrix = shown.expand(2, 1, 65, 65)
-            if method == "tome":
+            if method in ("tome", "guided"):
                 y = model(other, attn_mask=matrix)
                 torch.testing.assert_close(y, model(one, attn_mask=matrix), rtol=0, atol=1e-12)
 

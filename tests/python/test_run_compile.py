@@ -63,6 +63,19 @@ def test_all_layers_are_one_graph_that_is_kept(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_guided_merging_is_one_graph() -> None:
+    model = tome_ext.patch.timm(tiny(depth=DEPTH, init_values=0.5), r=R, method="guided")
+    backend = Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch in (2, 2, 3):
+        x = images(batch)
+        torch.testing.assert_close(compiled(x), model(x))
+    targets = [node.target for node in backend.graphs[0].graph.nodes]
+    assert targets.count(torch.ops.tome.match.default) == DEPTH
+    assert targets.count(torch.ops.tome.cls_attention.default) == DEPTH
+
+
+@torch.no_grad()
 def test_a_new_r_compiles_once_and_an_old_one_never_again(model: Any) -> None:
     backend = Counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)

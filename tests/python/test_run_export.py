@@ -87,6 +87,16 @@ def test_export_of_a_pruned_model(method: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+def test_export_of_guided_merging() -> None:
+    model = tome.patch.timm(tiny(depth=2), r=9, method="guided").requires_grad_(False)
+    program = export(model)
+    counts = operators(program)
+    assert counts["tome.match.default"] == counts["tome.cls_attention.default"] == 2
+    for batch in (1, 4):
+        x = images(batch, seed=batch)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_export_leaves_no_trace_in_the_model(strict: bool) -> None:

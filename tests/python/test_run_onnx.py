@@ -104,8 +104,8 @@ def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["evit", "topk"])
-def test_a_pruned_model_gives_its_logits_in_onnx_runtime(method: str) -> None:
+@pytest.mark.parametrize("method", ["guided", "evit", "topk"])
+def test_every_method_gives_its_logits_in_onnx_runtime(method: str) -> None:
     model = tome.patch.timm(tiny(depth=2), method=method, keep_rate=0.6).requires_grad_(False)
     proto = to_onnx(model, (images(2),), dynamic_shapes=BATCH)
     assert_standard(proto)

@@ -70,7 +70,7 @@ def mean(state: Path, r: list[int], number: int) -> float:
 # --- what is found ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "topk"])
+@pytest.mark.parametrize("method", ["tome", "guided", "evit", "topk"])
 def test_the_budget_is_met_and_nothing_worse_is_chosen(
     model: Any, images: Tensor, method: Any, tmp_path: Path
 ) -> None:

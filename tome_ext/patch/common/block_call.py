@@ -8,6 +8,7 @@ from torch import Tensor
 from ...attention import OPERATOR, attend, key_mask, reduce_mask, visible_keys
 from ...plan import MergePlan, compose
 from . import positions
+from .methods import Given
 from .token_state import Tokens, composed
 
 __all__ = ["BlockCall", "attention_name"]
@@ -247,7 +248,7 @@ class BlockCall:
         if not self.reduces:
             self.pass_on(x, self.tokens.size, None)
             return x
-        plan, ranks = self._plan()
+        plan, ranks = self._plan(x)
         merged, size = self.method.merge(x, ranks, plan, self.tokens.size)
         self.pass_on(merged, size, plan)
         return merged
@@ -274,20 +275,28 @@ class BlockCall:
         Returns:
             Both (B, M', C).
         """
-        plan, ranks = self._plan()
+        tokens = None
+        if self.method.compares_tokens:
+            tokens = x + branch if scale is None else torch.addcmul(x, branch, scale)
+        plan, ranks = self._plan(tokens)
+        del tokens
         size = self.method.weights(ranks, plan, self.tokens.size)
         x, size, normed = plan.merge_add_norm(x, branch, size, scale, weight, bias, eps)
         self.pass_on(x, self.method.sizes(size), plan)
         return x, normed
 
-    def _plan(self) -> tuple[MergePlan, Tensor]:
-        """The plan of this block, and the ranks of attention, which it uses up."""
+    def _plan(self, x: Tensor | None) -> tuple[MergePlan, Tensor]:
+        """The plan of this block, and the ranks of attention, which it uses up.
+
+        ``x`` (B, M, C), the tokens, may be missing for a method that does not compare them.
+        """
         self.check_attended()
         ranks, self.ranks = self.ranks, None
         assert ranks is not None
         assert self.amount is not None
         prefix = self.tokens.rules.num_prefix_tokens
-        return self.method.plan(ranks, self.amount, prefix, self.shown), ranks
+        given = Given(x, self.tokens.size, self.shown)
+        return self.method.plan(ranks, self.amount, prefix, given), ranks
 
     def check_attended(self) -> None:
         """Refuse to go on if the attention of an active block did not come here."""

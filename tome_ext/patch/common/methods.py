@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,25 @@ from ...attention import cls_attention
 from ...plan import MergePlan, match, select
 from .refusals import check_bool
 
-__all__ = ["METHODS", "EViT", "Method", "MethodName", "ToMe", "TopK", "make_method"]
+__all__ = ["METHODS", "EViT", "Guided", "Method", "MethodName", "ToMe", "TopK", "make_method"]
 
-MethodName = Literal["tome", "evit", "topk"]
+MethodName = Literal["tome", "guided", "evit", "topk"]
+
+IMPORTANCE_POWER = 0.75  # of the class token's attention, as Guided counts it
+
+
+class Given(NamedTuple):
+    """What a layer knows of its tokens after attention, beside what attention ranks them by.
+
+    Attributes:
+        x: (B, M, C), the tokens, for a method that compares them; else it may be None.
+        size: (B, M) float32, how many original tokens each stands for; None if all are 1.
+        shown: (B, M) float32, 0 for tokens that a mask hides; None if it hides none.
+    """
+
+    x: Tensor | None
+    size: Tensor | None
+    shown: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Method:
         needs_class_token: whether it ranks tokens by the class token's attention.
         sized: whether tokens have sizes: how many original tokens each stands for.
         fuses: whether those that a layer does not keep become one more token.
+        compares_tokens: whether the plan is made of the tokens themselves.
         proportional: whether attention counts a token as often as its size.
     """
 
     name: ClassVar[MethodName]
     needs_class_token: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
     # How a mask's columns are reduced to those of merged keys; see reduce_mask.
@@ -97,11 +115,8 @@ class Method:
         """What the plan is made of, from q and k (B, H, M, D)."""
         return cls_attention(q.detach(), k.detach(), size, scale, mask)
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
-        """The plan of a layer, whose first ``prefix`` tokens stay.
-
-        ``shown`` (B, M) is 0 for tokens that a mask hides; None if it hides none.
-        """
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
+        """The plan of a layer, whose first ``prefix`` tokens stay."""
         raise NotImplementedError
 
     def averages(self, ranks: Tensor | None) -> bool:
@@ -152,8 +167,8 @@ class ToMe(Method):
         least = min(rates, default=1.0)
         if least < 0.5:
             raise ValueError(
-                "keep_rate: expected at least 0.5, as tome merges at most half of a layer's "
-                f"tokens, got {least!r} in layer {rates.index(least)}"
+                f"keep_rate: expected at least 0.5, as {self.name} merges at most half of a "
+                f"layer's tokens, got {least!r} in layer {rates.index(least)}"
             )
 
     def kept(self, num_patches: int, r: int, keep_rate: float | None) -> int:
@@ -167,13 +182,42 @@ class ToMe(Method):
             r = num_patches - self.kept(num_patches, r, keep_rate)
         return r if r > 0 else None
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
-        if shown is None:
-            return match(ranks, amount, prefix)
-        return match(ranks, amount, prefix, weight=shown)
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
+        return match(ranks, amount, prefix, weight=given.shown)
 
     def sizes(self, size: Tensor) -> Tensor | None:
         return size
+
+
+@dataclass(frozen=True)
+class Guided(ToMe):
+    """As ToMe, but merge what the answer depends on least.
+
+    Tokens are compared, not keys, and of the pairs found those merge that cost least: what a merge
+    adds to the squared error (the criterion of Ward, JASA 1963), times the class token's attention
+    to the token that goes. ToMe merges the most similar pairs whatever they weigh. Powers from 0.5
+    to 1 do about as well; docs/fidelity.md has the figures.
+    """
+
+    name: ClassVar[MethodName] = "guided"
+    needs_class_token: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = True
+
+    def rank(
+        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
+    ) -> Tensor:
+        return Method.rank(self, q, k, size, scale, mask)
+
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
+        assert given.x is not None
+        return match(
+            given.x.detach(),
+            amount,
+            prefix,
+            weight=given.shown,
+            size=given.size,
+            importance=ranks.to(torch.float32) ** IMPORTANCE_POWER,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +226,7 @@ class TopK(Method):
 
     name: ClassVar[MethodName] = "topk"
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
         return select(ranks.detach(), amount, prefix)
 
 
@@ -205,7 +249,7 @@ class EViT(Method):
             return super().rank(q, k, size, scale, mask)
         return cls_attention(q, k, size, scale, mask)
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, shown: Tensor | None) -> MergePlan:
+    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
         return select(ranks.detach(), amount, prefix, fuse=True)
 
     def averages(self, ranks: Tensor | None) -> bool:
@@ -244,7 +288,7 @@ def _normalized(weights: Tensor, plan: MergePlan) -> Tensor:
     return torch.where(fused, weights, 1.0)
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ToMe, EViT, TopK)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ToMe, Guided, EViT, TopK)}
 
 
 def make_method(name: str, **settings: object) -> Method:

@@ -89,7 +89,7 @@ class PatchedModel(Swapped):
 
     @property
     def method(self) -> MethodName:
-        """How tokens are reduced: "tome", "evit" or "topk"; patch again to change it."""
+        """How tokens are reduced, such as "tome"; patch again to change it."""
         return self._tome.rules.method.name
 
     @property
