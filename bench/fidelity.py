@@ -347,7 +347,7 @@ def draw(result: dict[str, Any]) -> Any:
     """Deviation against operations, a line for each kind; mean and 95th percentile."""
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(9.6, 4.6), dpi=150, layout="constrained")
+    figure: Any = Figure(figsize=(9.6, 4.8), dpi=150, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
     whole = result["rows"][0]["gflops"]
     titles = {"mean": "mean over the pictures", "p95": "95 of 100 pictures are nearer"}
@@ -382,7 +382,7 @@ def draw(result: dict[str, Any]) -> Any:
     panels[0].set_ylabel("1 - cosine to the unmerged embedding", size=9)
     figure.legend(
         *panels[0].get_legend_handles_labels(),
-        loc="outside upper center", ncols=len(COLORS), frameon=False, fontsize=9,
+        loc="outside upper center", ncols=-(-len(COLORS) // 2), frameon=False, fontsize=9,
     )  # fmt: skip
     count = sum(result["pictures"].values())
     figure.supxlabel(f"CLIP ViT-B/16, {count} pictures nothing was chosen by", size=8, color=FAINT)
