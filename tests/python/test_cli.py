@@ -156,7 +156,7 @@ def test_mistakes_in_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["--r", "4,x"], "expected numbers of at least 0 .* got '4,x'"),
         (["--r=-1"], "got '-1'"),
-        (["--method", "tome,prune"], "expected some of tome, evit, topk; got 'tome,prune'"),
+        (["--method", "tome,prune"], "expected some of tome, guided, evit, topk; got 'tome,prune'"),
         (["--keep-rate", "0.5,0"], "above 0 and up to 1 .* got '0.5,0'"),
         (["--keep-rate", "half"], "got 'half'"),
         (["--keep-rate", "0.5", "--r", "4"], "--r: not allowed with argument --keep-rate"),
