@@ -143,13 +143,18 @@ def embed(model: Any, x: Tensor, batch_size: int, device: torch.device) -> np.nd
     return F.normalize(torch.cat(found), dim=1).numpy()
 
 
-def deviation_figures(deviations: np.ndarray) -> dict[str, float]:
+def deviations(found: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """1 - cosine (n,) of embeddings (n, C) of length 1."""
+    return (1 - (found * plain).sum(1)).clip(0)
+
+
+def deviation_figures(far: np.ndarray) -> dict[str, float]:
     """Mean, median, 95th percentile, and the worst picture's."""
     return {
-        "mean": float(deviations.mean()),
-        "median": float(np.median(deviations)),
-        "p95": float(np.quantile(deviations, 0.95)),
-        "worst": float(deviations.max()),
+        "mean": float(far.mean()),
+        "median": float(np.median(far)),
+        "p95": float(np.quantile(far, 0.95)),
+        "worst": float(far.max()),
     }
 
 
@@ -259,7 +264,7 @@ def measure(options: argparse.Namespace) -> None:
             x = {name: p.tensor(~p.chooses, contender.side) for name, p in sets.items()}
         one = next(iter(x.values()))[:1].to(device)
         found = {name: embed(made, part, options.batch_size, device) for name, part in x.items()}
-        far = {name: (1 - (found[name] * plain[name]).sum(1)).clip(0) for name in sets}
+        far = {name: deviations(found[name], plain[name]) for name in sets}
         far["all"] = np.concatenate(list(far.values()))
         return {
             "kind": contender.kind,

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from fidelity import deviation_figures, embed, patch_by, write
+from fidelity import deviation_figures, deviations, embed, patch_by, write
 from fidelity_data import SOURCES, TOWER, clip_tower, load
 from torch import Tensor
 
@@ -59,11 +59,9 @@ class Choice(ToMe):
         metric = given.x if self.compare == "tokens" else keys
         if self.compare == "all heads":
             metric = keys.transpose(1, 2).flatten(2)
-        size = torch.ones_like(given.x[..., 0]) if given.size is None else given.size
+        size = given.size if self.by_size else None  # None is 1 each, by which ranks stay
         importance = None if attention is None else attention**self.power
-        return match(
-            metric, amount, prefix, size=size if self.by_size else None, importance=importance
-        )
+        return match(metric, amount, prefix, size=size, importance=importance)
 
     def averages(self, ranks: Any) -> bool:
         return not self.keeps_norms
@@ -123,10 +121,10 @@ def measure(options: argparse.Namespace) -> None:
         for r in R_VALUES:
             made = patch_by(method, share_weights(model), r)
             far = [
-                1 - (embed(made, x, options.batch_size, device) * plain[kind]).sum(1)
+                deviations(embed(made, x, options.batch_size, device), plain[kind])
                 for kind, x in choose.items()
             ]
-            found[str(r)] = deviation_figures(np.concatenate(far).clip(0))
+            found[str(r)] = deviation_figures(np.concatenate(far))
         result["choices"][name] = found
         print(f"{name:44}", *(f"{found[str(r)]['mean']:.5f}" for r in R_VALUES), flush=True)
         write(options.json, result)

@@ -27,6 +27,10 @@ EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
 BENCH_PACKAGES = ("matplotlib", "tqdm")
 DEFAULT = "(default: %(default)s)"
 MODEL = "timm's NAME, or hf:NAME_OR_FOLDER, torchvision:NAME, open_clip:NAME[/WEIGHTS]"
+METHOD = (
+    "tome merges similar tokens; guided spares those that the class token attends to; evit fuses, "
+    f"and topk drops, those that it attends to least {DEFAULT}"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,11 +158,7 @@ def add_tune(commands: Any) -> None:
         "folder", type=Path, metavar="FOLDER", help="pictures, in it or in a folder for each class"
     )
     tune.add_argument("--model", required=True, metavar="NAME", help=MODEL)
-    tune.add_argument(
-        "--method", choices=list(METHODS), default="tome",
-        help="tome merges similar tokens; guided spares those that the class token attends to; "
-        f"evit fuses, and topk drops, those that it attends to least {DEFAULT}",
-    )  # fmt: skip
+    tune.add_argument("--method", choices=list(METHODS), default="tome", help=METHOD)
     goal = tune.add_mutually_exclusive_group(required=True)
     goal.add_argument(
         "--flops", type=number, metavar="SHARE",
@@ -267,10 +267,8 @@ def add_bench(commands: Any) -> None:
 def add_reductions(command: Any) -> None:
     """The options that say how tokens are reduced; :func:`reductions_of` reads them."""
     command.add_argument(
-        "--method", type=methods, default="tome", metavar="METHOD,...",
-        help="tome merges similar tokens; guided spares those that the class token attends to; "
-        f"evit fuses, and topk drops, those that it attends to least {DEFAULT}",
-    )  # fmt: skip
+        "--method", type=methods, default="tome", metavar="METHOD,...", help=METHOD
+    )
     amount = command.add_mutually_exclusive_group()
     amount.add_argument(
         "--r", type=r_list, default="0,4,8,13", metavar="R,R,...",

@@ -59,8 +59,8 @@ def auto(
     - "guided" merges as "tome" does, but compares tokens in place of keys, and of the pairs found
       merges those that change the answer least: the cost of :func:`tome_ext.match` with sizes and
       the class token's attention, to the power of 0.75, as importance. Its answers are nearer to
-      those of the unpatched model than those of "tome", for about 2% more time; docs/fidelity.md
-      has the figures.
+      those of the unpatched model than those of "tome", for about 2% more time on a CPU;
+      docs/fidelity.md has the figures.
     - "topk" keeps the patch tokens that the class token attends to most, on average over heads, and
       drops the others. Those that stay keep their order.
     - "evit" does so too, but fuses the others into one token, at the end: the sum of their
