@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -110,6 +111,7 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
     # The overload itself: looking it up through its name costs a microsecond in every call.
     overload = cast("Callable[P, R]", getattr(torch.ops.tome, stub.__name__).default)
     names = inspect.signature(stub)
+    about_argument = re.compile(rf"({'|'.join(names.parameters)})( and \w+)?: expected ").match
     tensors = [name for name, value in names.parameters.items() if value.annotation == "Tensor"]
     plain: Callable[P, R] = twin(stub.__name__)
     differentiable = stub.__name__ not in ("match", "select", "plan")
@@ -124,12 +126,16 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
                 return overload(*args, **kwargs)  # inference mode has left the autograd layer
             with below_autograd():
                 return overload(*args, **kwargs)
-        except (RuntimeError, AttributeError):  # what torch says of None is about its own source
+        except (RuntimeError, AttributeError) as error:
+            # What torch says of None is about its own source; from 2.15 on it makes a RuntimeError
+            # of every error of ours.
             given = names.bind(*args, **kwargs).arguments
             try:
                 expect_tensors(**{name: given[name] for name in tensors})
-            except ValueError as error:
-                raise error from None
+                if about_argument(str(error)):
+                    raise ValueError(str(error))
+            except ValueError as wrong:
+                raise wrong from None
             raise
 
     return call

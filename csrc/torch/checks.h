@@ -1,5 +1,5 @@
 // What the checks of arguments are made of: every message says what was expected and what came.
-// Raised as ValueError in Python, where tome_ext/reference.py has the same checks.
+// tome_ext/reference.py has the same checks.
 #pragma once
 
 #include <sstream>
@@ -10,9 +10,10 @@
 #include "tome_core/merge.h"
 #include "tome_core/types.h"
 
-// The message is put together only when it is needed. Python makes ValueError of
-// std::invalid_argument and RuntimeError of std::runtime_error; STD_TORCH_CHECK would give the
-// latter for everything, and add a file and line of ours.
+// The message is put together only when it is needed. Up to torch 2.14 Python makes ValueError of
+// std::invalid_argument and RuntimeError of std::runtime_error; from 2.15 on the latter of both,
+// and tome_ext/ops.py tells an error of an argument, by whose name it begins, from one of a plan.
+// STD_TORCH_CHECK would add a file and line of ours.
 #define TOME_EXPECT(condition, ...) \
     if (!(condition)) throw std::invalid_argument(::tome::torch_layer::text_of(__VA_ARGS__))
 #define TOME_REFUSE(...) throw std::runtime_error(::tome::torch_layer::text_of(__VA_ARGS__))

@@ -36,7 +36,7 @@ void check_status(const Status& status, const char* op, int64_t tokens, int64_t 
                         tokens, ", got offsets[", status.batch, ", ", status.index,
                         "] = ", status.value);
         case Status::kTargetsNotOrdered:
-            TOME_REFUSE("targets: expected ascending tokens behind the prefix, below N = ", tokens,
+            TOME_REFUSE(op, ": expected ascending targets behind the prefix, below N = ", tokens,
                         ", got targets[", status.index, "] = ", status.value);
     }
 }

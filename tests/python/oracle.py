@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What wrong arguments raise where an operator is called by its name in torch.ops, without the
+# function of tome_ext: torch 2.15 makes a RuntimeError of every error of C++ but its own.
+OPERATOR_ERROR = RuntimeError if torch.__version__ >= (2, 15) else ValueError
 
 
 def assert_error_within(

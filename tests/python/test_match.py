@@ -427,7 +427,8 @@ def test_odd_positions_as_targets_change_nothing():
 def test_targets_out_of_range_or_order_are_refused(bad):
     index = next(i for i, n in enumerate(bad) if n < max([1, *(b + 1 for b in bad[:i])]) or n > 11)
     expected = (
-        rf"ascending tokens behind the prefix, below N = 12, got targets\[{index}\] = {bad[index]}$"
+        r"match: expected ascending targets behind the prefix, below N = 12, got "
+        rf"targets\[{index}\] = {bad[index]}$"
     )
     for r in (0, 3):
         with pytest.raises(RuntimeError, match=expected):
