@@ -179,11 +179,29 @@ def merge_add_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    keep_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :meth:`tome_ext.MergePlan.merge_add_norm`, for finite tokens."""
     x = x + (branch if scale is None else scale * branch)
-    merged, new_size = merge(x, size, members, offsets)
+    if keep_norms:
+        work = reference.accumulate_dtype(x.dtype)
+        # One more channel: lengths are merged as tokens are.
+        wide = x.to(work)
+        wide = torch.cat((wide, _length(wide)), 2)
+        merged, new_size = merge(wide, size, members, offsets)
+        merged, length = merged[..., :-1], merged[..., -1:]
+        own = _length(merged)
+        # A row of one token has that token's length to the bit.
+        merged = merged * torch.where(own > 0, length / torch.where(own > 0, own, 1.0), 1.0)
+        merged = merged.to(x.dtype)
+    else:
+        merged, new_size = merge(x, size, members, offsets)
     return merged, new_size, F.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Of tokens (B, N, C): (B, N, 1)."""
+    return x.square().sum(2, keepdim=True).sqrt()
 
 
 def unmerge(x: Tensor, assign: Tensor) -> Tensor:

@@ -189,6 +189,7 @@ def merge_add_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    keep_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, M, C), sizes (B, M) float32, norms of the tokens (B, M, C)."""
     raise _library.missing()
@@ -325,15 +326,36 @@ def _merge_backward(ctx: Any, grad: Tensor, grad_size: Tensor) -> tuple[Tensor |
     return grad_x, sizes, None, None, None
 
 
+def _stretch_gradient(
+    tokens: Tensor, grad: Tensor, size: Tensor | None, members: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Of rows that keep norms: the gradient (B, M, C) in their means, and that of the lengths.
+
+    A row is ``length * mean / |mean|``, where length is the mean of those of its tokens (B, N, C).
+
+    Returns:
+        The gradient in the means; the means (B, M, C); and of the lengths (B, M, 1) their gradient,
+        themselves, and those of the tokens (B, N, 1).
+    """
+    mean, _ = merge(tokens, size, members, offsets)
+    lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    length, _ = merge(lengths, size, members, offsets)
+    factor, stretched = reference.stretch(mean, length, offsets)
+    along = mean / torch.where(stretched, torch.linalg.vector_norm(mean, dim=-1, keepdim=True), 1.0)
+    pull = (grad * along).sum(-1, keepdim=True)
+    grad_mean = torch.where(stretched, factor * (grad - along * pull), grad)
+    return grad_mean, mean, (torch.where(stretched, pull, 0.0), length, lengths)
+
+
 def _merge_add_norm_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x, branch, size, members, offsets, scale, weight, bias, ctx.eps = inputs
-    # The sums before the merge are linear: only the gradients of scale and of sizes read what was
-    # added.
+    x, branch, size, members, offsets, scale, weight, bias, ctx.eps, ctx.keep_norms = inputs
+    # The sums before the merge are linear: without norms to keep, only the gradients of scale and
+    # of sizes read what was added.
     sized = _wants(ctx, 2)
-    added = branch if sized or _wants(ctx, 5) else None
-    sums = (x, output[1]) if sized else (None, None)
+    added = branch if sized or ctx.keep_norms or _wants(ctx, 5) else None
+    sums = (x, output[1]) if sized or ctx.keep_norms else (None, None)
     ctx.save_for_backward(output[0], added, size, members, offsets, scale, weight, bias, *sums)
     if not sized:
         ctx.mark_non_differentiable(output[1])
@@ -359,16 +381,29 @@ def _merge_add_norm_backward(
     if weight is None and bias is not None:  # torch's second derivative would leave it out
         grad_bias = grad_normed.sum((0, 1))
     grad = grad + grad_merged
+    if x is not None:
+        dtype = reference.accumulate_dtype(x.dtype)
+        x = x.to(dtype) + (added.to(dtype) if scale is None else added.to(dtype) * scale.to(dtype))
+    lengths = None
+    if ctx.keep_norms:
+        narrow, grad = grad.dtype, grad.to(dtype)
+        grad, merged, lengths = _stretch_gradient(x, grad, size, members, offsets)
     grad_x = merge_backward(grad, size, members, offsets, "mean")
+    if lengths is not None:
+        unit = x / torch.where(lengths[2] == 0, 1.0, lengths[2])
+        grad_x = grad_x + merge_backward(lengths[0], size, members, offsets, "mean") * unit
+        grad_x = grad_x.to(narrow)
     grad_branch = grad_x if scale is None else grad_x * scale
     grad_scale = (grad_x * added).sum((0, 1)) if _wants(ctx, 5) else None
     sizes = None
     if _wants(ctx, 2):
-        dtype = reference.accumulate_dtype(x.dtype)
-        x = x.to(dtype) + (added.to(dtype) if scale is None else added.to(dtype) * scale.to(dtype))
         sizes = _spread_sizes(grad_size, members, offsets)
         sizes = sizes + _size_gradient(x, grad, merged, new_size, members, offsets, "mean")
-    return grad_x, grad_branch, sizes, None, None, grad_scale, grad_weight, grad_bias, None
+        if lengths is not None:
+            pull, length, of_tokens = lengths
+            plan = (members, offsets, "mean")
+            sizes = sizes + _size_gradient(of_tokens, pull, length, new_size, *plan)
+    return grad_x, grad_branch, sizes, None, None, grad_scale, grad_weight, grad_bias, None, None
 
 
 def _merge_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

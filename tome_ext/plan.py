@@ -68,7 +68,11 @@ class MergePlan(NamedTuple):
         return self.offsets.shape[1] - 1
 
     def merge(
-        self, x: Tensor, size: Tensor | None = None, reduce: str = "mean"
+        self,
+        x: Tensor,
+        size: Tensor | None = None,
+        reduce: str = "mean",
+        keep_norms: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Merge tokens.
 
@@ -78,6 +82,9 @@ class MergePlan(NamedTuple):
                 Differentiable: learned sizes get the gradient of rows and of new sizes.
             reduce: "mean" for ``sum(size * x) / sum(size)``, "sum" for ``sum(size * x)``,
                 "amax" for the elementwise maximum.
+            keep_norms: multiply every "mean" row of several tokens, so that it is as long as they
+                are in the mean, by size; means of what differs are shorter. Rows for which that
+                factor is not finite, as of tokens that cancel out, stay as they are.
 
         Returns:
             The rows (B, M, C), in x's dtype, summed in float32 (float64 for float64); and their
@@ -85,11 +92,20 @@ class MergePlan(NamedTuple):
             whose sizes sum to 0 (padding) are averaged evenly; rows without members are 0.
 
         Raises:
-            ValueError: shapes, dtypes, devices or ``reduce`` are not as above; on CUDA also more
-                than 2^24 tokens that are not float64, which float32 sums would not count.
+            ValueError: shapes, dtypes, devices or ``reduce`` are not as above, or norms are to be
+                kept by another ``reduce`` than "mean"; on CUDA also more than 2^24 tokens that are
+                not float64, which float32 sums would not count.
             RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
         """
-        return ops.merge(x, size, self.members, self.offsets, reduce)
+        if not keep_norms:
+            return ops.merge(x, size, self.members, self.offsets, reduce)
+        if reduce != "mean":
+            raise ValueError(f"keep_norms: expected reduce='mean' with it, got {reduce!r}")
+        ops.expect_tensors(x=x)
+        merged, new_size, _ = ops.merge_add_norm(
+            x, torch.zeros_like(x), size, self.members, self.offsets, keep_norms=True
+        )
+        return merged, new_size
 
     def merge_add_norm(
         self,
@@ -100,13 +116,14 @@ class MergePlan(NamedTuple):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-6,
+        keep_norms: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Add a branch to its residual, merge the tokens and normalise them, in one pass.
 
         What a transformer block does between two of its branches, each step of which would read
         and write every token::
 
-            merged, new_size = plan.merge(x + scale * branch, size)
+            merged, new_size = plan.merge(x + scale * branch, size, keep_norms=keep_norms)
             normed = F.layer_norm(merged, (C,), weight, bias, eps)
 
         Differentiable in x, branch, size, scale, weight and bias, twice.
@@ -121,6 +138,7 @@ class MergePlan(NamedTuple):
             weight: (C,) of x's dtype, the norm's weight; None means 1.
             bias: (C,) of x's dtype, the norm's bias; None means 0.
             eps: >= 0, added to the variance over a token's channels.
+            keep_norms: as in :meth:`merge`.
 
         Returns:
             The rows (B, M, C) in x's dtype, made of the sums as :meth:`merge` does by "mean";
@@ -135,7 +153,7 @@ class MergePlan(NamedTuple):
             RuntimeError: the plan's indices point outside the tensors (checked on the CPU).
         """
         return ops.merge_add_norm(
-            x, branch, size, self.members, self.offsets, scale, weight, bias, eps
+            x, branch, size, self.members, self.offsets, scale, weight, bias, eps, keep_norms
         )
 
     def unmerge(self, x: Tensor) -> Tensor:

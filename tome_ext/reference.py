@@ -391,6 +391,7 @@ def merge_add_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    keep_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum, merge, norm. See :meth:`tome_ext.MergePlan.merge_add_norm`."""
     _checks.merging(x, "x", False, size, members, offsets)
@@ -403,7 +404,12 @@ def merge_add_norm(
         return merged, new_size, torch.empty_like(merged)
     dtype = accumulate_dtype(x.dtype)
     added = branch.to(dtype) if scale is None else branch.to(dtype) * scale.to(dtype)
-    merged, new_size = merge(x.to(dtype) + added, size, members, offsets)
+    sums = x.to(dtype) + added
+    merged, new_size = merge(sums, size, members, offsets)
+    if keep_norms:
+        lengths = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+        length, _ = merge(lengths, size, members, offsets)
+        merged = merged * stretch(merged, length, offsets)[0]
     merged = merged.to(x.dtype)
     rows = merged.to(dtype)  # the norm is of the tokens as they are stored
     rows = rows - rows.mean(-1, keepdim=True)
@@ -411,6 +417,20 @@ def merge_add_norm(
     normed = normed if weight is None else normed * weight.to(dtype)
     normed = normed if bias is None else normed + bias.to(dtype)
     return merged, new_size, normed.to(x.dtype)
+
+
+def stretch(merged: Tensor, length: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """By what merged rows (B, M, C) are multiplied to have a length (B, M, 1), and where that is.
+
+    Returns:
+        The factor (B, M, 1), which is 1 for rows of one token or none, and where it is not finite,
+        as of tokens that cancel out; and (B, M, 1) bool, false there.
+    """
+    own = torch.linalg.vector_norm(merged, dim=-1, keepdim=True)
+    stretched = (offsets.diff(dim=1) > 1).unsqueeze(-1) & (own > 0)
+    factor = length / torch.where(own > 0, own, 1.0)
+    stretched = stretched & factor.isfinite()
+    return torch.where(stretched, factor, 1.0), stretched
 
 
 def merge_backward(

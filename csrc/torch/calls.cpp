@@ -249,7 +249,8 @@ void MergeCall::take(Tensor given, OptionalTensor given_size, Tensor given_membe
 
 void MergeAddNormCall::take(Tensor given_x, Tensor given_branch, OptionalTensor given_size,
                             Tensor given_members, Tensor given_offsets, OptionalTensor given_scale,
-                            OptionalTensor given_weight, OptionalTensor given_bias, double eps) {
+                            OptionalTensor given_weight, OptionalTensor given_bias, double eps,
+                            bool keep_norms) {
     check_merge(given_x, "x", false, given_size, given_members, given_offsets);
     check_same_as(given_branch, "branch", given_x, "x");
     check_channels(given_scale, "scale", given_x);
@@ -279,6 +280,7 @@ void MergeAddNormCall::take(Tensor given_x, Tensor given_branch, OptionalTensor 
     params.weight = optional_data<void>(weight);
     params.bias = optional_data<void>(bias);
     params.eps = eps;
+    params.keep_norms = keep_norms;
     params.size = optional_data<float>(size);
     params.members = data<int32_t>(members);
     params.offsets = data<int32_t>(offsets);

@@ -74,14 +74,15 @@ struct MergeAddNormCall {
     static constexpr const char* kName = "merge_add_norm";
     static constexpr const char* kSchema =
         "(Tensor x, Tensor branch, Tensor? size, Tensor members, Tensor offsets, Tensor? "
-        "scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6) -> (Tensor, Tensor, "
-        "Tensor)";
+        "scale=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-6, bool "
+        "keep_norms=False) -> (Tensor, Tensor, Tensor)";
     MergeAddNormParams params{};
     Tensor x, branch, members, offsets, out, out_size, normed;
     OptionalTensor size, scale, weight, bias;
 
     void take(Tensor x, Tensor branch, OptionalTensor size, Tensor members, Tensor offsets,
-              OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, double eps);
+              OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, double eps,
+              bool keep_norms);
     std::tuple<Tensor, Tensor, Tensor> outputs() const { return {out, out_size, normed}; }
 };
 

@@ -37,6 +37,7 @@ struct MergeAddNormKind {
     int64_t x_pad, branch_pad;  // elements before the first row and after each
     double mean;                // of x; the spread is 1
     double eps;
+    bool keep_norms = false;
 };
 
 inline const std::vector<MergeAddNormKind> kMergeAddNormKinds = {
@@ -48,6 +49,8 @@ inline const std::vector<MergeAddNormKind> kMergeAddNormKinds = {
     {"strided", true, true, true, true, 5, 8, 0.0, 1e-6},
     {"large mean", true, true, true, true, 0, 0, 3000.0, 1e-6},
     {"large eps", true, false, true, true, 8, 16, 0.0, 10.0},
+    {"norms kept", true, true, true, true, 0, 0, 0.0, 1e-6, true},
+    {"norms kept, strided", false, false, true, true, 5, 8, 3.0, 1e-6, true},
 };
 
 // Tokens (batch, tokens, channels) among NaN, which shows if a neighbour is read.
@@ -133,6 +136,7 @@ struct MergeAddNormInputs {
         p.weight = kind.weighted ? weight.data() : nullptr;
         p.bias = kind.biased ? bias.data() : nullptr;
         p.eps = kind.eps;
+        p.keep_norms = kind.keep_norms;
         p.size = kind.sized ? size.data() : nullptr;
         p.members = plan.members.data();
         p.offsets = plan.offsets.data();
@@ -147,6 +151,12 @@ struct MergeAddNormInputs {
 
 // Of an implementation that sums `count` terms in at least four chains.
 inline double chain_of(int64_t count) { return double(count) / 4 + 16; }
+
+inline double length_of(const std::vector<double>& row) {
+    double squares = 0;
+    for (double value : row) squares += value * value;
+    return std::sqrt(squares);
+}
 
 // The merged row `flat` of (batch, rows): its values, how far rounding may take each, its size.
 struct MergedRow {
@@ -166,6 +176,8 @@ inline MergedRow merged_row(const tome::MergeAddNormParams& p, int64_t flat) {
     const bool even = count == 1 || want.size == 0;
     const double divisor = count == 0 ? 1.0 : even ? double(count) : want.size;
     const double least = std::ldexp(1.0, p.dtype == DType::kFloat16 ? -25 : -140);
+    const double unit = sum_roundoff_of(p.dtype);
+    std::vector<double> squares(size_t(count), 0.0);  // of each member
     for (int64_t c = 0; c < p.channels; ++c) {
         double sum = 0, magnitude = 0;
         for (int64_t m = offsets[0]; m < offsets[1]; ++m) {
@@ -177,13 +189,34 @@ inline MergedRow merged_row(const tome::MergeAddNormParams& p, int64_t flat) {
                 (p.scale ? load(p.dtype, p.scale, c) : 1.0);
             sum += weight * (x + branch);
             magnitude += weight * (std::fabs(x) + std::fabs(branch));
+            squares[size_t(m - offsets[0])] += (x + branch) * (x + branch);
         }
         want.value[size_t(c)] = sum / divisor;
-        if (count > 0) {
-            want.error[size_t(c)] =
-                roundoff_of(p.dtype) * std::fabs(sum / divisor) +
-                double(count + 6) * sum_roundoff_of(p.dtype) * magnitude / divisor + least;
+        want.error[size_t(c)] = double(count + 6) * unit * magnitude / divisor;
+    }
+    double stretch = 1, stretch_error = 0;  // relative
+    if (p.keep_norms && count > 1) {
+        double lengths = 0;
+        for (int64_t m = offsets[0]; m < offsets[1]; ++m) {
+            const double weight = even ? 1.0 : size_of(members[m]);
+            lengths += weight * std::sqrt(squares[size_t(m - offsets[0])]) / divisor;
         }
+        const double length = length_of(want.value), off = length_of(want.error);
+        if (length > 0) {
+            stretch = lengths / length;
+            // Of a mean that is next to nothing, its own rounding may be all that there is.
+            stretch_error = (double(count) + chain_of(p.channels)) * unit +
+                            (4 * off < length ? 2 * off / length : kInf);
+        } else if (off > 0) {
+            stretch_error = kInf;
+        }
+    }
+    for (size_t c = 0; c < channels && count > 0; ++c) {
+        want.value[c] *= stretch;
+        const double size = std::fabs(want.value[c]);
+        want.error[c] = std::isinf(stretch_error) ? kInf
+                                                  : stretch * want.error[c] + size * stretch_error +
+                                                        roundoff_of(p.dtype) * size * 1.01 + least;
     }
     return want;
 }

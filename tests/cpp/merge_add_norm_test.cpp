@@ -43,11 +43,15 @@ TEST_P(MergeAddNormTest, HoldsWithManyRowsPerThread) {
 }
 
 TEST_P(MergeAddNormTest, RowsOfManyMembers) {
-    const MergeAddNormInputs inputs(GetParam(), {1, 9000, 1, 67}, kMergeAddNormKinds[2]);
-    for_each_isa([&] {
-        MergeAddNormOutputs got = run(inputs, pool());
-        expect_merge_add_norm(inputs.params(got));
-    });
+    for (const size_t i : {2, 8}) {
+        const MergeAddNormKind& kind = kMergeAddNormKinds[i];
+        SCOPED_TRACE(kind.name);
+        const MergeAddNormInputs inputs(GetParam(), {1, 9000, 1, 67}, kind);
+        for_each_isa([&] {
+            MergeAddNormOutputs got = run(inputs, pool());
+            expect_merge_add_norm(inputs.params(got));
+        });
+    }
 }
 
 TEST_P(MergeAddNormTest, AnImageDoesNotDependOnItsBatch) {
@@ -100,14 +104,43 @@ TEST_P(MergeAddNormTest, KeepsNonFiniteValuesInTheirRow) {
     inputs.size = std::vector<float>(6, 2.0f);
     inputs.x.memory.set(0 * channels + 3, kNaN);
     inputs.branch.memory.set(2 * channels + 18, kInf);
-    for_each_isa([&] {
-        const MergeAddNormOutputs got = run(inputs, Threads::serial());
-        EXPECT_TRUE(std::isnan(got.out[3]));
-        EXPECT_EQ(got.out[channels + 18], kInf);
-        for (int64_t i = 0; i < 3 * channels; ++i) {
-            EXPECT_EQ(std::isfinite(got.out[i]), i != 3 && i != channels + 18) << i;
-            EXPECT_EQ(std::isfinite(got.normed[i]), i >= 2 * channels) << i;
+    for (const bool keep_norms : {false, true})
+        for_each_isa([&] {
+            inputs.kind.keep_norms = keep_norms;
+            const MergeAddNormOutputs got = run(inputs, Threads::serial());
+            EXPECT_TRUE(std::isnan(got.out[3]));
+            EXPECT_EQ(got.out[channels + 18], kInf);
+            for (int64_t i = 0; i < 3 * channels; ++i) {
+                EXPECT_EQ(std::isfinite(got.out[i]), i != 3 && i != channels + 18) << i;
+                EXPECT_EQ(std::isfinite(got.normed[i]), i >= 2 * channels) << i;
+            }
+        });
+}
+
+// Tokens that cancel out have no direction to stretch, and those too long to measure no length.
+TEST_P(MergeAddNormTest, NormsThatCannotBeKeptAreLeft) {
+    const int64_t channels = 24;
+    MergeAddNormInputs inputs(GetParam(), {1, 4, 2, channels}, kMergeAddNormKinds[0]);
+    inputs.kind.keep_norms = true;
+    inputs.plan = plan_of({0, 0, 1, 1}, 1, 4, 2);
+    const auto fill = [&](const auto& value) {
+        for (int64_t i = 0; i < 4 * channels; ++i) {
+            inputs.x.memory.set(i, value(i));
+            inputs.branch.memory.set(i, 0.0);
         }
+    };
+    for_each_isa([&] {
+        fill([&](int64_t i) { return i < channels ? 2.0 : i < 2 * channels ? -2.0 : 3.0; });
+        MergeAddNormOutputs got = run(inputs, Threads::serial());
+        for (int64_t c = 0; c < channels; ++c) {
+            EXPECT_EQ(got.out[c], 0.0);
+            EXPECT_NEAR(got.out[channels + c], 3.0, 1e-5);
+        }
+        if (GetParam() == DType::kFloat16) return;  // whose squares do not overflow
+        const double huge = GetParam() == DType::kFloat64 ? std::ldexp(1.0, 600) : 0x1p100;
+        fill([&](int64_t i) { return i % 2 ? huge : -huge; });
+        got = run(inputs, Threads::serial());
+        for (int64_t i = 0; i < 2 * channels; ++i) EXPECT_EQ(std::fabs(got.out[i]), huge);
     });
 }
 

@@ -107,6 +107,7 @@ TEST_P(StridesTest, MergeAndUnmergeReadFarRowsAndImages) {
                                           nullptr,
                                           nullptr,
                                           1e-6,
+                                          true,
                                           nullptr,
                                           plan.members.data(),
                                           plan.offsets.data(),

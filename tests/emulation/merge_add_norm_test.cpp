@@ -45,7 +45,7 @@ TEST_P(CudaMergeAddNorm, AgreesWithPlainLoops) {
 // Every kernel: rows that fill its registers, that leave a lane idle, and that leave a vector.
 TEST_P(CudaMergeAddNorm, EveryLengthOfRow) {
     for (int64_t channels : {8, 248, 256, 264, 512, 520, 768, 1000, 1024, 1032, 1280, 2048, 2056}) {
-        for (const char* name : {"block", "block with LayerScale"}) {
+        for (const char* name : {"block", "block with LayerScale", "norms kept"}) {
             run_and_compare(MergeAddNormInputs(GetParam(), {2, 7, 5, channels}, kind(name)));
             if (HasFatalFailure()) return;
         }
@@ -86,11 +86,13 @@ TEST_P(CudaMergeAddNorm, AnyArrayMayBeUnaligned) {
 TEST_P(CudaMergeAddNorm, ManyMembers) {
     // Rows of more members than a warp has lanes.
     for (int64_t channels : {40, 41}) {
-        MergeAddNormInputs in(GetParam(), {1, 200, 2, channels}, kind("strided"));
-        std::vector<int32_t> assign;
-        for (int32_t n = 0; n < 200; ++n) assign.push_back(n % 7 == 0 ? 1 : 0);
-        in.plan = plan_of(assign, 1, 200, 2);
-        run_and_compare(in);
+        for (const char* name : {"strided", "norms kept, strided"}) {
+            MergeAddNormInputs in(GetParam(), {1, 200, 2, channels}, kind(name));
+            std::vector<int32_t> assign;
+            for (int32_t n = 0; n < 200; ++n) assign.push_back(n % 7 == 0 ? 1 : 0);
+            in.plan = plan_of(assign, 1, 200, 2);
+            run_and_compare(in);
+        }
     }
 }
 
@@ -125,17 +127,46 @@ TEST_P(CudaMergeAddNorm, EmptyRowsAreTheBias) {
 
 TEST_P(CudaMergeAddNorm, NaNAndInfinityStayInTheirRows) {
     const int64_t channels = 40;
-    MergeAddNormInputs in(GetParam(), {1, 8, 4, channels}, kind("block"));
-    in.plan = plan_of({0, 0, 1, 1, 2, 2, 3, -1}, 1, 8, 4);
-    in.x.memory.set(0 * channels + 3, kNaN);
-    in.branch.memory.set(2 * channels + 18, kInf);
-    MergeAddNormOutputs got = in.outputs();
-    in.size.assign(8, 1.0f);
-    ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(got), nullptr));
-    for (int64_t i = 0; i < 4 * channels; ++i) {
-        EXPECT_EQ(std::isnan(got.out[i]), i == 3) << i;
-        EXPECT_EQ(std::isinf(got.out[i]), i == channels + 18) << i;
-        EXPECT_EQ(std::isnan(got.normed[i]), i < 2 * channels) << i;  // inf - inf
+    for (const char* name : {"block", "norms kept"}) {
+        MergeAddNormInputs in(GetParam(), {1, 8, 4, channels}, kind(name));
+        in.plan = plan_of({0, 0, 1, 1, 2, 2, 3, -1}, 1, 8, 4);
+        in.x.memory.set(0 * channels + 3, kNaN);
+        in.branch.memory.set(2 * channels + 18, kInf);
+        MergeAddNormOutputs got = in.outputs();
+        in.size.assign(8, 1.0f);
+        ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(got), nullptr));
+        for (int64_t i = 0; i < 4 * channels; ++i) {
+            EXPECT_EQ(std::isnan(got.out[i]), i == 3) << i;
+            EXPECT_EQ(std::isinf(got.out[i]), i == channels + 18) << i;
+            EXPECT_EQ(std::isnan(got.normed[i]), i < 2 * channels) << i;  // inf - inf
+        }
+    }
+}
+
+// Tokens that cancel out have no direction to stretch, and those too long to measure no length.
+TEST_P(CudaMergeAddNorm, NormsThatCannotBeKeptAreLeft) {
+    for (int64_t channels : {24, 25}) {
+        MergeAddNormInputs in(GetParam(), {1, 4, 2, channels}, kind("norms kept"));
+        in.kind.scaled = in.kind.sized = false;
+        in.plan = plan_of({0, 0, 1, 1}, 1, 4, 2);
+        for (int64_t i = 0; i < 4 * channels; ++i) {
+            const bool last = i >= 2 * channels;
+            in.x.memory.set(i, i < channels ? 2.0 : last ? 3.0 : -2.0);
+            in.branch.memory.set(i, 0.0);
+        }
+        MergeAddNormOutputs got = in.outputs();
+        ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(got), nullptr));
+        for (int64_t c = 0; c < channels; ++c) {
+            EXPECT_EQ(got.out[c], 0.0);
+            EXPECT_NEAR(got.out[channels + c], 3.0, 1e-5);
+        }
+        if (GetParam() == DType::kFloat16) continue;  // whose squares do not overflow
+        const double huge = GetParam() == DType::kFloat64 ? std::ldexp(1.0, 600) : 0x1p100;
+        for (int64_t i = 0; i < 4 * channels; ++i) in.x.memory.set(i, i % 2 ? huge : -huge);
+        ASSERT_LAUNCHED(tome::merge_add_norm_cuda(in.params(got), nullptr));
+        for (int64_t c = 0; c < channels; ++c) {
+            EXPECT_EQ(std::fabs(got.out[channels + c]), channels % 2 ? 0.0 : huge);
+        }
     }
 }
 

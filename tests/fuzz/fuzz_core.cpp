@@ -446,6 +446,7 @@ void fuzz_merge_add_norm(Choices& c) {
     const bool given[] = {c.one_in(2), c.one_in(2), c.one_in(2)};
     const std::vector<float> size = some_sizes(c, batch * tokens, wild);
     const double eps = c.one_in(8) ? 1.0 : 1e-5;
+    const bool keep_norms = c.one_in(2);
     bool taken = false;
     const MergeAddNormOutputs got = on_any_threads([&](const Threads& threads) {
         MergeAddNormOutputs run{Array(dtype, batch * rows * channels),
@@ -459,7 +460,7 @@ void fuzz_merge_add_norm(Choices& c) {
         p.scale = given[0] ? vectors[0].data() : nullptr;
         p.weight = given[1] ? vectors[1].data() : nullptr;
         p.bias = given[2] ? vectors[2].data() : nullptr;
-        p.eps = eps;
+        p.eps = eps, p.keep_norms = keep_norms;
         p.size = or_null(size);
         p.members = some.plan.members.data(), p.offsets = some.plan.offsets.data();
         p.out = run.out.data(), p.normed = run.normed.data(), p.out_size = run.size.data();

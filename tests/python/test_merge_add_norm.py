@@ -37,13 +37,17 @@ def inputs(batch, tokens, channels, dtype, mean=0.0):
     return x, branch, *(torch.randn(channels).to(dtype) for _ in range(3))
 
 
-def exact_form(plan, x, branch, size, scale, weight, bias, eps=1e-6):
+def exact_form(plan, x, branch, size, scale, weight, bias, eps=1e-6, keep_norms=False):
     """Merged rows, sizes and norms of the merged rows by their definition, in float64."""
     x, branch, scale, weight, bias = (
         None if t is None else t.double() for t in (x, branch, scale, weight, bias)
     )
     added = x + (branch if scale is None else scale * branch)
     merged, total = merge_rows(added, size, plan.assign, plan.num_output_tokens, "mean")
+    if keep_norms:
+        lengths = added.norm(dim=2, keepdim=True)
+        lengths, _ = merge_rows(lengths, size, plan.assign, plan.num_output_tokens, "mean")
+        merged = merged * (lengths / merged.norm(dim=2, keepdim=True)).nan_to_num(1.0, 1.0)
     return merged, total, F.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
 
 
@@ -56,12 +60,18 @@ def test_error_is_at_most_twice_that_of_stock(dtype, channels, mean):
     plan = spread_plan(2, 40, 27)
     x, branch, scale, weight, bias = inputs(2, 40, channels, dtype, mean)
     size = torch.randint(1, 5, (2, 40)).float()
-    for sizes, gamma in ((size, scale), (None, None)):
-        exact, total, exact_normed = exact_form(plan, x, branch, sizes, gamma, weight, bias)
+    for sizes, gamma, keep in ((size, scale, False), (None, None, False), (size, scale, True)):
+        settings = {"eps": 1e-6, "keep_norms": keep}
+        given = (x, branch, sizes, gamma, weight, bias)
+        exact, total, exact_normed = exact_form(plan, *given, **settings)
         added = x + (branch if gamma is None else gamma * branch)
         stock = stock_merge(added, sizes, plan.assign, 27, "mean")
+        if keep:
+            lengths = added.norm(dim=2, keepdim=True)
+            lengths = stock_merge(lengths, sizes, plan.assign, 27, "mean")
+            stock = stock * (lengths / stock.norm(dim=2, keepdim=True))
         stock_normed = F.layer_norm(stock, (channels,), weight, bias, 1e-6)
-        merged, new_size, normed = plan.merge_add_norm(x, branch, sizes, gamma, weight, bias)
+        merged, new_size, normed = plan.merge_add_norm(*given, **settings)
         assert_error_within(merged, stock, exact)
         assert_error_within(normed, stock_normed, exact_normed)
         assert new_size.dtype == torch.float32
@@ -83,9 +93,12 @@ def test_norm_is_of_the_merged_tokens_as_stored(dtype):
     rows=st.integers(0, 12),
     channels=st.integers(0, 20),
     given_vectors=st.tuples(*[st.booleans()] * 4),
+    keep_norms=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_plan_agrees_with_the_twin(batch, tokens, rows, channels, given_vectors, seed):
+def test_any_plan_agrees_with_the_twin(
+    batch, tokens, rows, channels, given_vectors, keep_norms, seed
+):
     generator = torch.Generator().manual_seed(seed)
     # Rows of every member count, empty ones and dropped tokens among them.
     assign = torch.randint(-1, max(rows, 0), (batch, tokens), generator=generator)
@@ -96,15 +109,19 @@ def test_any_plan_agrees_with_the_twin(batch, tokens, rows, channels, given_vect
     scale, weight, bias, size = (
         t if keep else None for t, keep in zip((*vectors, size), given_vectors, strict=True)
     )
-    got = plan.merge_add_norm(x, branch, size, scale, weight, bias, 1e-3)
+    got = plan.merge_add_norm(x, branch, size, scale, weight, bias, 1e-3, keep_norms)
     twin = reference.merge_add_norm(
-        x, branch, size, plan.members, plan.offsets, scale, weight, bias, 1e-3
+        x, branch, size, plan.members, plan.offsets, scale, weight, bias, 1e-3, keep_norms
     )
-    torch.testing.assert_close(got[0], twin[0], rtol=1e-12, atol=1e-12)
+    # Tokens that all but cancel out are stretched, and their rounding with them.
+    close = {"rtol": 1e-9, "atol": 1e-9} if keep_norms else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(got[0], twin[0], **close)
     torch.testing.assert_close(got[1], twin[1])
     torch.testing.assert_close(got[2], twin[2], rtol=1e-9, atol=1e-9)
-    exact, _, exact_normed = exact_form(plan, x, branch, size, scale, weight, bias, 1e-3)
-    torch.testing.assert_close(got[0], exact, rtol=1e-12, atol=1e-12)
+    exact, _, exact_normed = exact_form(
+        plan, x, branch, size, scale, weight, bias, 1e-3, keep_norms
+    )
+    torch.testing.assert_close(got[0], exact, **close)
     if channels > 0:
         torch.testing.assert_close(got[2], exact_normed, rtol=1e-9, atol=1e-9)
 
@@ -118,6 +135,26 @@ def test_rows_without_members_and_without_size():
     assert size.tolist() == [[0.0, 0.0]]
     assert torch.equal(normed[0, 1], bias)
     assert normed.isfinite().all()
+
+
+def test_kept_norms():
+    # {(3, 4), (0, 5)}: lengths 5 and 5, mean (1.5, 4.5); tokens that cancel out; one token.
+    plan = MergePlan.from_assign(torch.tensor([[0, 0, 1, 1, 2]]), 3)
+    x = torch.tensor([[[3.0, 4.0], [0.0, 5.0], [2.0, 1.0], [-2.0, -1.0], [7.0, 7.0]]])
+    merged, size, normed = plan.merge_add_norm(x, torch.zeros_like(x), keep_norms=True)
+    stretched = torch.tensor([1.5, 4.5]) * 5 / 22.5**0.5
+    torch.testing.assert_close(merged[0], torch.stack([stretched, torch.zeros(2), x[0, 4]]))
+    assert torch.equal(merged[0, 2], x[0, 4])
+    assert size.tolist() == [[2.0, 2.0, 1.0]]
+    assert normed.isfinite().all()
+    # By size, and by merge, to the bit.
+    size = torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0]])
+    x[0, 0] *= 2
+    by_size, _, _ = plan.merge_add_norm(x, torch.zeros_like(x), size, keep_norms=True)
+    torch.testing.assert_close(by_size[0, 0].norm(), torch.tensor((10 + 3 * 5) / 4))
+    assert torch.equal(plan.merge(x, size, keep_norms=True)[0], by_size)
+    with pytest.raises(ValueError, match="keep_norms: expected reduce='mean' with it, got 'sum'"):
+        plan.merge(x, size, "sum", keep_norms=True)
 
 
 def test_strided_inputs():
@@ -141,10 +178,12 @@ def test_strided_inputs():
                 assert torch.equal(g, e), (first, second)
 
 
-def test_bitwise_repeatable_and_independent_of_batch_and_threads():
+@pytest.mark.parametrize("keep_norms", [False, True])
+def test_bitwise_repeatable_and_independent_of_batch_and_threads(keep_norms):
     args = inputs(4, 197, 100, torch.bfloat16)
     size = torch.rand(4, 197) + 0.5
     plan = tome_ext.match(args[0], 60, 1)
+    args = (*args, 1e-6, keep_norms)
     expected = plan.merge_add_norm(*args[:2], size, *args[2:])
     before = torch.get_num_threads()
     try:
@@ -165,8 +204,9 @@ def test_bitwise_repeatable_and_independent_of_batch_and_threads():
 # --- gradients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keep_norms", [False, True])
 @pytest.mark.parametrize("given_vectors", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 0)])
-def test_gradients(given_vectors):
+def test_gradients(given_vectors, keep_norms):
     # Dropped tokens; rows of no, one and more members.
     assign = torch.tensor([[0, 0, 1, -1, 3, 3, 3], [2, 1, 2, 0, -1, 4, 0]])
     plan = MergePlan.from_assign(assign, 5)
@@ -177,30 +217,35 @@ def test_gradients(given_vectors):
     def both(x, branch, *kept):
         left = iter(kept)
         scale, weight, bias = (next(left) if keep else None for keep in given_vectors)
-        return plan.merge_add_norm(x, branch, size, scale, weight, bias, 0.1)[::2]
+        return plan.merge_add_norm(x, branch, size, scale, weight, bias, 0.1, keep_norms)[::2]
 
     args = [t.requires_grad_() for t in (x, branch, *kept)]
     assert torch.autograd.gradcheck(both, args)
     assert torch.autograd.gradgradcheck(both, args)
 
 
+@pytest.mark.parametrize("keep_norms", [False, True])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_gradients_equal_the_composed_form(dtype):
+def test_gradients_equal_the_composed_form(dtype, keep_norms):
     plan = spread_plan(3, 50, 20)
     size = torch.randint(1, 4, (3, 50)).float()
     tensors = inputs(3, 50, 33, dtype)
     upstream = [torch.randn(3, 20, 33).to(dtype) for _ in range(2)]
 
     def fused(x, branch, scale, weight, bias):
-        return plan.merge_add_norm(x, branch, size, scale, weight, bias)[::2]
+        return plan.merge_add_norm(x, branch, size, scale, weight, bias, keep_norms=keep_norms)[::2]
 
     def composed(x, branch, scale, weight, bias):
-        merged, _ = plan.merge(x + scale * branch, size)
+        added = x + scale * branch
+        merged, _ = plan.merge(added, size)
+        if keep_norms:
+            length, _ = plan.merge(added.norm(dim=2, keepdim=True), size)
+            merged = merged * (length / merged.norm(dim=2, keepdim=True))
         return merged, F.layer_norm(merged, (33,), weight, bias, 1e-6)
 
     def twin(x, branch, scale, weight, bias):
         return reference.merge_add_norm(
-            x, branch, size, plan.members, plan.offsets, scale, weight, bias
+            x, branch, size, plan.members, plan.offsets, scale, weight, bias, 1e-6, keep_norms
         )[::2]
 
     def grads_of(form, args, upstream):
@@ -215,8 +260,9 @@ def test_gradients_equal_the_composed_form(dtype):
         assert_error_within(got, beside, want)
 
 
+@pytest.mark.parametrize("keep_norms", [False, True])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_learned_sizes_get_their_gradient(scaled):
+def test_learned_sizes_get_their_gradient(scaled, keep_norms):
     plan = spread_plan(2, 9, 5)
     x, branch, scale, weight, bias = inputs(2, 9, 6, torch.float64)
     given = (x, branch, torch.randint(1, 5, (2, 9)).float(), weight, bias)
@@ -225,10 +271,14 @@ def test_learned_sizes_get_their_gradient(scaled):
     def exact(x, branch, size, weight, bias, scale=None):
         added = x + (branch if scale is None else scale * branch)
         merged, total = differentiable_merge(added, size, plan.assign, 5)
+        if keep_norms:
+            lengths = added.norm(dim=2, keepdim=True)
+            length, _ = differentiable_merge(lengths, size, plan.assign, 5)
+            merged = merged * (length / merged.norm(dim=2, keepdim=True))
         return merged, total, F.layer_norm(merged, (6,), weight, bias, 1e-6)
 
     def run(x, branch, size, weight, bias, scale=None):
-        return plan.merge_add_norm(x, branch, size, scale, weight, bias)
+        return plan.merge_add_norm(x, branch, size, scale, weight, bias, keep_norms=keep_norms)
 
     assert_same_derivatives(run, exact, given, rtol=1e-3, atol=1e-3)
 
@@ -256,6 +306,7 @@ def test_opcheck(dtype, grad):
     size = torch.rand(2, 12) + 0.5
     torch.library.opcheck(OP, (x, branch, size, plan.members, plan.offsets, *vectors, 1e-5))
     torch.library.opcheck(OP, (x, branch, None, plan.members, plan.offsets))
+    torch.library.opcheck(OP, (x, branch, size, plan.members, plan.offsets, *vectors, 1e-5, True))
 
 
 def test_shapes_and_dtypes_under_fake_tensors():

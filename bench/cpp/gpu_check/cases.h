@@ -44,6 +44,7 @@ struct Case {
     Sizes sizes = Sizes::kSome;
     tome::Reduce reduce = tome::Reduce::kMean;
     bool fuse = false;
+    bool keep_norms = false;
     bool targets = false;  // match: one token in three is what others merge into
     unsigned sets = kAll;
 };
@@ -74,6 +75,7 @@ inline std::string name_of(const Case& c) {
     constexpr const char* kReduces[] = {"", ":sum", ":amax"};
     name += kReduces[int(c.reduce)];
     if (c.fuse) name += ":fuse";
+    if (c.keep_norms) name += ":norms";
     if (c.targets) name += ":targets";
     return name;
 }
@@ -191,7 +193,13 @@ inline std::vector<Case> merge_cases() {
                     c.sizes = Sizes::kNone;
                     all.push_back(c);
                     c.sizes = Sizes::kSome;
-                    if (op == Op::kMergeAddNorm) continue;
+                    if (op == Op::kMergeAddNorm) {
+                        c.keep_norms = true;
+                        c.sets = s.sets;
+                        all.push_back(c);
+                        c.keep_norms = false;
+                        continue;
+                    }
                     c.reduce = tome::Reduce::kSum;
                     all.push_back(c);
                     if (op == Op::kMergeBackward) continue;

@@ -237,7 +237,8 @@ inline void judge_merge_add_norm(Verdict& v, const Case& c, const Rows& x, const
     p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
     p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
     p.scale = exact[0].data(), p.weight = exact[1].data(), p.bias = exact[2].data();
-    p.eps = 1e-6, p.size = size.empty() ? nullptr : size.data();
+    p.eps = 1e-6, p.keep_norms = c.keep_norms;
+    p.size = size.empty() ? nullptr : size.data();
     p.members = plan.members.data(), p.offsets = plan.offsets.data();
     p.out = out.data(), p.normed = normed.data(), p.out_size = out_size.data();
     tome::merge_add_norm(p, threads());
@@ -281,7 +282,8 @@ inline tome::MergeAddNormParams merge_add_norm_params(const Case& c, Trial& t, c
     p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
     p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
     p.scale = t.put(vectors[0]), p.weight = t.put(vectors[1]), p.bias = t.put(vectors[2]);
-    p.eps = 1e-6, p.size = size, p.members = members, p.offsets = offsets;
+    p.eps = 1e-6, p.keep_norms = c.keep_norms;
+    p.size = size, p.members = members, p.offsets = offsets;
     p.out = t.out("sum", Type::kFloat, c.dtype, c.batch * rows * c.dim);
     p.normed = t.out("normed", Type::kFloat, c.dtype, c.batch * rows * c.dim);
     p.out_size = t.out_floats("sum_size", c.batch * rows);

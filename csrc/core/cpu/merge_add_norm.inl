@@ -56,36 +56,77 @@ TOME_INLINE auto total_of(const V (&sums)[kUnroll]) {
     return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// out = the weighted mean of x + scale * branch. Returns the sum of what was stored.
-//   kSingle   there is one token, of weight and divisor 1
+template <class In>
+TOME_INLINE auto weight_of(const AddedTokens<In>& of, int64_t m) {
+    using T = typename Accumulate<In>::Type;
+    return of.weight == nullptr ? T(1) : T(of.weight[of.members[m]]);
+}
+
+// sum = the weighted sum of x + scale * branch, in channels [c, c + part) of each vector.
+//   kSingle   there is one token, of weight 1
 //   kLong     there are more than kChain
+template <bool kSingle, bool kLong, class In, class V, int kCount>
+TOME_INLINE void add_tokens(const AddedTokens<In>& of, int64_t c, int64_t part, V (&sum)[kCount]) {
+    constexpr int64_t kLanes = sizeof(V) / sizeof(sum[0][0]);
+    V scale[kCount];
+    for (int u = 0; u < kCount; ++u) scale[u] = load_up_to(of.scale + c + u * kLanes, part);
+    const auto added = [&](int64_t m, int u) TOME_INLINE_LAMBDA {
+        const In* x = of.x + of.members[m] * of.x_stride;
+        const In* branch = of.branch + of.members[m] * of.branch_stride;
+        return load_up_to(x + c + u * kLanes, part) +
+               scale[u] * load_up_to(branch + c + u * kLanes, part);
+    };
+    for (int u = 0; u < kCount; ++u) sum[u] = added(0, u);
+    if (kSingle) return;
+    for (int u = 0; u < kCount; ++u) sum[u] *= broadcast<V>(weight_of(of, 0));
+    add_members<kLong>(of.count, sum, [&](auto& into, int64_t m) TOME_INLINE_LAMBDA {
+        for (int u = 0; u < kCount; ++u) into[u] += added(m, u) * broadcast<V>(weight_of(of, m));
+    });
+}
+
+// The sum of squares of that sum.
+template <bool kSingle, bool kLong, class In>
+TOME_INLINE auto squares_of(const AddedTokens<In>& of, int64_t channels) {
+    using T = typename Accumulate<In>::Type;
+    using V = typename Vector<T>::Type;
+    V totals[kUnroll] = {};
+    over_channels<T>(channels, [&](int64_t c, int64_t part, auto n) TOME_INLINE_LAMBDA {
+        V sum[n];
+        add_tokens<kSingle, kLong>(of, c, part, sum);
+        for (int u = 0; u < n; ++u) totals[u] += sum[u] * sum[u];
+    });
+    return total_of(totals);
+}
+
+// By what the mean of several tokens is multiplied to be as long as they are on average; 1 where
+// that isn't finite, as of tokens that cancel out.
+template <class In, bool kLong>
+typename Accumulate<In>::Type stretch_of(const AddedTokens<In>& of, int64_t channels) {
+    using T = typename Accumulate<In>::Type;
+    double lengths = 0;
+    for (int64_t m = 0; m < of.count; ++m) {
+        AddedTokens<In> one = of;
+        one.members += m;
+        lengths += double(weight_of(of, m)) * std::sqrt(squares_of<true, false>(one, channels));
+    }
+    const T stretch = T(lengths) / std::sqrt(squares_of<false, kLong>(of, channels));
+    return std::isfinite(stretch) ? stretch : T(1);
+}
+
+// out = stretch * the weighted mean of x + scale * branch. Returns the sum of what was stored.
+//   kSingle, kLong   as above; a single token has divisor and stretch 1
 template <class In, bool kSingle, bool kLong>
-typename Accumulate<In>::Type merge_sums(const AddedTokens<In>& of, int64_t channels, In* out) {
+typename Accumulate<In>::Type merge_sums(const AddedTokens<In>& of, int64_t channels,
+                                         typename Accumulate<In>::Type stretch, In* out) {
     using T = typename Accumulate<In>::Type;
     using V = typename Vector<T>::Type;
     constexpr int64_t kLanes = Vector<T>::kLanes;
-    const V divisor = broadcast<V>(of.divisor);
+    const V divisor = broadcast<V>(of.divisor), factor = broadcast<V>(stretch);
     V totals[kUnroll] = {};
     over_channels<T>(channels, [&](int64_t c, int64_t part, auto n) TOME_INLINE_LAMBDA {
-        V sum[n], scale[n];
-        for (int u = 0; u < n; ++u) scale[u] = load_up_to(of.scale + c + u * kLanes, part);
-        const auto added = [&](int64_t m, int u) TOME_INLINE_LAMBDA {
-            const In* x = of.x + of.members[m] * of.x_stride;
-            const In* branch = of.branch + of.members[m] * of.branch_stride;
-            return load_up_to(x + c + u * kLanes, part) +
-                   scale[u] * load_up_to(branch + c + u * kLanes, part);
-        };
-        const auto weight = [&](int64_t m) TOME_INLINE_LAMBDA {
-            return broadcast<V>(of.weight == nullptr ? T(1) : T(of.weight[of.members[m]]));
-        };
-        for (int u = 0; u < n; ++u) sum[u] = added(0, u);
-        if (!kSingle) {
-            for (int u = 0; u < n; ++u) sum[u] *= weight(0);
-            add_members<kLong>(of.count, sum, [&](auto& into, int64_t m) TOME_INLINE_LAMBDA {
-                for (int u = 0; u < n; ++u) into[u] += added(m, u) * weight(m);
-            });
-            for (int u = 0; u < n; ++u) sum[u] /= divisor;
-        }
+        V sum[n];
+        add_tokens<kSingle, kLong>(of, c, part, sum);
+        for (int u = 0; u < n && !kSingle; ++u) sum[u] = sum[u] / divisor * factor;
         for (int u = 0; u < n; ++u) {
             In* to = out + c + u * kLanes;
             store_up_to(to, sum[u], part);
@@ -152,15 +193,17 @@ void merge_add_norm_rows_of(const MergeAddNormParams& p, int64_t begin, int64_t 
             of.weight = nullptr;
             of.divisor = T(of.count);
         }
-        T sum = 0;
+        T sum = 0, stretch = 1;
         if (of.count == 0) {
             clear_row(out, p.channels * static_cast<int64_t>(sizeof(In)));
         } else if (of.count == 1) {
-            sum = merge_sums<In, true, false>(of, p.channels, out);
+            sum = merge_sums<In, true, false>(of, p.channels, stretch, out);
         } else if (of.count <= kChain) {
-            sum = merge_sums<In, false, false>(of, p.channels, out);
+            if (p.keep_norms) stretch = stretch_of<In, false>(of, p.channels);
+            sum = merge_sums<In, false, false>(of, p.channels, stretch, out);
         } else {
-            sum = merge_sums<In, false, true>(of, p.channels, out);
+            if (p.keep_norms) stretch = stretch_of<In, true>(of, p.channels);
+            sum = merge_sums<In, false, true>(of, p.channels, stretch, out);
         }
 
         const T mean = sum / T(p.channels);

@@ -117,6 +117,12 @@ __device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_sqrt(double x) { return rsqrt(x); }
 #endif
 
+// sqrt(x) to within three units in the last place; x >= 0, NaN of infinity.
+template <class A>
+__device__ __forceinline__ A square_root(A x) {
+    return x == 0 ? A(0) : x * inverse_sqrt(x);
+}
+
 // 2^x to within two units in the last place; 0 where that is below 2^-126, 0 of -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef TOME_EMULATION

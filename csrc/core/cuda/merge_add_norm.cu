@@ -7,6 +7,9 @@
 // time, with `out` read back for each pass over the row. A lane reads back only what it wrote
 // itself.
 //
+// Kept norms take a pass over each token of a row of several, and one over their sum, before that:
+// few rows have several, and what they are made of is then in the cache.
+//
 // No sum is shared between threads but by shuffles in a fixed order, so results never depend on
 // timing. Like merge, it is launched while the kernel before it still runs where the chip can.
 
@@ -46,12 +49,10 @@ __device__ __forceinline__ Bits<T, kVec> load_channels(const T* from, int64_t c,
 }
 
 // sum += weight * (x + scale * branch) of a token, for kCount vectors of each lane; where kOnly,
-// sum = x + scale * branch.
-template <bool kOnly, bool kScaled, class T, int kVec, int kCount, class A>
+// sum = x + scale * branch. kMost: vectors of x in flight.
+template <bool kOnly, int kMost, bool kScaled, class T, int kVec, int kCount, class A>
 __device__ __forceinline__ void add_scaled(const Tokens<T>& from, int64_t token, A weight,
                                            const Lane& lane, A (&sum)[kCount][kVec]) {
-    // Loads in flight: all if nothing else is held, else as many as leave room for the sums.
-    constexpr int kMost = kOnly ? 8 : 2;
     constexpr int kStep = kCount < kMost ? kCount : kMost;
     const T* from_x = from.x + token * from.x_stride + lane.begin;
     const T* from_branch = from.branch + token * from.branch_stride + lane.begin;
@@ -60,7 +61,7 @@ __device__ __forceinline__ void add_scaled(const Tokens<T>& from, int64_t token,
     for (int u = 0; u < kCount; u += kStep) {
         // Else the compiler loads all groups', and the scales for all members, before it computes
         // anything, and has no registers to keep them.
-        if (!kOnly || u > 0) __syncwarp();
+        if (kMost < 8 || u > 0) __syncwarp();
         Bits<T, kVec> held_x[kStep], held_branch[kStep], held_scale[kStep];
 #pragma unroll
         for (int s = 0; s < kStep; ++s) {
@@ -90,43 +91,65 @@ __device__ __forceinline__ void add_scaled(const Tokens<T>& from, int64_t token,
     }
 }
 
-template <bool kOnly, class T, int kVec, int kCount, class A>
+// Loads in flight: all if nothing else is held, else as many as leave room for the sums.
+template <bool kOnly, int kMost = kOnly ? 8 : 2, class T, int kVec, int kCount, class A>
 __device__ __forceinline__ void add_token(const Tokens<T>& from, int64_t token, A weight,
                                           const Lane& lane, A (&sum)[kCount][kVec]) {
     if (from.scale == nullptr) {
-        add_scaled<kOnly, false>(from, token, weight, lane, sum);
+        add_scaled<kOnly, kMost, false>(from, token, weight, lane, sum);
     } else {
-        add_scaled<kOnly, true>(from, token, weight, lane, sum);
+        add_scaled<kOnly, kMost, true>(from, token, weight, lane, sum);
     }
 }
 
-// kCount vectors of each lane: the merged row's, before rounding. Returns the sum of sizes.
-template <class T, int kVec, int kCount, class A>
-__device__ __forceinline__ A merge_vectors(const MergeAddNormParams& p, const Tokens<T>& from,
-                                           const Members& members, const float* size,
-                                           const Lane& lane, A (&row)[kCount][kVec]) {
+template <int kVec, int kCount, class A>
+__device__ __forceinline__ void clear(A (&row)[kCount][kVec]) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) row[u][i] = 0;
     }
-    if (members.count == 0) return 0;
+}
+
+// The only member of a row; -1 if there are several or none, or it lies outside the image.
+__device__ __forceinline__ int64_t only_member(const Members& members, int64_t tokens) {
     const int64_t only = members.count == 1 ? members.tokens[0] : -1;
-    if (inside(only, p.tokens)) {  // most rows
+    return inside(only, tokens) ? only : -1;
+}
+
+// Whether members count by their sizes: sizes that sum to 0 are padding, and taken evenly it stays
+// finite. `total`: of the sizes.
+template <class A>
+__device__ __forceinline__ bool weighs(const MergeAddNormParams& p, const Members& members,
+                                       const float* size, A& total) {
+    total = for_each_member<A>(members, p.tokens, size, size != nullptr, [](int64_t, A) {});
+    return size != nullptr && total != 0;
+}
+
+// kCount vectors of each lane: the merged row's, `stretch` times as long, before rounding. Returns
+// the sum of sizes.
+template <class T, int kVec, int kCount, class A>
+__device__ __forceinline__ A merge_vectors(const MergeAddNormParams& p, const Tokens<T>& from,
+                                           const Members& members, const float* size, A stretch,
+                                           const Lane& lane, A (&row)[kCount][kVec]) {
+    clear(row);
+    if (members.count == 0) return 0;
+    const int64_t only = only_member(members, p.tokens);
+    if (only >= 0) {  // most rows
         add_token<true>(from, only, A(1), lane, row);
         return size != nullptr ? A(size[only]) : A(1);
     }
     const auto add = [&](int64_t token, A weight) {
         add_token<false>(from, token, weight, lane, row);
     };
-    // First how to weigh: sizes that sum to 0 are padding, and taken evenly it stays finite.
-    const A total = for_each_member<A>(members, p.tokens, size, size != nullptr, [](int64_t, A) {});
-    const A by = for_each_member<A>(members, p.tokens, size, size != nullptr && total != 0, add);
+    A total;
+    const bool weighted = weighs(p, members, size, total);
+    const A by = for_each_member<A>(members, p.tokens, size, weighted, add);
     const A inverse = reciprocal(by);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) row[u][i] = divide(row[u][i], by, inverse);
+        for (int i = 0; i < kVec; ++i) row[u][i] = divide(row[u][i], by, inverse) * stretch;
     }
     return total;
 }
@@ -155,6 +178,41 @@ __device__ __forceinline__ A lane_sum(const A (&row)[kCount][kVec], A center, co
         sum += part;
     }
     return sum;
+}
+
+// By what the mean of several tokens is multiplied to be as long as they are on average; 1 where
+// that isn't finite, as of tokens that cancel out. `row` is for the vectors of a group at a time.
+template <class T, int kVec, int kCount, class A, class ForEachGroup>
+__device__ __forceinline__ A stretch_of(const MergeAddNormParams& p, const Tokens<T>& from,
+                                        const Members& members, const float* size,
+                                        const ForEachGroup& for_each_group,
+                                        A (&row)[kCount][kVec]) {
+    if (members.count == 0 || only_member(members, p.tokens) >= 0) return 1;
+    constexpr int kMost = 2;  // in flight, or registers spill
+    A total;
+    const bool weighted = weighs(p, members, size, total);
+    A lengths = 0, squares;
+    for_each_member<A>(members, p.tokens, size, weighted, [&](int64_t token, A weight) {
+        squares = 0;
+        for_each_group([&](const Lane& lane) {
+            clear(row);
+            add_token<true, kMost>(from, token, A(1), lane, row);
+            squares += lane_sum<true>(row, A(0), lane);
+        });
+        lengths += weight * square_root(warp_sum(squares));
+    });
+    squares = 0;
+    for_each_group([&](const Lane& lane) {
+        clear(row);
+        for_each_member<A>(members, p.tokens, size, weighted, [&](int64_t token, A weight) {
+            add_token<false, kMost>(from, token, weight, lane, row);
+        });
+        squares += lane_sum<true>(row, A(0), lane);
+    });
+    // Of the sum, not of the mean: what both are divided by cancels out.
+    const A length = square_root(warp_sum(squares));
+    const A stretch = divide(lengths, length, reciprocal(length));
+    return stretch - stretch == 0 ? stretch : A(1);
 }
 
 // normed = (row - mean) * inverse * weight + bias, for kCount vectors of each lane.
@@ -194,9 +252,10 @@ __device__ __forceinline__ void write_normed(const MergeAddNormParams& p, T* nor
 }
 
 // A row in registers (kWhole: it has at most kCount * kVec * kWarp channels) or group by group.
-template <class T, int kVec, int kCount, bool kWhole>
-__global__ void __launch_bounds__(kRowsBlock, tiles::norm_blocks_resident(kWhole ? kVec* kCount : 0,
-                                                                          std::is_same_v<T, float>))
+template <class T, int kVec, int kCount, bool kWhole, bool kKeepNorms>
+__global__ void __launch_bounds__(kRowsBlock,
+                                  tiles::norm_blocks_resident(kWhole ? kVec* kCount : 0,
+                                                              std::is_same_v<T, float>, kKeepNorms))
     merge_add_norm_kernel(const __grid_constant__ MergeAddNormParams p) {
     using A = typename Accumulate<T>::Type;
     wait_for_earlier_kernels();  // as merge does
@@ -233,9 +292,10 @@ __global__ void __launch_bounds__(kRowsBlock, tiles::norm_blocks_resident(kWhole
                 }
             };
 
-            A total = 0, sum = 0, squares = 0;
+            A stretch = 1, total = 0, sum = 0, squares = 0;
+            if (kKeepNorms) stretch = stretch_of(p, from, members, size, for_each_group, row);
             for_each_group([&](const Lane& lane) {
-                total = merge_vectors(p, from, members, size, lane, row);
+                total = merge_vectors(p, from, members, size, stretch, lane, row);
 #pragma unroll
                 for (int u = 0; u < kCount; ++u) {
                     const Bits<T, kVec> bits = narrow_word<T>(row[u]);
@@ -269,27 +329,30 @@ __global__ void __launch_bounds__(kRowsBlock, tiles::norm_blocks_resident(kWhole
 using Kernel = void (*)(MergeAddNormParams);
 
 // The kernel for rows of `channels`; `fit`: whose addresses allow 16 bytes at a time.
-template <class T>
+template <class T, bool kKeepNorms>
 Kernel kernel_for(int64_t channels, bool fit) {
     constexpr int kVec = 16 / sizeof(T);
-    if (!fit) return merge_add_norm_kernel<T, 1, tiles::kNormElements, false>;
+    if (!fit) return merge_add_norm_kernel<T, 1, tiles::kNormElements, false, kKeepNorms>;
     if constexpr (!std::is_same_v<T, double>) {
         switch (tiles::norm_elements(channels)) {
             case 8:
-                return merge_add_norm_kernel<T, kVec, 8 / kVec, true>;
+                return merge_add_norm_kernel<T, kVec, 8 / kVec, true, kKeepNorms>;
             case 16:
-                return merge_add_norm_kernel<T, kVec, 16 / kVec, true>;
+                return merge_add_norm_kernel<T, kVec, 16 / kVec, true, kKeepNorms>;
             case 24:
-                return merge_add_norm_kernel<T, kVec, 24 / kVec, true>;
+                return merge_add_norm_kernel<T, kVec, 24 / kVec, true, kKeepNorms>;
             case 32:
-                return merge_add_norm_kernel<T, kVec, 32 / kVec, true>;
+                return merge_add_norm_kernel<T, kVec, 32 / kVec, true, kKeepNorms>;
             case 64:
-                return merge_add_norm_kernel<T, kVec, 64 / kVec, true>;
+                if constexpr (!kKeepNorms || !std::is_same_v<T, float>) {  // or registers spill
+                    return merge_add_norm_kernel<T, kVec, 64 / kVec, true, kKeepNorms>;
+                }
+                break;
             default:
                 break;
         }
     }
-    return merge_add_norm_kernel<T, kVec, tiles::kNormVectors, false>;
+    return merge_add_norm_kernel<T, kVec, tiles::kNormVectors, false, kKeepNorms>;
 }
 
 }  // namespace
@@ -306,8 +369,9 @@ cudaError_t merge_add_norm_cuda(const MergeAddNormParams& p, cudaStream_t stream
                                (p.x_stride_batch * kElement) | (p.branch_stride_batch * kElement),
                                (p.x_stride_token * kElement) | (p.branch_stride_token * kElement),
                                p.channels * kElement);
-        return launch_overlapping(kernel_for<T>(p.channels, fit), grid_of(p.rows, p.batch),
-                                  dim3(kRowsBlock), 0, stream, p);
+        const Kernel kernel = p.keep_norms ? kernel_for<T, true>(p.channels, fit)
+                                           : kernel_for<T, false>(p.channels, fit);
+        return launch_overlapping(kernel, grid_of(p.rows, p.batch), dim3(kRowsBlock), 0, stream, p);
     };
     return for_dtype(p.dtype, go);
 }

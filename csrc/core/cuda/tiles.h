@@ -84,11 +84,12 @@ inline constexpr int kNormVectors = 4, kNormElements = 8;
 
 // Blocks that must fit on a multiprocessor, for rows of so many values per lane (0: not held). The
 // registers this leaves a thread, 80 to 255, are just enough not to spill from sm_80 on; float32,
-// whose data takes twice the registers on its way, needs more of them. 64 values ask for as many as
-// there are: 8 warps at least fit even so, with up to 16 KiB each on their way.
-constexpr int norm_blocks_resident(int elements, bool float32) {
+// whose data takes twice the registers on its way, needs more of them, and so does what keeps norms
+// of rows that are not held. 64 values ask for as many as there are: 8 warps at least fit even so,
+// with up to 16 KiB each on their way.
+constexpr int norm_blocks_resident(int elements, bool float32, bool keep_norms) {
     const int blocks = elements == 64 ? 2 : elements == 32 ? 4 : elements % 24 == 0 ? 5 : 6;
-    return float32 ? blocks - 1 : blocks;
+    return float32 || (keep_norms && elements == 0) ? blocks - 1 : blocks;
 }
 
 // --- plan

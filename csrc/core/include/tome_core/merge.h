@@ -29,7 +29,8 @@ Status merge(const MergeParams& params, const Threads& threads);
 // A residual sum, its merge by weighted mean, and the LayerNorm of that, in one pass:
 //   sum = x + scale * branch, out = merge(sum, kMean), normed = norm(out) * weight + bias
 // Sums and statistics are float32 (float64 for float64). `out` is rounded to dtype once, and
-// `normed` is the norm of what was stored there.
+// `normed` is the norm of what was stored there. With keep_norms, a row of several tokens is
+// stretched before that, to the weighted mean of their lengths; not where the factor isn't finite.
 struct MergeAddNormParams {
     const void* x;       // (batch, tokens, channels)
     const void* branch;  // (batch, tokens, channels)
@@ -41,6 +42,7 @@ struct MergeAddNormParams {
     const void* weight;      // (channels), or nullptr for ones
     const void* bias;        // (channels), or nullptr for zeros
     double eps;              // added to the variance
+    bool keep_norms;         // whether rows are as long as their tokens
     const float* size;       // (batch, tokens), or nullptr for ones
     const int32_t* members;  // (batch, tokens)
     const int32_t* offsets;  // (batch, rows + 1)
