@@ -24,7 +24,7 @@ from tome_ext import MergePlan, cls_attention, match
 from tome_ext._command import find_device
 from tome_ext.bench._contenders import share_weights
 from tome_ext.bench.timing import describe_machine
-from tome_ext.patch.common.methods import Given, MethodName, ToMe
+from tome_ext.patch.common.methods import Given, MethodName, Ranks, ToMe
 
 R_VALUES = (8, 12, 16)
 
@@ -38,48 +38,49 @@ class Choice(ToMe):
             one behind the other, or the "tokens" after attention.
         by_size: whether cost has the factor of sizes; see :func:`tome_ext.match`.
         power: of the class token's attention as a factor of cost; 0 is none.
+        by_shift: whether that is of how far attention moves a token, in place of its attention.
         keeps_norms: whether a row is stretched to the mean length of the tokens that make it.
     """
 
     name: ClassVar[MethodName] = cast("MethodName", "choice")
-    compares_tokens: ClassVar[bool] = True
     compare: ClassVar[str] = "keys"
     by_size: ClassVar[bool] = False
     power: ClassVar[float] = 0.0
+    by_shift: ClassVar[bool] = False
     keeps_norms: ClassVar[bool] = False
 
     def rank(
-        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
-    ) -> Any:
-        return k, cls_attention(q, k, size, scale, mask) if self.power else None
+        self,
+        q: Tensor,
+        k: Tensor,
+        metric: Tensor,
+        size: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Ranks:
+        asks = self.power > 0 and not self.by_shift
+        return Ranks(k, cls_attention(q, k, size, scale, mask) if asks else None)
 
-    def plan(self, ranks: Any, amount: int, prefix: int, given: Given) -> MergePlan:
-        keys, attention = ranks
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
+        keys, scores = ranks
+        assert keys is not None
         assert given.x is not None
         metric = given.x if self.compare == "tokens" else keys
         if self.compare == "all heads":
             metric = keys.transpose(1, 2).flatten(2)
         size = given.size if self.by_size else None  # None is 1 each, by which ranks stay
-        importance = None if attention is None else attention**self.power
+        scores = given.shift() if self.by_shift else scores
+        importance = None if scores is None else scores**self.power
         return match(metric, amount, prefix, size=size, importance=importance)
 
-    def averages(self, ranks: Any) -> bool:
-        return not self.keeps_norms
-
-    def merge(
-        self, x: Tensor, ranks: Any, plan: MergePlan, size: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        merged, new_size = super().merge(x, ranks, plan, size)
-        if self.keeps_norms:
-            length, _ = plan.merge(torch.linalg.vector_norm(x, dim=2, keepdim=True), size)
-            merged = merged * (length / torch.linalg.vector_norm(merged, dim=2, keepdim=True))
-        return merged, new_size
+    def averages(self, ranks: Ranks | None) -> bool:
+        return False  # so that the tokens are added up before, and can be compared
 
 
 CHOICES: dict[str, dict[str, Any]] = {
     "ToMe: keys, the most similar": {},
     "keys, by size": {"by_size": True},
-    "keys, by size, spared by attention^0.75": {"by_size": True, "power": 0.75},
+    "keys, by size, attention^0.75": {"by_size": True, "power": 0.75},
     "keys of all heads, by size, attention^0.75": {
         "compare": "all heads", "by_size": True, "power": 0.75,
     },
@@ -87,14 +88,18 @@ CHOICES: dict[str, dict[str, Any]] = {
     "tokens, by size": {"compare": "tokens", "by_size": True},
     "tokens, attention^0.75": {"compare": "tokens", "power": 0.75},
     "tokens, by size, attention^0.5": {"compare": "tokens", "by_size": True, "power": 0.5},
-    "guided: tokens, by size, attention^0.75": {
+    "tokens, by size, attention^0.75": {
         "compare": "tokens", "by_size": True, "power": 0.75,
     },
     "tokens, by size, attention^1": {"compare": "tokens", "by_size": True, "power": 1.0},
-    "keys, by size, attention^0.75, norms kept": {
+    "keys, by size, norms kept": {"by_size": True, "keeps_norms": True},
+    "guided: keys, by size, attention^0.75, norms kept": {
         "by_size": True, "power": 0.75, "keeps_norms": True,
     },
-    "guided, norms kept": {
+    "keys, by size, shift^0.75, norms kept": {
+        "by_size": True, "power": 0.75, "by_shift": True, "keeps_norms": True,
+    },
+    "tokens, by size, attention^0.75, norms kept": {
         "compare": "tokens", "by_size": True, "power": 0.75, "keeps_norms": True,
     },
 }  # fmt: skip

@@ -477,6 +477,24 @@ def fuzz_merge(rng: Rng, wild: bool, spoil: bool) -> None:
         near(got, back, rounding + least(dtype), "gradient of merge")
 
 
+def stretched(
+    x: Array, size: Array | None, plan: MergePlan, rows: Array, allowed: Array, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """Rows that keep the norms of their tokens x, and how far each may be off."""
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    length, _, _ = merged_rows(lengths, size, plan, "mean", torch.float64)
+    own, error = (np.linalg.norm(each, axis=-1, keepdims=True) for each in (rows, allowed))
+    several = (np.diff(plan.offsets.numpy(), axis=1) > 1)[..., None]
+    factor = np.where(several & (own > 0), length / np.where(own > 0, own, 1), 1)
+    terms = x.shape[1] + x.shape[2] / 4 + 16
+    relative = terms * sum_roundoff(dtype) + 2 * error / np.where(own > 0, own, 1)
+    rows = rows * factor
+    off = factor * allowed + np.abs(rows) * np.where(several, relative + roundoff(dtype), 0)
+    # Of a mean that is next to nothing, its rounding may be all that there is.
+    vague = several & (4 * error >= own)
+    return rows, np.where(vague, np.inf, off)
+
+
 def fuzz_merge_add_norm(rng: Rng, wild: bool, spoil: bool) -> None:
     """The sum of a block, merged and normalised."""
     dtype = DTYPES[rng.integers(4)]
@@ -495,6 +513,7 @@ def fuzz_merge_add_norm(rng: Rng, wild: bool, spoil: bool) -> None:
     )
     given = {"self": plan, "x": x, "branch": branch, "size": size, "scale": scale, "weight": weight}
     given |= {"bias": bias, "eps": float(rng.choice([1e-6, 1e-5, 1.0]))}
+    given["keep_norms"] = one_in(rng, 2)
     if spoil:
         spoils = plan_spoils(rng, given) + [
             another("x", lambda x: x.int()),
@@ -517,7 +536,10 @@ def fuzz_merge_add_norm(rng: Rng, wild: bool, spoil: bool) -> None:
     weights = None if size is None else numbers(size)
     want, allowed, totals = merged_rows(numbers(x) + added, weights, plan, "mean", dtype)
     magnitude, _, _ = merged_rows(np.abs(numbers(x)) + np.abs(added), weights, plan, "mean", dtype)
-    near(out, want, allowed + (tokens + 6) * sum_roundoff(dtype) * magnitude, "merge_add_norm")
+    allowed += (tokens + 6) * sum_roundoff(dtype) * magnitude
+    if given["keep_norms"]:
+        want, allowed = stretched(numbers(x) + added, weights, plan, want, allowed, dtype)
+    near(out, want, allowed, "merge_add_norm")
     near(out_size, totals, 0.0, "sizes")
     if channels == 0:
         return

@@ -151,6 +151,18 @@ def test_methods_that_prune_need_a_class_token(case: Case) -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("method", ["guided", "topk", "evit"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_by_shift_need_no_class_token(case: Case, method: Any) -> None:
+    model, inputs = case.make(), case.inputs(2, 0)
+    plain = run(case, model, inputs)
+    patch(case, model, r=4, method=method, shift_scores=True)
+    y = run(case, model, inputs)
+    assert y.isfinite().all()
+    assert not torch.equal(y, plain)
+    assert model.tome.num_tokens == case.num_tokens - 4 * case.depth
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_remove_restores_class_config_and_output(case: Case) -> None:
     model = case.make()

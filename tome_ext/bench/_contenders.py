@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .._command import CommandError, Reduction
 from ..patch.common.class_swap import Swapped, swap
-from ..patch.common.methods import make_method
+from ..patch.common.methods import Ranks, make_method
 from ..patch.common.rules import Rules, Settings, make_rules
 from ..patch.registry import find_tower
 
@@ -74,9 +74,9 @@ class SlicedCall:
         self.amount = rules.num_prefix_tokens, rule.r, rule.rate
         self.reduces = rule.reduces
         self.num_tokens = 0  # of the forward that runs
-        self.ranks = torch.empty(0, 0, 0, 0)  # of nothing: tokens are not matched
+        self.ranks = Ranks(None, None)  # of nothing: tokens are not matched
 
-    def merge(self, x: Tensor) -> Tensor:
+    def merge(self, x: Tensor, branch: Tensor) -> Tensor:
         if not self.reduces:
             return x
         return x[:, : self.tokens.rules.method.tokens_after(x.shape[1], *self.amount)]

@@ -142,7 +142,7 @@ class TomeBlock(Swapped):
         if names.order == "post":
             attended = modules[names.norm1](self._tome_attend(call, x, args, kwargs))
             attended = finished(self, names.dropout1, names.scale1, names.drop1, attended)
-            x = call.merge(x + attended)
+            x = call.merge(x + attended, attended)
             branch = modules[names.norm2](self._tome_mlp(x))
         else:
             inference = call.tokens.rules.settings.inference and not torch.is_grad_enabled()
@@ -267,7 +267,7 @@ def merged_and_normed(
             if fit(x, attended, vector, weight, bias):
                 return call.merge_add_norm(x, attended, vector, weight, bias, norm.eps)
     attended = finished(block, names.dropout1, names.scale1, names.drop1, attended)
-    x = call.merge(x + attended)
+    x = call.merge(x + attended, attended)
     return x, norm(x)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...attention import OPERATOR, attend, key_mask, reduce_mask, visible_keys
 from ...plan import MergePlan, compose
 from . import positions
-from .methods import Given
+from .methods import Given, Ranks
 from .token_state import Tokens, composed
 
 __all__ = ["BlockCall", "attention_name"]
@@ -25,8 +25,7 @@ class BlockCall:
             and tables be reduced; if not, the module's own attention is right as it is.
         reduces: whether fewer tokens leave the block than enter it.
         size: (B, M) float32 for proportional attention; None if it is off or all are 1.
-        ranks: what the block's plan is made of: the keys (B, H, M, D) of attention, or the class
-            token's attention (B, M).
+        ranks: what the block's plan is made of; None before attention.
         attention: what computed attention, in words; None before.
     """
 
@@ -56,7 +55,7 @@ class BlockCall:
         self.active = self.reduces or tokens.reduced
         size = tokens.size
         self.size = size if size is None or method.proportional else None
-        self.ranks: Tensor | None = None
+        self.ranks: Ranks | None = None
         self.shown: Tensor | None = None  # (B, M) float32, 0 where a mask hides a token
         self.tables = tokens.tables
         self.attention: str | None = None
@@ -194,7 +193,7 @@ class BlockCall:
     ) -> Tensor:
         """Attention of an active block, which weights keys by size.
 
-        Its keys, or the class token's attention, become what the block's plan is made of.
+        What it says of the tokens becomes what the block's plan is made of.
 
         Args:
             q: (B, H, M, D) queries.
@@ -226,9 +225,7 @@ class BlockCall:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if self.reduces:
             by = k if metric is None else metric
-            if self.method.needs_class_token:
-                by = k
-            self.ranks = self.method.rank(q, by, self.size, scale, attn_mask)
+            self.ranks = self.method.rank(q, k, by, self.size, scale, attn_mask)
         out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
         self.attention = attention_name(reason)
         return out
@@ -243,12 +240,15 @@ class BlockCall:
         """
         return self.reduces and self.method.averages(self.ranks)
 
-    def merge(self, x: Tensor) -> Tensor:
-        """Reduce the tokens (B, M, C): merge or drop them as the method says."""
+    def merge(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Reduce the tokens (B, M, C): merge or drop them as the method says.
+
+        ``branch`` (B, M, C) is what attention has added to give ``x``.
+        """
         if not self.reduces:
             self.pass_on(x, self.tokens.size, None)
             return x
-        plan, ranks = self._plan(x)
+        plan, ranks = self._plan(x, branch, None)
         merged, size = self.method.merge(x, ranks, plan, self.tokens.size)
         self.pass_on(merged, size, plan)
         return merged
@@ -262,7 +262,7 @@ class BlockCall:
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """Of a block that averages: :meth:`merge` of ``x + scale * branch``, and its LayerNorm.
+        """Of a block that averages: as :meth:`merge`, of ``x + scale * branch``, and its LayerNorm.
 
         Args:
             x: (B, M, C) tokens before attention.
@@ -275,27 +275,28 @@ class BlockCall:
         Returns:
             Both (B, M', C).
         """
-        tokens = None
-        if self.method.compares_tokens:
-            tokens = x + branch if scale is None else torch.addcmul(x, branch, scale)
-        plan, ranks = self._plan(tokens)
-        del tokens
+        plan, ranks = self._plan(None, branch, scale)
         size = self.method.weights(ranks, plan, self.tokens.size)
-        x, size, normed = plan.merge_add_norm(x, branch, size, scale, weight, bias, eps)
+        x, size, normed = plan.merge_add_norm(
+            x, branch, size, scale, weight, bias, eps, self.method.keeps_norms
+        )
         self.pass_on(x, self.method.sizes(size), plan)
         return x, normed
 
-    def _plan(self, x: Tensor | None) -> tuple[MergePlan, Tensor]:
-        """The plan of this block, and the ranks of attention, which it uses up.
+    def _plan(
+        self, x: Tensor | None, branch: Tensor, scale: Tensor | None
+    ) -> tuple[MergePlan, Ranks]:
+        """The plan of this block, and its ranks: those of attention, which it uses up, and more.
 
-        ``x`` (B, M, C), the tokens, may be missing for a method that does not compare them.
+        ``x`` (B, M, C) are the tokens, if they have been added up; see :class:`Given`.
         """
         self.check_attended()
         ranks, self.ranks = self.ranks, None
         assert ranks is not None
         assert self.amount is not None
         prefix = self.tokens.rules.num_prefix_tokens
-        given = Given(x, self.tokens.size, self.shown)
+        given = Given(x, branch, scale, self.tokens.size, self.shown)
+        ranks = self.method.scored(ranks, given)
         return self.method.plan(ranks, self.amount, prefix, given), ranks
 
     def check_attended(self) -> None:

@@ -14,29 +14,72 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import accumulate_dtype
 from ...attention import cls_attention
 from ...plan import MergePlan, match, select
 from .refusals import check_bool
 
-__all__ = ["METHODS", "EViT", "Guided", "Method", "MethodName", "ToMe", "TopK", "make_method"]
+__all__ = [
+    "METHODS",
+    "EViT",
+    "Given",
+    "Guided",
+    "Method",
+    "MethodName",
+    "Ranks",
+    "ToMe",
+    "TopK",
+    "make_method",
+]
 
 MethodName = Literal["tome", "guided", "evit", "topk"]
 
 IMPORTANCE_POWER = 0.75  # of the class token's attention, as Guided counts it
 
 
-class Given(NamedTuple):
-    """What a layer knows of its tokens after attention, beside what attention ranks them by.
+class Ranks(NamedTuple):
+    """What attention says of a layer's tokens.
 
     Attributes:
-        x: (B, M, C), the tokens, for a method that compares them; else it may be None.
+        metric: (B, H, M, D), what tokens are compared by: the keys, or what a host has in their
+            place; None for a method that compares none.
+        scores: (B, M), how much the output depends on each, float32 or float64: the class token's
+            attention, or as :meth:`Given.shift`; None for a method that does not ask.
+    """
+
+    metric: Tensor | None
+    scores: Tensor | None
+
+
+class Given(NamedTuple):
+    """What else a layer knows of its tokens when it makes its plan.
+
+    Attributes:
+        x: (B, M, C), the tokens after attention; None where they are added up while they merge.
+        branch: (B, M, C), what attention has added to them, before ``scale``.
+        scale: (C,), by which that was multiplied; None if it was not.
         size: (B, M) float32, how many original tokens each stands for; None if all are 1.
         shown: (B, M) float32, 0 for tokens that a mask hides; None if it hides none.
     """
 
     x: Tensor | None
+    branch: Tensor
+    scale: Tensor | None
     size: Tensor | None
     shown: Tensor | None
+
+    def shift(self) -> Tensor:
+        """How far attention has moved each token, (B, M); of an image they sum to 1.
+
+        In float32 (float64 for float64). Hidden tokens get 0. *Representation Shift* (ICCV 2025)
+        prunes by it.
+        """
+        moved = self.branch if self.scale is None else self.branch * self.scale
+        length = torch.linalg.vector_norm(moved, dim=2, dtype=accumulate_dtype(moved.dtype))
+        if self.shown is not None:
+            length = length * (self.shown != 0)
+        total = length.sum(1, keepdim=True)
+        return length / torch.where(total == 0, 1.0, total)
 
 
 @dataclass(frozen=True)
@@ -45,16 +88,19 @@ class Method:
 
     Attributes:
         name: as users give it.
-        needs_class_token: whether it ranks tokens by the class token's attention.
+        scores_tokens: whether it asks how much the output depends on a token.
+        shift_scores: whether that is by how far attention moves it, in place of the class token's
+            attention to it.
         sized: whether tokens have sizes: how many original tokens each stands for.
         fuses: whether those that a layer does not keep become one more token.
-        compares_tokens: whether the plan is made of the tokens themselves.
+        keeps_norms: whether merged tokens are as long as those that make them; see
+            :meth:`tome_ext.MergePlan.merge`.
         proportional: whether attention counts a token as often as its size.
     """
 
     name: ClassVar[MethodName]
-    needs_class_token: ClassVar[bool] = True
-    compares_tokens: ClassVar[bool] = False
+    scores_tokens: ClassVar[bool] = True
+    keeps_norms: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
     # How a mask's columns are reduced to those of merged keys; see reduce_mask.
@@ -63,6 +109,10 @@ class Method:
     @property
     def proportional(self) -> bool:
         return False
+
+    @property
+    def needs_class_token(self) -> bool:
+        return self.scores_tokens and not getattr(self, "shift_scores", False)
 
     def check_rates(self, rates: Sequence[float]) -> None:
         """Refuse shares to keep, one for each layer, that the method cannot reach.
@@ -110,28 +160,43 @@ class Method:
         return keep if keep < num_patches else None
 
     def rank(
-        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
-    ) -> Tensor:
-        """What the plan is made of, from q and k (B, H, M, D)."""
-        return cls_attention(q.detach(), k.detach(), size, scale, mask)
+        self,
+        q: Tensor,
+        k: Tensor,
+        metric: Tensor,
+        size: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Ranks:
+        """What attention gives for the plan, from q, k and metric (B, H, M, D)."""
+        if not self.needs_class_token:
+            return Ranks(None, None)
+        return Ranks(None, cls_attention(q.detach(), k.detach(), size, scale, mask))
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
+    def scored(self, ranks: Ranks, given: Given) -> Ranks:
+        """The ranks, with the scores that are not attention's."""
+        if self.scores_tokens and not self.needs_class_token:
+            return ranks._replace(scores=given.shift().detach())
+        return ranks
+
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         """The plan of a layer, whose first ``prefix`` tokens stay."""
         raise NotImplementedError
 
-    def averages(self, ranks: Tensor | None) -> bool:
+    def averages(self, ranks: Ranks | None) -> bool:
         """Whether output rows are weighted means, by :meth:`weights`."""
         return True
 
-    def weights(self, ranks: Tensor, plan: MergePlan, size: Tensor | None) -> Tensor | None:
+    def weights(self, ranks: Ranks, plan: MergePlan, size: Tensor | None) -> Tensor | None:
         """The weights (B, M) of tokens in those means; None for all 1."""
         return size
 
     def merge(
-        self, x: Tensor, ranks: Tensor, plan: MergePlan, size: Tensor | None
+        self, x: Tensor, ranks: Ranks, plan: MergePlan, size: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens x (B, M, C) reduced, and their sizes where the method has any."""
-        merged, new_size = plan.merge(x, self.weights(ranks, plan, size))
+        weights = self.weights(ranks, plan, size)
+        merged, new_size = plan.merge(x, weights, keep_norms=self.keeps_norms)
         return merged, self.sizes(new_size)
 
     def sizes(self, size: Tensor) -> Tensor | None:
@@ -141,12 +206,12 @@ class Method:
 
 @dataclass(frozen=True)
 class ToMe(Method):
-    """Merge similar tokens (Bolya et al., ICLR 2023; arXiv 2210.09461); ranks are keys."""
+    """Merge similar tokens (Bolya et al., ICLR 2023; arXiv 2210.09461)."""
 
     prop_attn: bool = True
 
     name: ClassVar[MethodName] = "tome"
-    needs_class_token: ClassVar[bool] = False
+    scores_tokens: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 
     @property
@@ -158,10 +223,15 @@ class ToMe(Method):
         return "sum" if self.prop_attn else "mean"
 
     def rank(
-        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
-    ) -> Tensor:
-        # A trace may be checked with gradients and without, and must be the same.
-        return k.detach() if k.requires_grad or torch.jit.is_tracing() else k
+        self,
+        q: Tensor,
+        k: Tensor,
+        metric: Tensor,
+        size: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Ranks:
+        return Ranks(_detached(metric), None)
 
     def check_rates(self, rates: Sequence[float]) -> None:
         least = min(rates, default=1.0)
@@ -182,8 +252,9 @@ class ToMe(Method):
             r = num_patches - self.kept(num_patches, r, keep_rate)
         return r if r > 0 else None
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
-        return match(ranks, amount, prefix, weight=given.shown)
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
+        assert ranks.metric is not None
+        return match(ranks.metric, amount, prefix, weight=given.shown)
 
     def sizes(self, size: Tensor) -> Tensor | None:
         return size
@@ -191,43 +262,57 @@ class ToMe(Method):
 
 @dataclass(frozen=True)
 class Guided(ToMe):
-    """As ToMe, but merge what the answer depends on least.
+    """As ToMe, but merge what the answer depends on least, and keep norms.
 
-    Tokens are compared, not keys, and of the pairs found those merge that cost least: what a merge
-    adds to the squared error (the criterion of Ward, JASA 1963), times the class token's attention
-    to the token that goes. ToMe merges the most similar pairs whatever they weigh. Powers from 0.5
-    to 1 do about as well; docs/fidelity.md has the figures.
+    Of the pairs that ToMe finds those merge that cost least: what a merge adds to the squared error
+    (the criterion of Ward, JASA 1963), times the class token's attention to the token that goes.
+    ToMe merges the most similar ones whatever they weigh. Powers from 0.5 to 1 do about as well.
+    Means are shorter than what they are made of: they are stretched to its mean length.
+    docs/fidelity.md has the figures.
     """
 
+    shift_scores: bool = False
+
     name: ClassVar[MethodName] = "guided"
-    needs_class_token: ClassVar[bool] = True
-    compares_tokens: ClassVar[bool] = True
+    scores_tokens: ClassVar[bool] = True
+    keeps_norms: ClassVar[bool] = True
 
     def rank(
-        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
-    ) -> Tensor:
-        return Method.rank(self, q, k, size, scale, mask)
+        self,
+        q: Tensor,
+        k: Tensor,
+        metric: Tensor,
+        size: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Ranks:
+        scores = Method.rank(self, q, k, metric, size, scale, mask).scores
+        return Ranks(_detached(metric), scores)
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
-        assert given.x is not None
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
+        assert ranks.metric is not None
+        assert ranks.scores is not None
         return match(
-            given.x.detach(),
+            ranks.metric,
             amount,
             prefix,
             weight=given.shown,
             size=given.size,
-            importance=ranks.to(torch.float32) ** IMPORTANCE_POWER,
+            importance=ranks.scores.to(torch.float32) ** IMPORTANCE_POWER,
         )
 
 
 @dataclass(frozen=True)
 class TopK(Method):
-    """Keep the tokens that the class token attends to most, and drop the others."""
+    """Keep the tokens of the highest scores, and drop the others."""
+
+    shift_scores: bool = False
 
     name: ClassVar[MethodName] = "topk"
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
-        return select(ranks.detach(), amount, prefix)
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
+        assert ranks.scores is not None
+        return select(ranks.scores.detach(), amount, prefix)
 
 
 @dataclass(frozen=True)
@@ -236,6 +321,7 @@ class EViT(Method):
 
     normalize_fused: bool = False
     fused_weight_grad: bool = False
+    shift_scores: bool = False
 
     name: ClassVar[MethodName] = "evit"
     fuses: ClassVar[bool] = True
@@ -243,24 +329,38 @@ class EViT(Method):
     mask_reduction: ClassVar[str] = "amax"
 
     def rank(
-        self, q: Tensor, k: Tensor, size: Tensor | None, scale: float | None, mask: Tensor | None
-    ) -> Tensor:
-        if not self.fused_weight_grad:
-            return super().rank(q, k, size, scale, mask)
-        return cls_attention(q, k, size, scale, mask)
+        self,
+        q: Tensor,
+        k: Tensor,
+        metric: Tensor,
+        size: Tensor | None,
+        scale: float | None,
+        mask: Tensor | None,
+    ) -> Ranks:
+        if not self.fused_weight_grad or self.shift_scores:
+            return super().rank(q, k, metric, size, scale, mask)
+        return Ranks(None, cls_attention(q, k, size, scale, mask))
 
-    def plan(self, ranks: Tensor, amount: int, prefix: int, given: Given) -> MergePlan:
-        return select(ranks.detach(), amount, prefix, fuse=True)
+    def scored(self, ranks: Ranks, given: Given) -> Ranks:
+        if self.shift_scores and self.fused_weight_grad:
+            return ranks._replace(scores=given.shift())
+        return super().scored(ranks, given)
 
-    def averages(self, ranks: Tensor | None) -> bool:
-        return self.normalize_fused and not _wide(ranks)
+    def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
+        assert ranks.scores is not None
+        return select(ranks.scores.detach(), amount, prefix, fuse=True)
 
-    def weights(self, ranks: Tensor, plan: MergePlan, size: Tensor | None) -> Tensor | None:
+    def averages(self, ranks: Ranks | None) -> bool:
+        # Scores that are not attention's are not known yet, nor whether they are wide.
+        return self.normalize_fused and not self.shift_scores and not _wide(ranks)
+
+    def weights(self, ranks: Ranks, plan: MergePlan, size: Tensor | None) -> Tensor | None:
         """1, or the score of a token that becomes part of the last row."""
-        return torch.where(plan.assign == plan.num_output_tokens - 1, ranks, 1.0)
+        assert ranks.scores is not None
+        return torch.where(plan.assign == plan.num_output_tokens - 1, ranks.scores, 1.0)
 
     def merge(
-        self, x: Tensor, ranks: Tensor, plan: MergePlan, size: Tensor | None
+        self, x: Tensor, ranks: Ranks, plan: MergePlan, size: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         weights = self.weights(ranks, plan, size)
         assert weights is not None
@@ -271,9 +371,14 @@ class EViT(Method):
         return plan.merge(x, weights, "mean" if self.normalize_fused else "sum")[0], None
 
 
-def _wide(ranks: Tensor | None) -> bool:
+def _detached(metric: Tensor) -> Tensor:
+    # A trace may be checked with gradients and without, and must be the same.
+    return metric.detach() if metric.requires_grad or torch.jit.is_tracing() else metric
+
+
+def _wide(ranks: Ranks | None) -> bool:
     """Whether the weights are for torch to multiply by: the operators take float32 ones."""
-    return ranks is not None and ranks.dtype != torch.float32
+    return ranks is not None and ranks.scores is not None and ranks.scores.dtype != torch.float32
 
 
 def _normalized(weights: Tensor, plan: MergePlan) -> Tensor:

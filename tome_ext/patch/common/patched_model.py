@@ -260,7 +260,8 @@ def _check_method(settings: Settings, class_token: bool) -> None:
     if settings.method.needs_class_token and not class_token:
         raise ValueError(
             f"method: {settings.method.name!r} ranks tokens by the class token's attention, and "
-            "this model has no class token; expected one that has, or method='tome'"
+            "this model has no class token; expected one that has, shift_scores=True, or "
+            "method='tome'"
         )
 
 

@@ -15,6 +15,7 @@ from ...attention import log_size_bias
 from ..common.attention_seam import SizedAttention, SizedCall, weighted_mean
 from ..common.block import BlockNames, TomeBlock
 from ..common.block_call import BlockCall
+from ..common.methods import Ranks
 from ..common.module_calls import applied
 from ..common.patched_model import PatchedModel
 from ..common.token_state import taken_layers
@@ -176,15 +177,22 @@ class TimmParallelThingsBlock(TimmBlock):
     ) -> Tensor:
         trail: Trail = self._tome
         branches: list[Tensor] = []
-        ranks: list[Any] = []
+        ranks: list[Ranks] = []
         for part in self.attns:
             y = trail.within(call, part.attn, part.norm(x), *args, **kwargs)
             branches.append(part.drop_path(part.ls(y)))
-            ranks.append(call.ranks)
-        # Keys of more heads, which matching averages; or scores.
-        keys = ranks[0].dim() == 4
-        call.ranks = torch.cat(ranks, dim=1) if keys else torch.stack(ranks).mean(0)
-        x = call.merge(x + torch.stack(branches).sum(dim=0))
+            if call.ranks is not None:
+                ranks.append(call.ranks)
+        # More heads, over which matching and the class token's attention take the mean.
+        metrics = [each.metric for each in ranks if each.metric is not None]
+        scores = [each.scores for each in ranks if each.scores is not None]
+        if ranks:
+            call.ranks = Ranks(
+                torch.cat(metrics, dim=1) if metrics else None,
+                torch.stack(scores).mean(0) if scores else None,
+            )
+        branch = torch.stack(branches).sum(dim=0)
+        x = call.merge(x + branch, branch)
         return x + torch.stack([part(x) for part in self.ffns]).sum(dim=0)
 
 
@@ -231,7 +239,8 @@ class TimmParallelScalingBlock(TimmBlock):
     def _tome_reduce(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        return call.merge(self._tome_stay(call, x, args, kwargs))
+        out = self._tome_stay(call, x, args, kwargs)
+        return call.merge(out, out - x)  # attention and MLP are one branch
 
 
 # --- models ---------------------------------------------------------------------------------------
