@@ -152,8 +152,9 @@ def test_wheel_holds_the_package_and_nothing_else() -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tome_ext"}
     assert "tome_ext/py.typed" in files
     assert any(re.fullmatch(r"tome_ext/assets/\w+\.jpg", file) for file in files)
+    assert "tome_ext/assets/digits.npz" in files
     kinds = {Path(file).suffix for file in files if file.startswith("tome_ext/")}
-    assert kinds <= {".py", ".pyc", ".so", ".typed", ".jpg", ".md", ".txt"}
+    assert kinds <= {".py", ".pyc", ".so", ".typed", ".jpg", ".npz", ".md", ".txt"}
 
 
 def test_metadata() -> None:
