@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # What a command needs besides the library of its model, by import name.
-DEMO_PACKAGES = ("numpy", "PIL", "tqdm")
+DEMO_PACKAGES = ("PIL", "numpy", "timm", "tqdm")
 EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
 BENCH_PACKAGES = ("matplotlib", "tqdm")
 DEFAULT = "(default: %(default)s)"
@@ -95,9 +95,9 @@ def add_demo(commands: Any) -> None:
         "demo",
         help="run a photograph through a ViT, with and without merging",
         description="Run a photograph through a Vision Transformer, with and without token "
-        "merging. Prints a table (tokens left, images/s, speed-up, agreement of the features) and "
-        "writes a picture of the merged regions or kept patches. Needs: pip install "
-        "'tome_ext[demo]'",
+        "merging. Prints a table (tokens left, images/s, speed-up, agreement of the features), "
+        "writes a picture of the merged regions or kept patches, and prints the accuracy of a "
+        "small trained model that comes with it. Needs: pip install 'tome_ext[demo]'",
     )
     demo.set_defaults(run=run_demo)
     demo.add_argument(

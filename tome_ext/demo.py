@@ -1,11 +1,15 @@
 """``tome-ext demo``: a photograph through a ViT, with and without fewer tokens.
 
-Needs the model's library, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when it
-runs.
+Then pictures of digits through a small ViT that comes with the package: it is trained, so that
+there is an accuracy to show wherever the demo runs.
+
+Needs timm, the model's library, pillow and tqdm (``pip install 'tome_ext[demo]'``), imported when
+it runs.
 """
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _models
+from . import _digits, _models
 from ._command import CommandError, Reduction, check_patch, find_device, patched
 from .plan import MergePlan
 from .utils import synchronize
@@ -57,6 +61,9 @@ def run(
 ) -> list[Row]:
     """Print a table of speed and agreement, and write the picture of merged regions.
 
+    Then print a table of the accuracy of a small trained model, and what to do next. The rows
+    returned are those of the first table; without pretrained weights it shows no agreement.
+
     Raises:
         CommandError: a picture, model, device or output folder that is not there or can't be used.
     """
@@ -83,22 +90,25 @@ def run(
     if missing:
         print(
             f"\nPretrained weights can't be had ({missing}).\n"
-            "The network is untrained: its agreement and its picture say little about a trained\n"
-            "one. Speed and the number of tokens are those of the trained one."
+            "The network is untrained: it has no answers to agree with, and its picture says\n"
+            "little about a trained one. Speed and the number of tokens are those of the trained\n"
+            "one. The second table is of a network that is trained."
         )
     rows, merged = measure(model, x, reductions, layout.tokens)
-    print("\n" + table(rows))
+    print("\n" + table(rows, trained=not missing))
     if layout.grid is None:
         print(
             f"\nNo picture: the {layout.tokens - layout.prefix} patches of {loaded.name} are no "
             "grid of one photograph"
         )
-        return rows
-    try:
-        figure(photo, frame, merged, f"{loaded.name}, {weights}").save(output)
-    except OSError as error:
-        raise CommandError(f"can't write {output}: {error.strerror or error}") from None
-    print(f"\nThe photograph with its merged regions after the last block: {output}")
+    else:
+        try:
+            figure(photo, frame, merged, f"{loaded.name}, {weights}").save(output)
+        except OSError as error:
+            raise CommandError(f"can't write {output}: {error.strerror or error}") from None
+        print(f"\nThe photograph with its merged regions after the last block: {output}")
+    print("\n" + read_digits(reductions, device, dtype))
+    print("\n" + next_steps(model_name, reductions, device_name, dtype))
     return rows
 
 
@@ -279,8 +289,11 @@ def timed(model: nn.Module, x: Tensor, reduction: Reduction | None) -> float:
         return time.perf_counter() - start
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text; the first one is what speed-up is measured against."""
+def table(rows: list[Row], trained: bool = True) -> str:
+    """The rows as text; the first one is what speed-up is measured against.
+
+    The agreement of a network that is not trained means nothing, and is left out.
+    """
     amount = next((row.reduction.amount_name for row in rows if row.reduction is not None), "r")
     lines = [
         f"{amount:>9}  {'tokens left':>11}  {'images/s':>8}  {'speed-up':>8}  {'agreement':>9}"
@@ -288,11 +301,67 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         name = "unpatched" if row.reduction is None else row.reduction.row_name
         speed_up = row.images_per_second / rows[0].images_per_second
+        agreement = f"{row.agreement:.4f}" if trained else "-"
         lines.append(
             f"{name:>9}  {row.tokens:>11}  {row.images_per_second:>8.1f}  {speed_up:>7.2f}x"
-            f"  {row.agreement:>9.4f}"
+            f"  {agreement:>9}"
         )
     lines.append(
         "\nagreement: mean cosine similarity of the output features with the unpatched ones"
+        if trained
+        else "\nagreement: none of random weights; see the second table"
     )
     return "\n".join(lines)
+
+
+# --- the model that is trained, and what comes next ---------------------------------------------
+
+
+def read_digits(reductions: tuple[Reduction, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """The table of the model that reads digits, with the methods and keep rates asked for.
+
+    It has fewer tokens and blocks than the models that ``--r`` is meant for, so r is its own.
+    """
+    methods = dict.fromkeys(each.method for each in reductions)
+    own = tuple(Reduction(method, r=r) for method in methods for r in _digits.R_VALUES)
+    rates = tuple(each for each in reductions if each.keep_rate is not None)
+    digits = _digits.load().to(device, dtype)
+    rows = _digits.measure(digits, rates or own)
+    return (
+        f"A trained model: a small ViT, part of tome_ext, on {rows[0].pictures} handwritten digits "
+        "new to it\n\n"
+        f"{_digits.table(rows)}\n\n"
+        "agreement: mean cosine similarity of the logits with the unpatched ones"
+    )
+
+
+def next_steps(
+    model_name: str, reductions: tuple[Reduction, ...], device_name: str, dtype: torch.dtype
+) -> str:
+    """The lines that patch a model of the user's own, and the commands to run next."""
+    reducing = [each for each in reductions if each.r or each.keep_rate is not None] or reductions
+    same = [each for each in reducing if each.method == reducing[0].method]
+    chosen = same[len(same) // 2]  # neither the least nor the most
+    arguments = f"{chosen.amount_name.replace(' ', '_')}={chosen.amount}"
+    if chosen.method != "tome":
+        arguments = f'method="{chosen.method}", {arguments}'
+
+    options = f"--model {shlex.quote(model_name)}"
+    if device_name != "cpu":
+        options += f" --device {device_name}"
+    if dtype != torch.float32:
+        options += f" --dtype {str(dtype).removeprefix('torch.')}"
+    methods = ",".join(dict.fromkeys(each.method for each in reductions))
+    amounts = ",".join(dict.fromkeys(each.amount for each in reductions))
+    every = "" if methods == "tome" else f" --method {methods}"
+    one = "" if chosen.method == "tome" else f" --method {chosen.method}"
+    amount = chosen.amount_name.replace(" ", "-")
+    return (
+        "In your code, for your model:\n\n"
+        "    import tome_ext\n"
+        f"    tome_ext.patch.auto(model, {arguments})\n\n"
+        "Next, its speed beside the most there can be, and the best r of each block for your "
+        "pictures:\n\n"
+        f"    tome-ext bench {options}{every} --{amount} {amounts}\n"
+        f"    tome-ext tune FOLDER {options}{one} --flops 0.6"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from commands import fails
 from PIL import Image
 
 import tome_ext
-from tome_ext import _command, _library, cli, demo
+from tome_ext import _command, _digits, _library, cli, demo
 from tome_ext._command import Reduction
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16, 101 tokens
@@ -29,7 +30,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TIMING_BUDGET", 0.0)
 
 
-def test_demo_prints_the_table_and_writes_the_picture(
+def tables(out: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The cells of the demo's two tables, without their headings: of the model, and of digits."""
+    model, digits = out.split("A trained model: ")
+    return rows_of(model), rows_of(digits)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    return [line for line in lines if len(line) == 5 and line[1].isdecimal()]
+
+
+def test_demo_prints_the_tables_and_writes_the_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "shown.png"
@@ -44,12 +56,17 @@ def test_demo_prints_the_table_and_writes_the_picture(
     assert "untrained" in out
     assert "timing" in err  # progress
     depth = 6
-    table = [line.split() for line in out.splitlines() if re.match(r" *(unpatched|\d+) ", line)]
+    table, digits = tables(out)
     assert [row[0] for row in table] == ["unpatched", "0", "4", "9"]
     assert [int(row[1]) for row in table] == [101, 101, 101 - 4 * depth, 101 - 9 * depth]
     assert table[0][3] == "1.00x"
-    assert [float(row[4]) for row in table[:2]] == [1.0, 1.0]
-    assert all(float(row[2]) > 0 and -1 <= float(row[4]) <= 1 for row in table)
+    assert all(float(row[2]) > 0 for row in table)
+    assert [row[4] for row in table] == ["-"] * 4  # of random weights
+    assert "see the second table" in out
+    assert [row[0] for row in digits] == ["unpatched", *map(str, _digits.R_VALUES)]
+    assert [int(row[1]) for row in digits] == [65, *(65 - 6 * r for r in _digits.R_VALUES)]
+    assert float(digits[0][2]) > 0.9
+    assert 0.5 < float(digits[-1][4]) < 1
     with Image.open(output) as img:
         panels, zoom = 3, round(demo.PANEL_PIXELS / 160)  # r = 0 merges nothing to show
         assert img.width > panels * 160 * zoom
@@ -181,11 +198,73 @@ def test_demo_of_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     argv = ["demo", "--model", SMALL, *options, "--output", str(tmp_path / "x.png")]
     assert cli.main(argv) == 0
     out, _ = capsys.readouterr()
-    lines = [re.split(r"  +", line.strip()) for line in out.splitlines()]
-    assert [cell for line in lines for cell in line if cell == "keep rate"] == ["keep rate"]
-    left = {line[0]: int(line[1]) for line in lines if len(line) == 5 and line[1].isdecimal()}
+    assert len(re.findall(r"^keep rate  tokens left  ", out, re.MULTILINE)) == 2
+    table, digits = ({row[0]: int(row[1]) for row in rows} for rows in tables(out))
     # Layers 1, 3 and 4 of 6 keep half, and EViT fuses the others.
-    assert left == {"unpatched": 101, "0.5": 14, "evit 0.5": 16, "topk 0.5": 14}
+    assert table == {"unpatched": 101, "0.5": 14, "evit 0.5": 16, "topk 0.5": 14}
+    assert digits == {"unpatched": 65, "0.5": 9, "evit 0.5": 11, "topk 0.5": 9}
+
+
+def test_demo_reads_digits_with_every_method() -> None:
+    reductions = (Reduction("guided", r=13), Reduction("topk", r=13), Reduction("guided", r=4))
+    text = demo.read_digits(reductions, torch.device("cpu"), torch.bfloat16)
+    expected = [f"{method} {r}" for method in ("guided", "topk") for r in _digits.R_VALUES]
+    rows = rows_of(text)
+    assert [row[0] for row in rows] == ["unpatched", *expected]
+    assert float(rows[0][2]) > 0.9
+
+
+def test_pretrained_weights_have_an_agreement_to_show(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **o: create(name, **o))
+    argv = ["demo", "--model", SMALL, "--r", "9", "--output", str(tmp_path / "x.png")]
+    assert cli.main(argv) == 0
+    out, _ = capsys.readouterr()
+    table, _ = tables(out)
+    assert table[0][4] == "1.0000"
+    assert re.fullmatch(r"-?[01]\.\d{4}", table[1][4])
+    assert "untrained" not in out
+    assert "see the second table" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "patch", "bench", "tune"),
+    [
+        (["--r", "0,4,9"], "r=9", "--r 0,4,9", "--flops 0.6"),
+        (
+            ["--method", "guided,tome", "--keep-rate", "0.5"],
+            'method="guided", keep_rate=0.5',
+            "--method guided,tome --keep-rate 0.5",
+            "--method guided --flops 0.6",
+        ),
+        (["--r", "0"], "r=0", "--r 0", "--flops 0.6"),
+        (
+            ["--r", "4,6,9", "--dtype", "bfloat16"],
+            "r=6",
+            "--dtype bfloat16 --r 4,6,9",
+            "--dtype bfloat16 --flops 0.6",
+        ),
+    ],
+)
+def test_demo_ends_with_what_to_do_next(
+    options: list[str], patch: str, bench: str, tune: str
+) -> None:
+    arguments = cli.parser().parse_args(["demo", "--model", SMALL, *options])
+    text = demo.next_steps(
+        SMALL, cli.reductions_of(arguments), arguments.device, cli.DTYPES[arguments.dtype]
+    )
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    assert lines == [
+        "import tome_ext",
+        f"tome_ext.patch.auto(model, {patch})",
+        f"tome-ext bench --model {SMALL} {bench}",
+        f"tome-ext tune FOLDER --model {SMALL} {tune}",
+    ]
+    exec("\n".join(lines[:2]), {"model": timm.create_model(SMALL)})
+    for line in lines[2:]:  # the command has these options
+        cli.parser().parse_args(shlex.split(line)[1:])
 
 
 def test_a_setting_that_a_model_cannot_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,8 @@ def measured(spec: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dic
     assert cli.main(argv) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "random weights" in out or spec.startswith("hf:")
-    left = {n: int(m) for n, m in re.findall(r"^ *(unpatched|2)  +(\d+)  ", out, re.MULTILINE)}
+    table, _ = out.split("A trained model: ")
+    left = {n: int(m) for n, m in re.findall(r"^ *(unpatched|2)  +(\d+)  ", table, re.MULTILINE)}
     assert picture.exists() == ("No picture: " not in out)
     argv = ["bench", "--model", spec, "--r", "2", "--batch-size", "1", "--seconds", "0"]
     assert cli.main([*argv, "--json", str(figures)]) == 0, capsys.readouterr().err
