@@ -191,7 +191,6 @@ def merge_add_norm(
         merged, new_size = merge(wide, size, members, offsets)
         merged, length = merged[..., :-1], merged[..., -1:]
         own = _length(merged)
-        # A row of one token has that token's length to the bit.
         merged = merged * torch.where(own > 0, length / torch.where(own > 0, own, 1.0), 1.0)
         merged = merged.to(x.dtype)
     else:

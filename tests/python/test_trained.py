@@ -41,13 +41,15 @@ def digits() -> tuple[Split, Split]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def train(split: Split, seed: int = 0, epochs: int = 20, batch: int = 64) -> Any:
-    """Train a ViT on 16 patches of 2 x 2 pixels; about 10 s."""
+def train(
+    split: Split, seed: int = 0, epochs: int = 20, batch: int = 64, **options: Any
+) -> Any:
+    """Train a ViT on 16 patches of 2 x 2 pixels; about 10 s. ``options`` are timm's."""
     x, y = split
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10,
-        embed_dim=32, depth=3, num_heads=4, mlp_ratio=2,
+        embed_dim=32, depth=3, num_heads=4, mlp_ratio=2, **options,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
     steps = epochs * -(-len(x) // batch)
