@@ -41,9 +41,7 @@ def digits() -> tuple[Split, Split]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def train(
-    split: Split, seed: int = 0, epochs: int = 20, batch: int = 64, **options: Any
-) -> Any:
+def train(split: Split, seed: int = 0, epochs: int = 20, batch: int = 64, **options: Any) -> Any:
     """Train a ViT on 16 patches of 2 x 2 pixels; about 10 s. ``options`` are timm's."""
     x, y = split
     torch.manual_seed(seed)
