@@ -69,7 +69,9 @@ class Choice(ToMe):
         if self.compare == "all heads":
             metric = keys.transpose(1, 2).flatten(2)
         size = given.size if self.by_size else None  # None is 1 each, by which ranks stay
-        scores = given.shift() if self.by_shift else scores
+        if self.by_shift:
+            assert given.scale is None
+            scores = torch.linalg.vector_norm(given.branch, dim=2)
         importance = None if scores is None else scores**self.power
         return match(metric, amount, prefix, size=size, importance=importance)
 
@@ -92,14 +94,14 @@ CHOICES: dict[str, dict[str, Any]] = {
         "compare": "tokens", "by_size": True, "power": 0.75,
     },
     "tokens, by size, attention^1": {"compare": "tokens", "by_size": True, "power": 1.0},
-    "keys, by size, norms kept": {"by_size": True, "keeps_norms": True},
-    "guided: keys, by size, attention^0.75, norms kept": {
+    "keys, by size, attention^0.75, norms kept": {
         "by_size": True, "power": 0.75, "keeps_norms": True,
     },
-    "keys, by size, shift^0.75, norms kept": {
-        "by_size": True, "power": 0.75, "by_shift": True, "keeps_norms": True,
+    "tokens, by size, norms kept": {"compare": "tokens", "by_size": True, "keeps_norms": True},
+    "tokens, by size, shift^0.75, norms kept": {
+        "compare": "tokens", "by_size": True, "power": 0.75, "by_shift": True, "keeps_norms": True,
     },
-    "tokens, by size, attention^0.75, norms kept": {
+    "guided: tokens, by size, attention^0.75, norms kept": {
         "compare": "tokens", "by_size": True, "power": 0.75, "keeps_norms": True,
     },
 }  # fmt: skip

@@ -55,7 +55,6 @@ def tune(
     method: MethodName = "tome",
     prop_attn: bool = True,
     normalize_fused: bool = False,
-    shift_scores: bool = False,
     seconds: float = 60.0,
     evaluations: int | None = None,
     seed: int = 0,
@@ -89,8 +88,8 @@ def tune(
         speed: or at least so fast, over the model without merging; above 1. The search is by
             operations: the schedule is measured, batch by batch in turns with the unmerged model,
             and the limit is lowered until it is as fast.
-        method: "tome", "guided", "evit" or "topk"; ``prop_attn``, ``normalize_fused`` and
-            ``shift_scores`` are the method's: see :func:`tome_ext.patch.auto`.
+        method: "tome", "guided", "evit" or "topk"; ``prop_attn`` and ``normalize_fused`` are the
+            method's: see :func:`tome_ext.patch.auto`.
         seconds: how long to search. What has been begun by then is finished, and the reporting
             pictures are run after that.
         evaluations: how many schedules to try at most, each new number of pictures counted. With
@@ -114,11 +113,7 @@ def tune(
     goal = _goal(flops, speed)
     _check_numbers(seconds, evaluations, batch_size)
     seed = as_integer(seed, "seed")
-    options: dict[str, Any] = {
-        "prop_attn": prop_attn,
-        "normalize_fused": normalize_fused,
-        "shift_scores": shift_scores,
-    }
+    options: dict[str, Any] = {"prop_attn": prop_attn, "normalize_fused": normalize_fused}
     how = make_method(method, **options)
     own = {name: value for name, value in options.items() if hasattr(how, name)}
     for name, module in model.named_modules():

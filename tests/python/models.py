@@ -104,13 +104,12 @@ def plain_tome(
     x: Tensor,
     schedule: Sequence[int],
     guided: bool = False,
-    shift: bool = False,
 ) -> Tensor:
     """ToMe as the paper describes it, in explicit PyTorch, on an unpatched float64 model.
 
-    With ``guided`` the pairs merge that cost least, as the class token sees it, and norms are kept;
-    with ``shift`` too, by how far attention moves tokens. Covers plain attention, LayerScale,
-    DropPath, register tokens, and the "token" and "avg" heads.
+    With ``guided`` the tokens are compared, the pairs merge that cost least, as the class token
+    sees it if there is one, and norms are kept. Covers plain
+    attention, LayerScale, DropPath, register tokens, and the "token" and "avg" heads.
     """
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
@@ -122,13 +121,13 @@ def plain_tome(
         scores = q @ k.mT / q.shape[-1] ** 0.5 + size.log()[:, None, None, :]
         matrix = scores.softmax(-1)
         attended = (matrix @ v).transpose(1, 2).flatten(2)
-        moved = block.drop_path1(block.ls1(attn.proj(attended)))
-        x = x + moved
+        x = x + block.drop_path1(block.ls1(attn.proj(attended)))
         if guided:
-            importance = plain_shift(moved) if shift else matrix[:, :, 0].mean(1)
-            importance = importance.detach().float() ** 0.75
+            importance = None
+            if model.has_class_token:
+                importance = matrix[:, :, 0].mean(1).detach().float() ** 0.75
             assign, _, offsets = reference.match(
-                k.detach(), r, prefix, size=size.float(), importance=importance
+                x.detach(), r, prefix, size=size.float(), importance=importance
             )
         else:
             assign, _, offsets = reference.match(k.detach(), r, prefix)
@@ -149,12 +148,6 @@ def plain_tome(
     return model.head(model.fc_norm(x))
 
 
-def plain_shift(moved: Tensor) -> Tensor:
-    """How far attention moves tokens (B, N): the lengths of what it adds, over their sum."""
-    lengths = moved.square().sum(2).sqrt()
-    return lengths / lengths.sum(1, keepdim=True)
-
-
 def plain_pruning(
     model: VisionTransformer,
     x: Tensor,
@@ -163,19 +156,17 @@ def plain_pruning(
     normalize: bool = False,
     weight_grad: bool = False,
     shown: Tensor | None = None,
-    shift: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Top-K, or with ``fuse`` EViT, as its paper describes it, on an unpatched float64 model.
 
     Args:
-        model: as for :func:`plain_tome`, with any head, and a class token unless ``shift``.
+        model: as for :func:`plain_tome`, with a class token and any head.
         x: images.
         keeps: per layer, how many patch tokens it keeps.
         fuse: make the others one token, weighted by the class token's attention.
         normalize: divide those weights by their sum.
         weight_grad: let gradients through them.
         shown: (B, N) bool, whether tokens may be attended.
-        shift: score tokens by how far attention moves them, not by the class token's attention.
 
     Returns:
         The logits, and the tokens (B, M, C) after every block.
@@ -191,9 +182,8 @@ def plain_pruning(
         q, k = attn.q_norm(q), attn.k_norm(k)
         logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~shown[:, None, None], -torch.inf)
         matrix = logits.softmax(-1)
-        moved = block.drop_path1(block.ls1(attn.proj((matrix @ v).transpose(1, 2).flatten(2))))
-        x = x + moved
-        scores = (plain_shift(moved) if shift else matrix[:, :, 0].mean(1))[:, prefix:]
+        x = x + block.drop_path1(block.ls1(attn.proj((matrix @ v).transpose(1, 2).flatten(2))))
+        scores = matrix[:, :, 0, prefix:].mean(1)
         scores = scores if weight_grad else scores.detach()
         patches = x[:, prefix:]
         if keep < patches.shape[1]:

@@ -66,8 +66,7 @@ def test_a_patched_model_counts_what_it_computes(method: str, r: int) -> None:
         if left < tokens:
             patches = tokens - 1
             pairs = (patches // 2) * (patches - patches // 2)
-            match = pairs * (dim // heads)
-            scores = {"tome": match, "guided": match + tokens * dim}
+            scores = {"tome": pairs * (dim // heads), "guided": pairs * dim + tokens * dim}
             want += 2 * scores.get(method, tokens * dim)
         tokens = left
     assert flops(lambda: model(images)) == 2 * want

@@ -124,7 +124,7 @@ def test_methods_that_prune(case: Case, method: Any) -> None:
     assert model.tome.size is None
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.class_token], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_guided_merging(case: Case) -> None:
     model, inputs = case.make().double(), cast(case.inputs(2, 0), torch.float64)
     plain = run(case, model, inputs)
@@ -149,18 +149,6 @@ def test_methods_that_prune_need_a_class_token(case: Case) -> None:
     with pytest.raises(ValueError, match="this model has no class token"):
         patch(case, model, r=4, method="evit")
     assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("method", ["guided", "topk", "evit"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_by_shift_need_no_class_token(case: Case, method: Any) -> None:
-    model, inputs = case.make(), case.inputs(2, 0)
-    plain = run(case, model, inputs)
-    patch(case, model, r=4, method=method, shift_scores=True)
-    y = run(case, model, inputs)
-    assert y.isfinite().all()
-    assert not torch.equal(y, plain)
-    assert model.tome.num_tokens == case.num_tokens - 4 * case.depth
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

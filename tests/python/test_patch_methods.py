@@ -42,24 +42,19 @@ def blocks_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, list
     return logits, after
 
 
-@pytest.mark.parametrize(
-    ("name", "shift"),
-    [(name, False) for name in MODELS]
-    + [(name, True) for name in ("registers, layer scale", "no class token, avg")],
-)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize(
     ("method", "normalize"), [("topk", False), ("evit", False), ("evit", True)], ids=str
 )
 def test_every_layer_equals_the_papers(
-    name: str, shift: bool, amount: str, method: str, normalize: bool
+    name: str, amount: str, method: str, normalize: bool
 ) -> None:
     model, x = tiny(**VARIANTS[name]).double(), images(dtype=torch.float64)
     setting, keeps = AMOUNTS[amount]
     fuse = method == "evit"
-    expected, layers = plain_pruning(model, x, keeps[method], fuse, normalize, shift=shift)
-    options = {"normalize_fused": normalize, "shift_scores": shift}
-    tome_ext.patch.timm(model, method=method, **options, **setting)
+    expected, layers = plain_pruning(model, x, keeps[method], fuse, normalize)
+    tome_ext.patch.timm(model, method=method, normalize_fused=normalize, **setting)
     logits, found = blocks_of(model, x)
     for mine, wanted in zip(found, layers, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-10)
@@ -71,14 +66,11 @@ def test_every_layer_equals_the_papers(
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weight_grad", [False, True])
-@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("method", PRUNING)
-def test_gradients_equal_the_papers(
-    method: str, normalize: bool, weight_grad: bool, shift: bool
-) -> None:
+def test_gradients_equal_the_papers(method: str, normalize: bool, weight_grad: bool) -> None:
     model, x = tiny(init_values=0.5).double(), images(dtype=torch.float64)
     keeps = AMOUNTS["rates"][1][method]
-    plain_pruning(model, x, keeps, method == "evit", normalize, weight_grad, shift=shift)[
+    plain_pruning(model, x, keeps, method == "evit", normalize, weight_grad)[
         0
     ].square().sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
@@ -89,7 +81,6 @@ def test_gradients_equal_the_papers(
         keep_rate=[1.0, 0.5, 0.9],
         normalize_fused=normalize,
         fused_weight_grad=weight_grad,
-        shift_scores=shift,
     )
     model(x).square().sum().backward()
     for name, p in model.named_parameters():
@@ -114,12 +105,12 @@ def test_gradients_through_the_weights_differ() -> None:
     assert (grads[0] - grads[1]).abs().max() > 1e-3 * grads[0].abs().max()
 
 
-@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_folding_residual_and_norm_in_changes_nothing(method: str, shift: bool) -> None:
+def test_folding_residual_and_norm_in_changes_nothing(method: str) -> None:
     x = images()
-    options = {"normalize_fused": True, "shift_scores": shift}
-    model = tome_ext.patch.timm(tiny(init_values=0.5), keep_rate=0.6, method=method, **options)
+    model = tome_ext.patch.timm(
+        tiny(init_values=0.5), keep_rate=0.6, method=method, normalize_fused=True
+    )
     expected = model(x)
     for block in model.blocks:  # an observed module is called by itself
         block.norm2.register_forward_hook(lambda *_: None)
@@ -268,28 +259,14 @@ def test_a_method_of_ones_own_is_one_class(
     assert model.method == "front"
 
 
-@pytest.mark.parametrize("method", ["guided", *PRUNING])
+@pytest.mark.parametrize("method", PRUNING)
 def test_models_without_a_class_token_are_refused(method: str) -> None:
     model = tiny(**VARIANTS["no class token, avg"])
-    message = "no class token; expected one that has, shift_scores=True, or method='tome'"
+    message = "this model has no class token; expected one that has, or method='tome' or 'guided'"
     with pytest.raises(ValueError, match=message):
         tome_ext.patch.timm(model, method=method, r=3)
     assert type(model).__name__ == "VisionTransformer"
-    with pytest.raises(ValueError, match="shift_scores: expected True or False, got 1"):
-        tome_ext.patch.timm(model, method=method, r=3, shift_scores=1)
     tome_ext.patch.timm(model, r=3)
-
-
-def test_padding_has_moved_nowhere() -> None:
-    """Scores by shift are those of the picture alone, whatever hidden tokens hold."""
-    branch = torch.randn(1, 6, 4)
-    shown = torch.tensor([[1.0, 1.0, 2.0, 1.0, 0.0, 0.0]])
-    alone = Given(None, branch[:, :4], None, None, None).shift()
-    padded = Given(None, branch, None, None, shown).shift()
-    torch.testing.assert_close(padded[:, :4], alone)
-    assert (padded[:, 4:] == 0).all()
-    still = Given(None, torch.zeros(1, 6, 4), None, None, None).shift()
-    assert (still == 0).all()
 
 
 @pytest.mark.parametrize("method", ["guided", *PRUNING])

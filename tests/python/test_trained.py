@@ -113,6 +113,22 @@ def test_guided_merging_moves_the_logits_less(trained: tuple[Any, Split]) -> Non
 
 
 @pytest.mark.slow
+def test_guided_merging_needs_no_class_token(single_thread: None) -> None:
+    with torch.random.fork_rng():
+        train_split, test_split = digits()
+        model = train(train_split, class_token=False, global_pool="avg")
+    plain = accuracy(model, test_split)
+    assert plain >= TRAINED_ACCURACY
+    with torch.no_grad():
+        expected = model(test_split[0])
+    with tome_ext.patch.timm(model, r=R):
+        by_tome = moved(model, test_split, expected)
+    with tome_ext.patch.timm(model, r=R, method="guided"):
+        assert accuracy(model, test_split) >= plain - MERGING_LOSES
+        assert moved(model, test_split, expected) <= GUIDED_MOVES * by_tome
+
+
+@pytest.mark.slow
 def test_accuracy_stays_under_merging(
     monkeypatch: pytest.MonkeyPatch, trained: tuple[Any, Split]
 ) -> None:

@@ -45,7 +45,6 @@ def auto(
     keep_rate: KeepRate | None = None,
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
-    shift_scores: bool = False,
     restore_tokens: bool = False,
     inference: bool = False,
     host: str | None = None,
@@ -57,10 +56,11 @@ def auto(
 
     - "tome" merges similar tokens (Bolya et al., *Token Merging: Your ViT But Faster*, ICLR 2023;
       arXiv 2210.09461); the metric is the mean of the keys over heads.
-    - "guided" finds the same pairs as "tome", but merges those that change the answer least: the
-      cost of :func:`tome_ext.match` with sizes and the class token's attention, to the power of
-      0.75, as importance; and merged tokens keep the mean length of those that make them. Its
-      answers are nearer to those of the unpatched model; docs/fidelity.md has the figures.
+    - "guided" merges as "tome" does, but compares tokens in place of keys, and of the pairs found
+      merges those that change the answer least: the cost of :func:`tome_ext.match` with sizes and,
+      where there is a class token, its attention to the power of 0.75 as importance. Merged tokens
+      keep the mean length of those that make them. Its answers are nearer to those of the unpatched
+      model than those of "tome", for about 2% more time on a CPU; docs/fidelity.md has the figures.
     - "topk" keeps the patch tokens that the class token attends to most, on average over heads, and
       drops the others. Those that stay keep their order.
     - "evit" does so too, but fuses the others into one token, at the end: the sum of their
@@ -95,8 +95,7 @@ def auto(
             "tome" and "guided" have sizes.
         trace_source: fill ``model._tome_info["source"]``, as code written for the published
             patch expects. New code uses ``model.tome.plan``, which is there in any case.
-        method: "tome", "guided", "evit" or "topk", as above. All but "tome" need a class token, or
-            ``shift_scores``.
+        method: "tome", "guided", "evit" or "topk", as above. The last two need a class token.
         keep_rate: instead of ``r``, the share of patch tokens to keep, rounded up: a float for the
             layers after a quarter, a half and three quarters of the model (4, 7 and 10 of 12), or a
             list with one per layer; see :func:`tome_ext.schedule.parse_keep_rate`. EViT's fused
@@ -105,9 +104,6 @@ def auto(
             mean. Published models are trained without.
         fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
             does in training.
-        shift_scores: of all but "tome": score a token by how far attention moves it, the norm of
-            what is added (*Representation Shift*, ICCV 2025), in place of the class token's
-            attention. It is for models without a class token.
         restore_tokens: return tokens at their full number, each merged one as often as it counts,
             for whatever reads them as a grid. With methods that prune, dropped tokens are zeros
             then, for pools too.
@@ -123,8 +119,8 @@ def auto(
             :data:`tome_ext.patch.registry.HOSTS`.
         setting: what :func:`tome_ext.tune` has found for this model, or the file it was saved as:
             it says ``r``, ``method`` and what the method has besides (``prop_attn``,
-            ``normalize_fused``, ``shift_scores``), which must not be given then. If a forward
-            begins with another number of tokens than it was found for, that is a warning.
+            ``normalize_fused``), which must not be given then. If a forward begins with another
+            number of tokens than it was found for, that is a warning.
 
     Returns:
         The model. As a context manager it removes the patch at the end:
@@ -145,7 +141,6 @@ def auto(
         "prop_attn": prop_attn,
         "normalize_fused": normalize_fused,
         "fused_weight_grad": fused_weight_grad,
-        "shift_scores": shift_scores,
     }
     for_tokens = None
     if setting is not None:
@@ -155,7 +150,6 @@ def auto(
             "keep_rate": keep_rate is not None,
             "prop_attn": prop_attn is not True,
             "normalize_fused": normalize_fused is not False,
-            "shift_scores": shift_scores is not False,
         }
         if any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)

@@ -275,7 +275,11 @@ class BlockCall:
         Returns:
             Both (B, M', C).
         """
-        plan, ranks = self._plan(None, branch, scale)
+        tokens = None
+        if self.method.compares_tokens:
+            tokens = x + branch if scale is None else torch.addcmul(x, branch, scale)
+        plan, ranks = self._plan(tokens, branch, scale)
+        del tokens
         size = self.method.weights(ranks, plan, self.tokens.size)
         x, size, normed = plan.merge_add_norm(
             x, branch, size, scale, weight, bias, eps, self.method.keeps_norms
@@ -296,7 +300,6 @@ class BlockCall:
         assert self.amount is not None
         prefix = self.tokens.rules.num_prefix_tokens
         given = Given(x, branch, scale, self.tokens.size, self.shown)
-        ranks = self.method.scored(ranks, given)
         return self.method.plan(ranks, self.amount, prefix, given), ranks
 
     def check_attended(self) -> None:

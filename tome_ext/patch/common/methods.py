@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._checks import accumulate_dtype
 from ...attention import cls_attention
 from ...plan import MergePlan, match, select
 from .refusals import check_bool
@@ -43,8 +42,8 @@ class Ranks(NamedTuple):
     Attributes:
         metric: (B, H, M, D), what tokens are compared by: the keys, or what a host has in their
             place; None for a method that compares none.
-        scores: (B, M), how much the output depends on each, float32 or float64: the class token's
-            attention, or as :meth:`Given.shift`; None for a method that does not ask.
+        scores: (B, M), the class token's attention to each, float32 or float64; None for a method
+            that does not ask for it.
     """
 
     metric: Tensor | None
@@ -55,7 +54,8 @@ class Given(NamedTuple):
     """What else a layer knows of its tokens when it makes its plan.
 
     Attributes:
-        x: (B, M, C), the tokens after attention; None where they are added up while they merge.
+        x: (B, M, C), the tokens after attention; None where they are added up while they merge,
+            unless :attr:`Method.compares_tokens`.
         branch: (B, M, C), what attention has added to them, before ``scale``.
         scale: (C,), by which that was multiplied; None if it was not.
         size: (B, M) float32, how many original tokens each stands for; None if all are 1.
@@ -68,19 +68,6 @@ class Given(NamedTuple):
     size: Tensor | None
     shown: Tensor | None
 
-    def shift(self) -> Tensor:
-        """How far attention has moved each token, (B, M); of an image they sum to 1.
-
-        In float32 (float64 for float64). Hidden tokens get 0. *Representation Shift* (ICCV 2025)
-        prunes by it.
-        """
-        moved = self.branch if self.scale is None else self.branch * self.scale
-        length = torch.linalg.vector_norm(moved, dim=2, dtype=accumulate_dtype(moved.dtype))
-        if self.shown is not None:
-            length = length * (self.shown != 0)
-        total = length.sum(1, keepdim=True)
-        return length / torch.where(total == 0, 1.0, total)
-
 
 @dataclass(frozen=True)
 class Method:
@@ -88,18 +75,18 @@ class Method:
 
     Attributes:
         name: as users give it.
-        scores_tokens: whether it asks how much the output depends on a token.
-        shift_scores: whether that is by how far attention moves it, in place of the class token's
-            attention to it.
+        needs_class_token: whether it ranks tokens by the class token's attention alone.
         sized: whether tokens have sizes: how many original tokens each stands for.
         fuses: whether those that a layer does not keep become one more token.
+        compares_tokens: whether the plan is made of the tokens themselves.
         keeps_norms: whether merged tokens are as long as those that make them; see
             :meth:`tome_ext.MergePlan.merge`.
         proportional: whether attention counts a token as often as its size.
     """
 
     name: ClassVar[MethodName]
-    scores_tokens: ClassVar[bool] = True
+    needs_class_token: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     keeps_norms: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
@@ -110,9 +97,18 @@ class Method:
     def proportional(self) -> bool:
         return False
 
-    @property
-    def needs_class_token(self) -> bool:
-        return self.scores_tokens and not getattr(self, "shift_scores", False)
+    def of_model(self, class_token: bool) -> Method:
+        """The method as a model takes it that has a class token, or has none.
+
+        Raises:
+            ValueError: it has none, and the method needs one.
+        """
+        if self.needs_class_token and not class_token:
+            raise ValueError(
+                f"method: {self.name!r} ranks tokens by the class token's attention, and this "
+                "model has no class token; expected one that has, or method='tome' or 'guided'"
+            )
+        return self
 
     def check_rates(self, rates: Sequence[float]) -> None:
         """Refuse shares to keep, one for each layer, that the method cannot reach.
@@ -169,15 +165,7 @@ class Method:
         mask: Tensor | None,
     ) -> Ranks:
         """What attention gives for the plan, from q, k and metric (B, H, M, D)."""
-        if not self.needs_class_token:
-            return Ranks(None, None)
-        return Ranks(None, cls_attention(q.detach(), k.detach(), size, scale, mask))
-
-    def scored(self, ranks: Ranks, given: Given) -> Ranks:
-        """The ranks, with the scores that are not attention's."""
-        if self.scores_tokens and not self.needs_class_token:
-            return ranks._replace(scores=given.shift().detach())
-        return ranks
+        return Ranks(None, cls_attention(_detached(q), _detached(k), size, scale, mask))
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         """The plan of a layer, whose first ``prefix`` tokens stay."""
@@ -211,7 +199,7 @@ class ToMe(Method):
     prop_attn: bool = True
 
     name: ClassVar[MethodName] = "tome"
-    scores_tokens: ClassVar[bool] = False
+    needs_class_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 
     @property
@@ -264,17 +252,20 @@ class ToMe(Method):
 class Guided(ToMe):
     """As ToMe, but merge what the answer depends on least, and keep norms.
 
-    Of the pairs that ToMe finds those merge that cost least: what a merge adds to the squared error
-    (the criterion of Ward, JASA 1963), times the class token's attention to the token that goes.
-    ToMe merges the most similar ones whatever they weigh. Powers from 0.5 to 1 do about as well.
-    Means are shorter than what they are made of: they are stretched to its mean length.
-    docs/fidelity.md has the figures.
+    Tokens are compared, not keys, and of the pairs found those merge that cost least: what a merge
+    adds to the squared error (the criterion of Ward, JASA 1963), times the class token's attention
+    to the token that goes. ToMe merges the most similar pairs whatever they weigh. Powers from 0.5
+    to 1 do about as well. Means are shorter than what they are made of: they are stretched to its
+    mean length. docs/fidelity.md has the figures.
+
+    Attributes:
+        class_token: whether the model has one; without, nothing but sizes guides.
     """
 
-    shift_scores: bool = False
+    class_token: bool = True
 
     name: ClassVar[MethodName] = "guided"
-    scores_tokens: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = True
     keeps_norms: ClassVar[bool] = True
 
     def rank(
@@ -286,27 +277,29 @@ class Guided(ToMe):
         scale: float | None,
         mask: Tensor | None,
     ) -> Ranks:
-        scores = Method.rank(self, q, k, metric, size, scale, mask).scores
-        return Ranks(_detached(metric), scores)
+        if not self.class_token:
+            return Ranks(None, None)
+        return Method.rank(self, q, k, metric, size, scale, mask)
+
+    def of_model(self, class_token: bool) -> Method:
+        return replace(self, class_token=class_token)
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
-        assert ranks.metric is not None
-        assert ranks.scores is not None
+        assert given.x is not None
+        scores = ranks.scores
         return match(
-            ranks.metric,
+            _detached(given.x),
             amount,
             prefix,
             weight=given.shown,
             size=given.size,
-            importance=ranks.scores.to(torch.float32) ** IMPORTANCE_POWER,
+            importance=None if scores is None else scores.to(torch.float32) ** IMPORTANCE_POWER,
         )
 
 
 @dataclass(frozen=True)
 class TopK(Method):
-    """Keep the tokens of the highest scores, and drop the others."""
-
-    shift_scores: bool = False
+    """Keep the tokens that the class token attends to most, and drop the others."""
 
     name: ClassVar[MethodName] = "topk"
 
@@ -321,7 +314,6 @@ class EViT(Method):
 
     normalize_fused: bool = False
     fused_weight_grad: bool = False
-    shift_scores: bool = False
 
     name: ClassVar[MethodName] = "evit"
     fuses: ClassVar[bool] = True
@@ -337,22 +329,16 @@ class EViT(Method):
         scale: float | None,
         mask: Tensor | None,
     ) -> Ranks:
-        if not self.fused_weight_grad or self.shift_scores:
+        if not self.fused_weight_grad:
             return super().rank(q, k, metric, size, scale, mask)
         return Ranks(None, cls_attention(q, k, size, scale, mask))
-
-    def scored(self, ranks: Ranks, given: Given) -> Ranks:
-        if self.shift_scores and self.fused_weight_grad:
-            return ranks._replace(scores=given.shift())
-        return super().scored(ranks, given)
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         assert ranks.scores is not None
         return select(ranks.scores.detach(), amount, prefix, fuse=True)
 
     def averages(self, ranks: Ranks | None) -> bool:
-        # Scores that are not attention's are not known yet, nor whether they are wide.
-        return self.normalize_fused and not self.shift_scores and not _wide(ranks)
+        return self.normalize_fused and not _wide(ranks)
 
     def weights(self, ranks: Ranks, plan: MergePlan, size: Tensor | None) -> Tensor | None:
         """1, or the score of a token that becomes part of the last row."""
@@ -371,9 +357,9 @@ class EViT(Method):
         return plan.merge(x, weights, "mean" if self.normalize_fused else "sum")[0], None
 
 
-def _detached(metric: Tensor) -> Tensor:
+def _detached(x: Tensor) -> Tensor:
     # A trace may be checked with gradients and without, and must be the same.
-    return metric.detach() if metric.requires_grad or torch.jit.is_tracing() else metric
+    return x.detach() if x.requires_grad or torch.jit.is_tracing() else x
 
 
 def _wide(ranks: Ranks | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -209,7 +209,7 @@ def patch_model(
         raise ValueError(f"model: expected a torch.nn.Module, got {model!r}")
     if isinstance(model, PatchedModel):
         trail = model._tome
-        _check_method(settings, model._tome_class_token)
+        settings = _of_model(settings, model._tome_class_token)
         trail.rules = make_rules(settings, len(trail.rules.layers), trail.rules.num_prefix_tokens)
         return model
     for name, module in model.named_modules():
@@ -219,7 +219,7 @@ def patch_model(
                 "patch first, or set r on the model that was patched: tome_ext.patch.find(model).r"
             )
     tower = find_tower(model)
-    _check_method(settings, tower.class_token)
+    settings = _of_model(settings, tower.class_token)
     _check_names(model)
     _check_names(tower.module)
     rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)
@@ -256,13 +256,8 @@ def _check_names(module: nn.Module) -> None:
             )
 
 
-def _check_method(settings: Settings, class_token: bool) -> None:
-    if settings.method.needs_class_token and not class_token:
-        raise ValueError(
-            f"method: {settings.method.name!r} ranks tokens by the class token's attention, and "
-            "this model has no class token; expected one that has, shift_scores=True, or "
-            "method='tome'"
-        )
+def _of_model(settings: Settings, class_token: bool) -> Settings:
+    return replace(settings, method=settings.method.of_model(class_token))
 
 
 def remove(model: nn.Module) -> None:
