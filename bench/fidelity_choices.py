@@ -70,6 +70,7 @@ class Choice(ToMe):
             metric = keys.transpose(1, 2).flatten(2)
         size = given.size if self.by_size else None  # None is 1 each, by which ranks stay
         if self.by_shift:
+            assert given.branch is not None
             assert given.scale is None
             scores = torch.linalg.vector_norm(given.branch, dim=2)
         importance = None if scores is None else scores**self.power

@@ -111,7 +111,6 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
     # The overload itself: looking it up through its name costs a microsecond in every call.
     overload = cast("Callable[P, R]", getattr(torch.ops.tome, stub.__name__).default)
     names = inspect.signature(stub)
-    about_argument = re.compile(rf"({'|'.join(names.parameters)})( and \w+)?: expected ").match
     tensors = [name for name, value in names.parameters.items() if value.annotation == "Tensor"]
     plain: Callable[P, R] = twin(stub.__name__)
     differentiable = stub.__name__ not in ("match", "select", "plan")
@@ -132,7 +131,7 @@ def _operator(stub: Callable[P, R]) -> Callable[P, R]:
             given = names.bind(*args, **kwargs).arguments
             try:
                 expect_tensors(**{name: given[name] for name in tensors})
-                if about_argument(str(error)):
+                if re.match(rf"({'|'.join(names.parameters)})( and \w+)?: expected ", str(error)):
                     raise ValueError(str(error))
             except ValueError as wrong:
                 raise wrong from None

@@ -99,17 +99,21 @@ def trained(single_thread: None) -> tuple[Any, Split]:
         return train(train_split), test_split
 
 
+def assert_guided_merging_is_nearer(model: Any, split: Split) -> None:
+    """It keeps accuracy, and moves the logits less than ToMe."""
+    plain = accuracy(model, split)
+    with torch.no_grad():
+        expected = model(split[0])
+    with tome_ext.patch.timm(model, r=R):
+        by_tome = moved(model, split, expected)
+    with tome_ext.patch.timm(model, r=R, method="guided"):
+        assert accuracy(model, split) >= plain - MERGING_LOSES
+        assert moved(model, split, expected) <= GUIDED_MOVES * by_tome
+
+
 @pytest.mark.slow
 def test_guided_merging_moves_the_logits_less(trained: tuple[Any, Split]) -> None:
-    model, test_split = trained
-    plain = accuracy(model, test_split)
-    with torch.no_grad():
-        expected = model(test_split[0])
-    with tome_ext.patch.timm(model, r=R):
-        by_tome = moved(model, test_split, expected)
-    with tome_ext.patch.timm(model, r=R, method="guided"):
-        assert accuracy(model, test_split) >= plain - MERGING_LOSES
-        assert moved(model, test_split, expected) <= GUIDED_MOVES * by_tome
+    assert_guided_merging_is_nearer(*trained)
 
 
 @pytest.mark.slow
@@ -117,15 +121,8 @@ def test_guided_merging_needs_no_class_token(single_thread: None) -> None:
     with torch.random.fork_rng():
         train_split, test_split = digits()
         model = train(train_split, class_token=False, global_pool="avg")
-    plain = accuracy(model, test_split)
-    assert plain >= TRAINED_ACCURACY
-    with torch.no_grad():
-        expected = model(test_split[0])
-    with tome_ext.patch.timm(model, r=R):
-        by_tome = moved(model, test_split, expected)
-    with tome_ext.patch.timm(model, r=R, method="guided"):
-        assert accuracy(model, test_split) >= plain - MERGING_LOSES
-        assert moved(model, test_split, expected) <= GUIDED_MOVES * by_tome
+    assert accuracy(model, test_split) >= TRAINED_ACCURACY
+    assert_guided_merging_is_nearer(model, test_split)
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ class SlicedCall:
         self.num_tokens = 0  # of the forward that runs
         self.ranks = Ranks(None, None)  # of nothing: tokens are not matched
 
-    def merge(self, x: Tensor, branch: Tensor) -> Tensor:
+    def merge(self, x: Tensor, branch: Tensor | None) -> Tensor:
         if not self.reduces:
             return x
         return x[:, : self.tokens.rules.method.tokens_after(x.shape[1], *self.amount)]

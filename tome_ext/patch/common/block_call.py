@@ -240,10 +240,10 @@ class BlockCall:
         """
         return self.reduces and self.method.averages(self.ranks)
 
-    def merge(self, x: Tensor, branch: Tensor) -> Tensor:
+    def merge(self, x: Tensor, branch: Tensor | None) -> Tensor:
         """Reduce the tokens (B, M, C): merge or drop them as the method says.
 
-        ``branch`` (B, M, C) is what attention has added to give ``x``.
+        ``branch`` (B, M, C) is what attention has added to give ``x``; see :class:`Given`.
         """
         if not self.reduces:
             self.pass_on(x, self.tokens.size, None)
@@ -288,7 +288,7 @@ class BlockCall:
         return x, normed
 
     def _plan(
-        self, x: Tensor | None, branch: Tensor, scale: Tensor | None
+        self, x: Tensor | None, branch: Tensor | None, scale: Tensor | None
     ) -> tuple[MergePlan, Ranks]:
         """The plan of this block, and its ranks: those of attention, which it uses up, and more.
 

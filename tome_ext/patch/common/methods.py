@@ -56,14 +56,15 @@ class Given(NamedTuple):
     Attributes:
         x: (B, M, C), the tokens after attention; None where they are added up while they merge,
             unless :attr:`Method.compares_tokens`.
-        branch: (B, M, C), what attention has added to them, before ``scale``.
+        branch: (B, M, C), what attention has added to them, before ``scale``; None in blocks that
+            add it together with the MLP's.
         scale: (C,), by which that was multiplied; None if it was not.
         size: (B, M) float32, how many original tokens each stands for; None if all are 1.
         shown: (B, M) float32, 0 for tokens that a mask hides; None if it hides none.
     """
 
     x: Tensor | None
-    branch: Tensor
+    branch: Tensor | None
     scale: Tensor | None
     size: Tensor | None
     shown: Tensor | None

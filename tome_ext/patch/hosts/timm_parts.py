@@ -239,8 +239,7 @@ class TimmParallelScalingBlock(TimmBlock):
     def _tome_reduce(
         self: Any, call: BlockCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        out = self._tome_stay(call, x, args, kwargs)
-        return call.merge(out, out - x)  # attention and MLP are one branch
+        return call.merge(self._tome_stay(call, x, args, kwargs), None)
 
 
 # --- models ---------------------------------------------------------------------------------------
