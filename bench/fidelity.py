@@ -31,7 +31,7 @@ from tome_ext._command import Reduction, find_device
 from tome_ext.bench._contenders import share_weights, sliced
 from tome_ext.bench._cost import count_flops
 from tome_ext.bench.timing import describe_machine, interleave, ratio
-from tome_ext.patch.common.methods import METHODS, Method, MethodName, Ranks, ToMe
+from tome_ext.patch.common.methods import METHODS, AttentionInputs, Method, MethodName, Ranks, ToMe
 
 R_VALUES = (4, 8, 12, 16)
 # Schedules are searched for: of a method, for the operations of an r.
@@ -72,7 +72,8 @@ class RandomMerging(ToMe):
 
     name: ClassVar[MethodName] = cast("MethodName", "random")
 
-    def rank(self, q: Tensor, k: Tensor, *_: Any) -> Ranks:
+    def rank(self, of: AttentionInputs) -> Ranks:
+        k = of.k
         generator = torch.Generator(k.device).manual_seed(k.shape[2])
         noise = torch.randn(k.shape[0], 1, *k.shape[2:], generator=generator, device=k.device)
         return Ranks(noise, None)

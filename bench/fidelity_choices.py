@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from fidelity import deviation_figures, deviations, embed, patch_by, write
 from fidelity_data import SOURCES, TOWER, clip_tower, load
-from torch import Tensor
 
-from tome_ext import MergePlan, cls_attention, match
+from tome_ext import MergePlan, match
 from tome_ext._command import find_device
 from tome_ext.bench._contenders import share_weights
 from tome_ext.bench.timing import describe_machine
-from tome_ext.patch.common.methods import Given, MethodName, Ranks, ToMe
+from tome_ext.patch.common.methods import AttentionInputs, Given, MethodName, Ranks, ToMe
 
 R_VALUES = (8, 12, 16)
 
@@ -49,17 +48,9 @@ class Choice(ToMe):
     by_shift: ClassVar[bool] = False
     keeps_norms: ClassVar[bool] = False
 
-    def rank(
-        self,
-        q: Tensor,
-        k: Tensor,
-        metric: Tensor,
-        size: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Ranks:
+    def rank(self, of: AttentionInputs) -> Ranks:
         asks = self.power > 0 and not self.by_shift
-        return Ranks(k, cls_attention(q, k, size, scale, mask) if asks else None)
+        return Ranks(of.k, of.cls_attention() if asks else None)
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         keys, scores = ranks

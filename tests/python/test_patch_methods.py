@@ -16,7 +16,14 @@ from torch import Tensor, nn
 import tome_ext
 from tome_ext import cli, vis
 from tome_ext.bench._contenders import sliced
-from tome_ext.patch.common.methods import METHODS, Given, Method, Ranks, make_method
+from tome_ext.patch.common.methods import (
+    METHODS,
+    AttentionInputs,
+    Given,
+    Method,
+    Ranks,
+    make_method,
+)
 
 PATCHES = GRID * GRID
 PRUNING = ("evit", "topk")
@@ -234,7 +241,8 @@ class Front(Method):
     name = "front"  # type: ignore[assignment]
     needs_class_token = False
 
-    def rank(self, q: Tensor, k: Tensor, *_: Any) -> Ranks:
+    def rank(self, of: AttentionInputs) -> Ranks:
+        k = of.k
         first = -torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1).float()
         return Ranks(None, first)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...attention import OPERATOR, attend, key_mask, reduce_mask, visible_keys
 from ...plan import MergePlan, compose
 from . import positions
-from .methods import Given, Ranks
+from .methods import AttentionInputs, Given, Ranks
 from .token_state import Tokens, composed
 
 __all__ = ["BlockCall", "attention_name"]
@@ -225,7 +225,8 @@ class BlockCall:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if self.reduces:
             by = k if metric is None else metric
-            self.ranks = self.method.rank(q, k, by, self.size, scale, attn_mask)
+            of = AttentionInputs(q, k, by, self.size, scale, attn_mask)
+            self.ranks = self.method.rank(of)
         out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
         self.attention = attention_name(reason)
         return out

@@ -20,6 +20,7 @@ from .refusals import check_bool
 
 __all__ = [
     "METHODS",
+    "AttentionInputs",
     "EViT",
     "Given",
     "Guided",
@@ -36,12 +37,36 @@ MethodName = Literal["tome", "guided", "evit", "topk"]
 IMPORTANCE_POWER = 0.75  # of the class token's attention, as Guided counts it
 
 
+class AttentionInputs(NamedTuple):
+    """What a layer's attention is computed from.
+
+    Attributes:
+        q: (B, H, M, D) queries.
+        k: (B, H, M, D) keys.
+        metric: (B, H, M, D), what tokens are compared by: the keys, or what a host has in their
+            place.
+        size: (B, M) float32 for proportional attention; None if it is off or all are 1.
+        scale: factor of the logits; None means ``D ** -0.5``.
+        mask: of the present tokens, broadcastable to (B, H, M, M); None if there is none.
+    """
+
+    q: Tensor
+    k: Tensor
+    metric: Tensor
+    size: Tensor | None
+    scale: float | None
+    mask: Tensor | None
+
+    def cls_attention(self) -> Tensor:
+        """The class token's attention to each token, (B, M); see :func:`tome_ext.cls_attention`."""
+        return cls_attention(self.q, self.k, self.size, self.scale, self.mask)
+
+
 class Ranks(NamedTuple):
     """What attention says of a layer's tokens.
 
     Attributes:
-        metric: (B, H, M, D), what tokens are compared by: the keys, or what a host has in their
-            place; None for a method that compares none.
+        metric: (B, H, M, D), as there; None for a method that compares nothing by it.
         scores: (B, M), the class token's attention to each, float32 or float64; None for a method
             that does not ask for it.
     """
@@ -156,17 +181,10 @@ class Method:
         keep = self.kept(num_patches, r, keep_rate)
         return keep if keep < num_patches else None
 
-    def rank(
-        self,
-        q: Tensor,
-        k: Tensor,
-        metric: Tensor,
-        size: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Ranks:
-        """What attention gives for the plan, from q, k and metric (B, H, M, D)."""
-        return Ranks(None, cls_attention(_detached(q), _detached(k), size, scale, mask))
+    def rank(self, of: AttentionInputs) -> Ranks:
+        """What attention gives for the plan."""
+        of = of._replace(q=_detached(of.q), k=_detached(of.k))
+        return Ranks(None, of.cls_attention())
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         """The plan of a layer, whose first ``prefix`` tokens stay."""
@@ -211,16 +229,8 @@ class ToMe(Method):
     def mask_reduction(self) -> str:  # type: ignore[override]
         return "sum" if self.prop_attn else "mean"
 
-    def rank(
-        self,
-        q: Tensor,
-        k: Tensor,
-        metric: Tensor,
-        size: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Ranks:
-        return Ranks(_detached(metric), None)
+    def rank(self, of: AttentionInputs) -> Ranks:
+        return Ranks(_detached(of.metric), None)
 
     def check_rates(self, rates: Sequence[float]) -> None:
         least = min(rates, default=1.0)
@@ -269,18 +279,10 @@ class Guided(ToMe):
     compares_tokens: ClassVar[bool] = True
     keeps_norms: ClassVar[bool] = True
 
-    def rank(
-        self,
-        q: Tensor,
-        k: Tensor,
-        metric: Tensor,
-        size: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Ranks:
+    def rank(self, of: AttentionInputs) -> Ranks:
         if not self.class_token:
             return Ranks(None, None)
-        return Method.rank(self, q, k, metric, size, scale, mask)
+        return Method.rank(self, of)
 
     def of_model(self, class_token: bool) -> Method:
         return replace(self, class_token=class_token)
@@ -321,18 +323,10 @@ class EViT(Method):
     # The fused token is one key: hidden only if all its tokens are.
     mask_reduction: ClassVar[str] = "amax"
 
-    def rank(
-        self,
-        q: Tensor,
-        k: Tensor,
-        metric: Tensor,
-        size: Tensor | None,
-        scale: float | None,
-        mask: Tensor | None,
-    ) -> Ranks:
+    def rank(self, of: AttentionInputs) -> Ranks:
         if not self.fused_weight_grad:
-            return super().rank(q, k, metric, size, scale, mask)
-        return Ranks(None, cls_attention(q, k, size, scale, mask))
+            return super().rank(of)
+        return Ranks(None, of.cls_attention())
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         assert ranks.scores is not None
