@@ -88,15 +88,15 @@ def _match(
     r: int,
     num_prefix_tokens: int = 0,
     *args: Any,
-    weight: Shape | None = None,
     targets: Shape | None = None,
+    threshold: float | None = None,
     **kwargs: Any,
 ) -> int:
     batch, num_tokens, dim = metric[0], metric[-2], metric[-1]
     free = max(num_tokens - num_prefix_tokens, 0)
     b = free // 2 if targets is None else targets[0]
     a = free - b
-    return 0 if r <= 0 or b == 0 else 2 * batch * a * b * dim
+    return 0 if (r <= 0 and threshold is None) or b == 0 else 2 * batch * a * b * dim
 
 
 def _attention(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:

@@ -33,13 +33,15 @@ def match(
     targets: Tensor | None = None,
     size: Tensor | None = None,
     importance: Tensor | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`tome_ext.match`, for finite metrics whose squares neither overflow nor vanish."""
     batch, num_tokens, device = metric.shape[0], metric.shape[-2], metric.device
     prefix = min(num_prefix_tokens, num_tokens)
+    merges = reference.may_merge(num_tokens, r, prefix, targets, threshold)
     r = reference.cut_r(num_tokens, r, prefix, targets)
     index = torch.arange(num_tokens, device=device)
-    if r == 0:
+    if not merges:
         assign = index.to(torch.int32).repeat(batch, 1)
         return assign, *plan(assign, num_tokens)
     work = reference.accumulate_dtype(metric.dtype)
@@ -58,7 +60,8 @@ def match(
     sees_a, sees_b = (visible.index_select(1, of) for of in (a, b))
     scores = torch.where(sees_a.unsqueeze(2) & sees_b.unsqueeze(1), scores, float("-inf"))
     in_a, in_b = (_count(sees).unsqueeze(1) for sees in (sees_a, sees_b))
-    merged = (torch.minimum(in_a, in_b) if targets is None else in_a).clamp_max(r)
+    most = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
+    merged = (most if targets is None else in_a).clamp_max(r)
     if targets is not None:
         # All targets hidden: what does not fit the rows merges into the first one, which stands.
         excess = r + in_a + in_b - num_a - b.shape[0]
@@ -68,6 +71,7 @@ def match(
     nearest = scores.argmax(2)  # ONNX promises the lowest index among equals
     # Of those that find nothing, hidden ones are last; no similarity is as low as -2.
     best = scores.amax(2).clamp_min(-2.0)
+    found = best > -2.0
     if size is not None or importance is not None:
         sizes = torch.ones_like(rows[..., 0]) if size is None else size
         cost = reference.merge_cost(
@@ -76,7 +80,11 @@ def match(
             sizes.index_select(1, b).gather(1, nearest),
             None if importance is None else importance.index_select(1, a),
         )
-        best = torch.where(best > -2.0, -cost, torch.finfo(work).min)
+        best = torch.where(found, -cost, torch.finfo(work).min)
+        threshold = None if threshold is None else (threshold - 1) / 2
+    if threshold is not None:
+        near = _count(found & (best >= threshold)).unsqueeze(1)
+        merged = torch.maximum(merged, torch.minimum(near, most))
     best = torch.where(sees_a, best, float("-inf"))
     mine, other = best.unsqueeze(2), best.unsqueeze(1)
     earlier = index[:num_a] < index[:num_a].unsqueeze(1)

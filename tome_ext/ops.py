@@ -150,6 +150,7 @@ def match(
     targets: Tensor | None = None,
     size: Tensor | None = None,
     importance: Tensor | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assign (B, N), members (B, N), offsets (B, M + 1), all int32."""
     raise _library.missing()

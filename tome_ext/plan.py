@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import INT32_MAX
-from .schedule import as_integer
+from .schedule import as_integer, as_real
 
 __all__ = ["MergePlan", "compose", "match", "select"]
 
@@ -174,6 +174,18 @@ class MergePlan(NamedTuple):
             )
         return ops.unmerge(x, self.assign)
 
+    def trimmed(self) -> MergePlan:
+        """This plan without the rows at its end that are empty in every image.
+
+        How many these are is read from the tensors, which waits for a GPU, and breaks the graph of
+        ``torch.compile``.
+        """
+        offsets = self.offsets
+        if offsets.shape[0] == 0:
+            return self
+        rows = int((offsets < offsets[:, -1:]).sum(1).max())
+        return MergePlan(self.assign, self.members, offsets[:, : rows + 1].contiguous())
+
     def then(self, following: MergePlan) -> MergePlan:
         """The plan that does this one and then ``following``, from N tokens to its rows.
 
@@ -220,6 +232,7 @@ def match(
     targets: Tensor | None = None,
     size: Tensor | None = None,
     importance: Tensor | None = None,
+    threshold: float | None = None,
 ) -> MergePlan:
     """Bipartite soft matching (Bolya et al., ICLR 2023, section 3; arXiv 2210.09461).
 
@@ -235,6 +248,13 @@ def match(
     what the merge adds to the sum of squared distances between tokens and their rows, for tokens
     of length 1: the criterion of Ward, *Hierarchical grouping to optimize an objective function*,
     JASA 1963.
+
+    With ``threshold``, an image also merges all other pairs of at least this similarity, as far as
+    r could be; so each image merges another number of tokens. The plan has N - r rows all the same:
+    those that an image has left at its end are empty, of size 0, which attention hides, and
+    :meth:`MergePlan.trimmed` takes off what is empty in all images. With ``size`` or ``importance``
+    it is the cost that decides: pairs merge that cost no more than two tokens of size and
+    importance 1 of this similarity, ``(1 - threshold) / 2``.
 
     Tokens of weight 0 (padding, masked ones) are hidden, the prefix excepted: they are neither
     merged nor merged into, what they hold changes nothing, and they are dropped, so that
@@ -262,23 +282,28 @@ def match(
         size: (B, N) float32, how many original tokens each one stands for; None means 1 each.
         importance: (B, N) float32, not negative, what a change of each token counts, such as the
             class token's attention; None means 1 each. A cost that is not a number counts as 0.
+        threshold: the cosine similarity from which on pairs merge, in addition to r; None means
+            that r alone says how many.
 
     Returns:
         A plan with N - r output rows: prefix tokens, the visible A tokens that stay ascending, the
-        visible B tokens ascending, then empty rows. For an r that is cut to 0 by the number of
-        tokens, the identity, of hidden tokens too.
+        visible B tokens ascending, then empty rows. Where nothing can merge, by r and threshold or
+        the number of tokens, the identity, of hidden tokens too.
 
     Raises:
         ValueError: wrong rank, shape, dtype or device, r or num_prefix_tokens not an integer, the
-            latter negative, more targets than tokens behind the prefix.
+            latter negative, more targets than tokens behind the prefix, a threshold that is NaN.
         RuntimeError: targets out of order or range, on the CPU (on a GPU, where a look at them
             would stall it, such targets give some other plan, but reach nothing outside the
             tokens).
     """
     r, prefix = _count(r, "r"), _count(num_prefix_tokens, "num_prefix_tokens")
+    if threshold is not None:
+        threshold = as_real(threshold, "threshold", "a number")
     made = ops.match(
-        metric, r, prefix, weight=weight, targets=targets, size=size, importance=importance
-    )
+        metric, r, prefix, weight=weight, targets=targets, size=size, importance=importance,
+        threshold=threshold,
+    )  # fmt: skip
     return MergePlan(*made)
 
 

@@ -11,6 +11,7 @@ of its outputs known: torch's fake kernels are these functions too.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ __all__ = [
     "log_size",
     "match",
     "match_sets",
+    "may_merge",
     "merge",
     "merge_add_norm",
     "merge_backward",
@@ -87,6 +89,18 @@ def cut_r(num_tokens: int, r: int, num_prefix_tokens: int, targets: Tensor | Non
         others = free - targets.shape[0] if targets.shape[0] > 0 else 0
         return torch.sym_max(torch.sym_min(r, others), 0)
     return torch.sym_max(torch.sym_min(r, free // 2), 0)
+
+
+def may_merge(
+    num_tokens: int,
+    r: int,
+    num_prefix_tokens: int,
+    targets: Tensor | None = None,
+    threshold: float | None = None,
+) -> Any:
+    """Whether any image may have a plan that is not the identity."""
+    r = r if threshold is None or threshold == math.inf else num_tokens
+    return cut_r(num_tokens, r, num_prefix_tokens, targets) > 0
 
 
 def cut_keep(num_tokens: int, keep: int, num_prefix_tokens: int) -> Any:
@@ -148,6 +162,8 @@ def match_sets(
     visible: Tensor | None = None,
     size: Tensor | None = None,
     importance: Tensor | None = None,
+    threshold: float | None = None,
+    most: Tensor | None = None,
 ) -> Tensor:
     """Match the tokens of set A to set B and return which B token each A token joins.
 
@@ -159,6 +175,8 @@ def match_sets(
         visible: (B, N) bool, the tokens that take part, r of set A or more; None means all.
         size: (B, N), for ranking by cost; None means 1 each.
         importance: (B, N), as size; None for both means ranking by similarity.
+        threshold: merge further pairs at least so similar; see :func:`tome_ext.match`.
+        most: (B, 1), how many of each image may merge by it.
 
     Returns:
         (B, N) int64: for every token the token it joins, itself if it stays.
@@ -188,6 +206,11 @@ def match_sets(
             None if importance is None else importance.gather(1, a),
         )
         best = torch.where(best.isfinite(), -cost, best)
+        threshold = None if threshold is None else (threshold - 1) / 2
+    if threshold is not None:
+        assert most is not None
+        near = (best >= best.new_tensor(threshold)) & best.isfinite()
+        r = torch.minimum(near.sum(1, keepdim=True), most).clamp_min(r)
     order = best.sort(dim=1, descending=True, stable=True)[1]
     hidden = ~visible.gather(1, a)
     order = order.gather(1, hidden.gather(1, order).sort(dim=1, stable=True)[1])
@@ -204,6 +227,7 @@ def match(
     targets: Tensor | None = None,
     size: Tensor | None = None,
     importance: Tensor | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3). See :func:`tome_ext.match` for the contract."""
     shown = _checks.describe(metric)
@@ -225,11 +249,14 @@ def match(
         most = "at most as many as tokens behind the prefix"
         _checks.expect([others >= 0], "targets", most, _checks.describe(targets))
         _checks.one_device(metric, "metric", targets, "targets")
+    if threshold is not None:
+        _checks.expect(threshold == threshold, "threshold", "a number", threshold)
+    merges = may_merge(num_tokens, r, num_prefix_tokens, targets, threshold)
     r = cut_r(num_tokens, r, num_prefix_tokens, targets)
     if _mode.shapes_only:
         return _new_plan(metric, num_tokens, num_tokens - r)
     index = torch.arange(num_tokens, device=device)
-    if r == 0:
+    if not merges:
         return (index.to(torch.int32).repeat(batch, 1), *_group(index.repeat(batch, 1), num_tokens))
     is_prefix = index < num_prefix_tokens
     is_b = index % 2 == 1 if targets is None else torch.isin(index, targets)
@@ -238,14 +265,14 @@ def match(
     if weight is not None:
         visible = (weight != 0) | is_prefix
     in_a, in_b = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
-    merged = torch.minimum(in_a, in_b) if targets is None else in_a
-    merged = merged.clamp_max(r)
+    limit = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
+    merged = (limit if targets is None else in_a).clamp_max(r)
     if targets is not None:
         # All targets hidden: what does not fit the rows merges into the first one, which stands.
         excess = (r + in_a + in_b - a.shape[1] - b.shape[1] + 1).clamp_min(1)
         stands = (in_b == 0) & (excess > 1)
         merged = torch.where(in_b > 0, merged, torch.where(stands, excess, 0))
-    joins = match_sets(metric, a, b, merged, visible, size, importance)
+    joins = match_sets(metric, a, b, merged, visible, size, importance, threshold, limit)
     if targets is not None:
         visible = visible | (stands & (index == b[:, :1]))
     # Order of the output rows: prefix, the A tokens that stay, then the B tokens.

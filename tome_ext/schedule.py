@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-__all__ = ["KeepRate", "Schedule", "as_integer", "parse_keep_rate", "parse_r"]
+__all__ = [
+    "KeepRate",
+    "Schedule",
+    "Threshold",
+    "as_integer",
+    "as_real",
+    "parse_keep_rate",
+    "parse_r",
+    "parse_threshold",
+]
 
 # What ``r`` may be: one number, (number, inflection), or a list with one number per layer.
 Schedule = int | tuple[int, float] | Sequence[int]
 # What ``keep_rate`` may be: one number, or a list with one number per layer.
 KeepRate = float | Sequence[float]
+# What ``threshold`` may be: one number, or a list with one number or None per layer.
+Threshold = float | Sequence[float | None]
 
 
 def parse_r(num_layers: int, r: Schedule) -> list[int]:
@@ -84,15 +96,53 @@ def parse_keep_rate(num_layers: int, keep_rate: KeepRate) -> list[float]:
     return [rate if layer in layers else 1.0 for layer in range(num_layers)]
 
 
+def parse_threshold(num_layers: int, threshold: Threshold) -> list[float | None]:
+    """Spell out ``threshold`` as one similarity per layer, from which on its tokens merge.
+
+    Args:
+        num_layers: number of layers of the model.
+        threshold: one of
+
+            - a number of at most 1, which goes for every layer;
+            - a list with such a number, or None, per layer; a shorter one is filled up with None.
+
+    Returns:
+        ``num_layers`` numbers; None where a layer merges nothing.
+
+    Raises:
+        ValueError: a value is not a number or outside its range, or the list is longer than the
+            model. The message says what came.
+    """
+    if isinstance(threshold, list | tuple):
+        if len(threshold) > num_layers:
+            raise ValueError(
+                f"threshold: expected at most {num_layers} entries, one per layer, "
+                f"got {len(threshold)}"
+            )
+        found = [
+            None if value is None else _similarity(value, f"threshold[{layer}]")
+            for layer, value in enumerate(threshold)
+        ]
+        return found + [None] * (num_layers - len(found))
+    return [_similarity(threshold, "threshold")] * num_layers
+
+
+def _similarity(value: object, name: str) -> float:
+    similarity = as_real(value, name, "a number")
+    if not -math.inf < similarity <= 1:
+        raise ValueError(f"{name}: expected a cosine similarity of at most 1, got {value!r}")
+    return similarity
+
+
 def _rate(value: object, name: str) -> float:
-    rate = _real(value, name, "a number")
+    rate = as_real(value, name, "a number")
     if not 0 < rate <= 1:
         raise ValueError(f"{name}: expected a share of the tokens in (0, 1], got {value!r}")
     return rate
 
 
 def _linear(num_layers: int, r: int, inflection: float) -> list[int]:
-    inflection = _real(inflection, "r", "(r, inflection) with a number as inflection")
+    inflection = as_real(inflection, "r", "(r, inflection) with a number as inflection")
     if not -1 <= inflection <= 1:
         raise ValueError(f"r: expected an inflection in [-1, 1], got {inflection!r}")
     first = int(r * (1 - inflection))
@@ -103,7 +153,12 @@ def _linear(num_layers: int, r: int, inflection: float) -> list[int]:
     return [int(first + step * layer) for layer in range(num_layers)]
 
 
-def _real(value: Any, name: str, expected: str) -> float:
+def as_real(value: Any, name: str, expected: str) -> float:
+    """A real number of any kind, but no bool, as Python's.
+
+    Raises:
+        ValueError: it is none.
+    """
     # NumPy's floats are real numbers too, and not all are floats.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")

@@ -100,7 +100,7 @@ const float* data_or_null(const std::optional<Floats>& size, const char* name, i
 py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens,
                 const std::optional<Floats>& weight, const std::optional<Ints>& targets,
                 const std::optional<Floats>& size, const std::optional<Floats>& importance,
-                int threads) {
+                const std::optional<double>& threshold, int threads) {
     check_rank(metric, "metric", 3, 4);
     const int64_t n = metric.ndim() - 2;
     tome::MatchParams p{};
@@ -118,6 +118,7 @@ py::tuple match(const py::array& metric, int64_t r, int64_t num_prefix_tokens,
     p.weight = data_or_null(weight, "weight", p.batch, p.tokens);
     p.size = data_or_null(size, "size", p.batch, p.tokens);
     p.importance = data_or_null(importance, "importance", p.batch, p.tokens);
+    if (threshold) p.threshold = *threshold;
     if (targets) {
         check_rank(*targets, "targets", 1, 1);
         p.targets = targets->data();
@@ -239,7 +240,8 @@ PYBIND11_MODULE(_tome_core, m) {
           py::arg("r"), py::arg("num_prefix_tokens"));
     m.def("match", &match, py::arg("metric"), py::arg("r"), py::arg("num_prefix_tokens") = 0,
           py::arg("weight") = py::none(), py::arg("targets") = py::none(),
-          py::arg("size") = py::none(), py::arg("importance") = py::none(), py::arg("threads") = 1);
+          py::arg("size") = py::none(), py::arg("importance") = py::none(),
+          py::arg("threshold") = py::none(), py::arg("threads") = 1);
     m.def("plan", &plan, py::arg("assign"), py::arg("rows"), py::arg("threads") = 1);
     m.def("merge", &merge, py::arg("x"), py::arg("members"), py::arg("offsets"),
           py::arg("size") = py::none(), py::arg("reduce") = "mean", py::arg("threads") = 1);

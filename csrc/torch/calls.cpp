@@ -1,6 +1,7 @@
 #include "calls.h"
 
 #include <cmath>
+#include <limits>
 
 #include "checks.h"
 
@@ -140,7 +141,8 @@ void allocate_plan(Call& call, const Tensor& like, int64_t rows) {
 
 void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
                      OptionalTensor given_weight, OptionalTensor given_targets,
-                     OptionalTensor given_size, OptionalTensor given_importance) {
+                     OptionalTensor given_size, OptionalTensor given_importance,
+                     std::optional<double> threshold) {
     TOME_EXPECT(given.dim() == 3 || given.dim() == 4,
                 "metric: expected (B, N, D) or (B, H, N, D), got ", describe(given));
     params.dtype = float_dtype(given, "metric");
@@ -160,6 +162,10 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     if (given_targets.has_value()) check_targets(*given_targets, given, num_prefix_tokens);
     check_of_tokens(given_size, "size");
     check_of_tokens(given_importance, "importance");
+    if (threshold.has_value()) {
+        TOME_EXPECT(!std::isnan(*threshold), "threshold: expected a number, got nan");
+        params.threshold = *threshold;
+    }
     weight = optional_contiguous(given_weight);
     size = optional_contiguous(given_size);
     importance = optional_contiguous(given_importance);
@@ -181,7 +187,10 @@ void MatchCall::take(Tensor given, int64_t r, int64_t num_prefix_tokens,
     params.targets = optional_data<int32_t>(targets);
     params.num_targets = targets.has_value() ? targets->size(0) : 0;
     // No targets may lie at no address, which would stand for the odd positions.
-    if (targets.has_value() && params.num_targets == 0) params.r = 0;
+    if (targets.has_value() && params.num_targets == 0) {
+        params.r = 0;
+        params.threshold = std::numeric_limits<double>::infinity();
+    }
     const int64_t rows = params.tokens - cut_r(params);
     allocate_plan(*this, metric, rows);
 }

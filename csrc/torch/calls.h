@@ -23,14 +23,15 @@ struct MatchCall {
     static constexpr const char* kName = "match";
     static constexpr const char* kSchema =
         "(Tensor metric, int r, int num_prefix_tokens=0, *, Tensor? weight=None, Tensor? "
-        "targets=None, Tensor? size=None, Tensor? importance=None) -> (Tensor assign, Tensor "
-        "members, Tensor offsets)";
+        "targets=None, Tensor? size=None, Tensor? importance=None, float? threshold=None) -> "
+        "(Tensor assign, Tensor members, Tensor offsets)";
     MatchParams params{};
     Tensor metric, assign, members, offsets;
     OptionalTensor weight, targets, size, importance;
 
     void take(Tensor metric, int64_t r, int64_t num_prefix_tokens, OptionalTensor weight,
-              OptionalTensor targets, OptionalTensor size, OptionalTensor importance);
+              OptionalTensor targets, OptionalTensor size, OptionalTensor importance,
+              std::optional<double> threshold);
     std::tuple<Tensor, Tensor, Tensor> outputs() const { return {assign, members, offsets}; }
 };
 

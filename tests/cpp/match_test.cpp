@@ -21,10 +21,12 @@ struct Metric {
     const float* weight = nullptr;  // (batch, tokens)
     const std::vector<int32_t>* targets = nullptr;
     const float *size = nullptr, *importance = nullptr;  // (batch, tokens)
+    double threshold = kInf;
 
     bool hides(int64_t b, int64_t n) const {
         return weight != nullptr && weight[b * shape.tokens + n] == 0;
     }
+    bool by_cost() const { return size != nullptr || importance != nullptr; }
     double cost(int64_t b, double similarity, int64_t i, int64_t j) const {
         const auto of = [&](const float* table, int64_t n) {
             return table == nullptr ? 1.0 : double(table[b * shape.tokens + n]);
@@ -48,7 +50,7 @@ tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
     p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
     p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
     p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
-    p.size = m.size, p.importance = m.importance;
+    p.size = m.size, p.importance = m.importance, p.threshold = m.threshold;
     if (m.targets != nullptr) {
         p.targets = m.targets->data();
         p.num_targets = static_cast<int64_t>(m.targets->size());
@@ -115,6 +117,8 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
         return joins;
     }
     r = std::min(r, int64_t(set_a.size()));
+    const double least = m.by_cost() ? -(1 - m.threshold) / 2 : m.threshold;
+    int64_t near = 0;
     struct Best {
         double score;
         int64_t from, to;
@@ -130,11 +134,15 @@ std::vector<int64_t> oracle_joins(const Metric& m, int64_t b, int64_t r, int64_t
             if (score > top.score) top = {score, i, j};
         }
         if (second != -kInf) margin = std::min(margin, top.score - second);
-        if (top.score != -kInf && (m.size != nullptr || m.importance != nullptr)) {
+        if (top.score != -kInf && m.by_cost()) {
             top.score = -m.cost(b, top.score, i, top.to);
         }
+        near += top.score != -kInf && top.score >= least;
+        margin = std::min(margin, std::abs(top.score - least));
         best.push_back(top);
     }
+    if (m.targets == nullptr) near = std::min(near, int64_t(set_b.size()));
+    r = std::max(r, near);
     std::stable_sort(best.begin(), best.end(),
                      [](const Best& x, const Best& y) { return x.score > y.score; });
     for (int64_t k = 0; k < r; ++k) joins[best[k].from] = best[k].to;
@@ -152,18 +160,19 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
         most = m.targets->empty() ? 0 : behind - int64_t(m.targets->size());
     }
     r = std::max<int64_t>(0, std::min(r, most));
+    const bool merges = r > 0 || (m.threshold < kInf && most > 0);
     Oracle out;
     std::vector<int32_t> assign(static_cast<size_t>(s.batch * s.tokens));
     for (int64_t b = 0; b < s.batch; ++b) {
         std::vector<int64_t> joins(static_cast<size_t>(s.tokens));
         std::iota(joins.begin(), joins.end(), 0);
-        if (r > 0) joins = oracle_joins(m, b, r, prefix, out.margin);
+        if (merges) joins = oracle_joins(m, b, r, prefix, out.margin);
         int32_t* row_of = assign.data() + b * s.tokens;
         int32_t row = 0;
         // Rows: prefix, A tokens that stay, B tokens. Without merging: the identity.
         for (int group = 0; group < 3; ++group) {
             for (int64_t n = 0; n < s.tokens; ++n) {
-                const int of = n < prefix || r == 0 ? 0 : in_set_b(m, n) ? 2 : 1;
+                const int of = n < prefix || !merges ? 0 : in_set_b(m, n) ? 2 : 1;
                 if (of == group && joins[n] == n) row_of[n] = row++;
             }
         }
@@ -178,11 +187,13 @@ Oracle oracle_match(const Metric& m, int64_t r, int64_t prefix) {
 // Random tokens whose every decision is clear by far more than float32 rounding.
 Array tie_free(DType dtype, const Shape& s, int64_t r, int64_t prefix,
                const float* weight = nullptr, const std::vector<int32_t>* targets = nullptr,
-               const float* size = nullptr, const float* importance = nullptr) {
+               const float* size = nullptr, const float* importance = nullptr,
+               double threshold = kInf) {
     for (unsigned seed = 1; seed < 200; ++seed) {
         Array x = random_array(dtype, s.batch * s.heads * s.tokens * s.dim, seed);
         Metric m = contiguous(x, s);
         m.weight = weight, m.targets = targets, m.size = size, m.importance = importance;
+        m.threshold = threshold;
         if (oracle_match(m, r, prefix).margin > 3e-6) return x;
     }
     throw std::runtime_error("no tie-free data for this shape");
@@ -472,6 +483,50 @@ TEST_P(MatchTest, RanksByWhatMergingCosts) {
             });
         }
     }
+}
+
+// Another number of tokens in each image, at least r; with hidden ones, targets and costs too.
+TEST_P(MatchTest, MergesWhatIsAsSimilarAsTheThreshold) {
+    const Shape shape{4, 2, 61, 8};
+    const std::vector<int32_t> targets = {3, 4, 9, 15, 16, 29, 44, 45, 60};
+    const std::vector<float> weight = some_weights(shape, 11);
+    std::mt19937 engine(5);
+    std::vector<float> size;
+    for (int64_t i = 0; i < shape.batch * shape.tokens; ++i)
+        size.push_back(float(1 + engine() % 3));
+    for (int given = 0; given < 8; ++given) {
+        const float* weights = given % 2 != 0 ? weight.data() : nullptr;
+        const auto* into = given / 2 % 2 != 0 ? &targets : nullptr;
+        const float* sizes = given / 4 != 0 ? size.data() : nullptr;
+        for (const double threshold : {-9.0, 0.55, 0.7, 0.999}) {
+            for (const int64_t r : {0, 9}) {
+                SCOPED_TRACE(::testing::Message() << given << ", " << threshold << ", r " << r);
+                const Array x =
+                    tie_free(GetParam(), shape, r, 2, weights, into, sizes, nullptr, threshold);
+                Metric m = contiguous(x, shape);
+                m.weight = weights, m.targets = into, m.size = sizes, m.threshold = threshold;
+                const Plan want = oracle_match(m, r, 2).plan;
+                for_each_isa([&, r = r] {
+                    EXPECT_EQ(run_match(m, r, 2, Threads::serial()), want);
+                    EXPECT_EQ(run_match(m, r, 2, pool()), want);
+                });
+            }
+        }
+    }
+}
+
+TEST_P(MatchTest, AThresholdNeverMergesWhatMayNot) {
+    const Shape shape{1, 1, 12, 4};
+    Array x = random_array(GetParam(), 12 * 4, 1);
+    for (int64_t i = 0; i < 12 * 4; ++i) x.set(i, std::numeric_limits<double>::quiet_NaN());
+    Metric m = contiguous(x, shape);
+    m.threshold = -1e300;
+    const Plan plan = run_match(m, 0, 1, pool());
+    EXPECT_EQ(plan.offsets.back(), 12);
+    for (int64_t row = 0; row < 12; ++row) EXPECT_EQ(plan.offsets[size_t(row)], row);
+    const std::vector<float> hidden(12, 0.0f);
+    m.weight = hidden.data();
+    for (int32_t row : run_match(m, 0, 0, pool()).assign) EXPECT_EQ(row, -1);
 }
 
 TEST_P(MatchTest, RefusesTargetsOutOfRangeOrOrder) {

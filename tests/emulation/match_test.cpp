@@ -29,6 +29,7 @@ struct Metric {
     const float* weight = nullptr;  // (batch, tokens)
     const std::vector<int32_t>* targets = nullptr;
     const float *size = nullptr, *importance = nullptr;  // (batch, tokens)
+    double threshold = std::numeric_limits<double>::infinity();
 };
 
 Metric contiguous(const Array& x, const Shape& s) {
@@ -48,7 +49,7 @@ tome::MatchParams params_of(const Metric& m, int64_t r, int64_t prefix) {
     p.batch = s.batch, p.heads = s.heads, p.tokens = s.tokens, p.dim = s.dim;
     p.stride_batch = m.stride_batch, p.stride_head = m.stride_head;
     p.stride_token = m.stride_token, p.r = r, p.num_prefix_tokens = prefix, p.weight = m.weight;
-    p.size = m.size, p.importance = m.importance;
+    p.size = m.size, p.importance = m.importance, p.threshold = m.threshold;
     if (m.targets != nullptr) {
         p.targets = m.targets->data();
         p.num_targets = static_cast<int64_t>(m.targets->size());
@@ -87,7 +88,7 @@ tiles::Tiles tiles_of(const tome::MatchParams& p) {
     return tiles::choose(
         p.batch, p.heads, sets.num_a, sets.num_b, p.dim, bytes_of(p.dtype),
         {tome_emulation::options().multiprocessors, tome_emulation::options().shared_limit},
-        p.weight != nullptr || p.targets != nullptr);
+        p.weight != nullptr || p.targets != nullptr || p.has_threshold());
 }
 
 // In a workspace of exactly the size asked for, full of what another kernel may have left.
@@ -98,7 +99,7 @@ Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0x
     const int64_t before = tome_emulation::launches();
     EXPECT_EQ(tome::match_cuda(params, workspace.data(), nullptr), cudaSuccess)
         << tome_emulation::last_failure();
-    const bool merges = m.shape.batch > 0 && plan.rows < m.shape.tokens;
+    const bool merges = m.shape.batch > 0 && tome::may_merge(params);
     const tiles::Tiles t = merges ? tiles_of(params) : tiles::Tiles{};
     const int64_t kernels = m.shape.batch == 0 ? 0 : t.form == tiles::Form::kStaged ? 2 : 1;
     EXPECT_EQ(tome_emulation::launches() - before, kernels);
@@ -581,6 +582,37 @@ TEST_P(CudaMatchTest, RanksByWhatMergingCosts) {
                 [&, r = r, prefix = prefix] { EXPECT_EQ(on_cuda(m, r, prefix), want) << given; });
             const UseOptions plain(with(7, 2, kNoTile));
             EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain, " << given;
+        }
+    }
+}
+
+// Of every form, ranked by counting and by radix; similarities lie no closer than they are rounded.
+TEST_P(CudaMatchTest, MergesWhatIsAsSimilarAsTheThreshold) {
+    for (const auto& [shape, r, prefix] :
+         {Case{{8, 2, 21, 16}, 3, 0}, Case{{1, 3, 300, 8}, 60, 1}, Case{{2, 2, 40, 136}, 0, 3}}) {
+        SCOPED_TRACE(::testing::Message() << shape.tokens << " tokens, dim " << shape.dim);
+        const Array x = random_metric(GetParam(), shape, 5);
+        std::mt19937 engine(5);
+        std::vector<float> size;
+        for (int64_t i = 0; i < shape.batch * shape.tokens; ++i) {
+            size.push_back(float(1 + engine() % 3));
+        }
+        const std::vector<float> weight = some_weights(shape, 3);
+        const std::vector<int32_t> targets = every(4, static_cast<int32_t>(prefix), shape.tokens);
+        for (int given = 0; given < 8; ++given) {
+            for (const double threshold : {0.3, given % 3 == 0 ? -9.0 : 0.75}) {
+                Metric m = contiguous(x, shape);
+                m.threshold = threshold;
+                if (given % 2 != 0) m.weight = weight.data();
+                if (given / 2 % 2 != 0) m.targets = &targets;
+                if (given / 4 != 0) m.size = size.data();
+                const Plan want = on_cpu(m, r, prefix);
+                for_each_machine([&, r = r, prefix = prefix] {
+                    EXPECT_EQ(on_cuda(m, r, prefix), want) << given << ", " << threshold;
+                });
+                const UseOptions plain(with(7, 2, kNoTile));
+                EXPECT_EQ(on_cuda(m, r, prefix), want) << "plain, " << given << ", " << threshold;
+            }
         }
     }
 }

@@ -196,6 +196,7 @@ void fuzz_match(Choices& c) {
     p.r = c.between(-2, 60), p.num_prefix_tokens = prefix;
     p.weight = or_null(weight);
     p.size = or_null(size), p.importance = or_null(importance);
+    if (c.one_in(4)) p.threshold = double(c.between(-4, 5)) / 4;
     if (has_targets) p.targets = targets.data(), p.num_targets = int64_t(targets.size());
     const int64_t rows = tokens - tome::cut_r(p);
 
@@ -216,7 +217,7 @@ void fuzz_match(Choices& c) {
         return;
     }
     EXPECT_EQ(plan, plan_of(plan.assign, batch, tokens, rows));
-    if (rows == tokens) return;
+    if (!tome::may_merge(p)) return;
     for (int64_t b = 0; b < batch; ++b) {
         const int32_t* assign = plan.assign.data() + b * tokens;
         const auto hidden = [&](int64_t n) {

@@ -247,6 +247,7 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
         "targets": targets,
         "size": sizes_of(rng, batch, tokens) if one_in(rng, 3) else None,
         "importance": sizes_of(rng, batch, tokens) if one_in(rng, 4) else None,
+        "threshold": float(rng.uniform(-1, 1)) if one_in(rng, 4) else None,
     }
     if spoil:
         spoils = [
@@ -262,6 +263,8 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
             constant("weight", torch.ones(tokens)),
             constant("size", torch.ones(batch, tokens + 1)),
             constant("importance", torch.ones(batch, tokens).double()),
+            constant("threshold", float("nan")),
+            constant("threshold", "high"),
             constant("targets", torch.tensor([tokens], dtype=torch.int32)),
             constant("targets", torch.tensor([-1], dtype=torch.int32)),
             constant("targets", torch.zeros(1, 1, dtype=torch.int32)),
@@ -276,7 +279,8 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
     rows = tokens - removed
     check_plan(plan, rows)
     assign = plan.assign.numpy()
-    if removed == 0:
+    threshold = given["threshold"]
+    if most == 0 or (removed == 0 and threshold is None):
         assert (assign == np.arange(tokens)).all()
         return
     hidden = np.zeros((batch, tokens), bool)
@@ -310,8 +314,10 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
         best = score.max(1)
         row_b = assign[b, others]
         merged = np.isin(assign[b, a], row_b)
-        if targets is None or hidden[b].sum() == 0:
-            want = min(removed, len(a), len(others) if targets is None else len(a))
+        limit = min(len(a), len(others)) if targets is None else len(a)
+        want = min(removed, limit)
+        counted = targets is None or hidden[b].sum() == 0
+        if counted and threshold is None:
             assert merged.sum() == want, f"{merged.sum()} merged, not {want}"
         for i in np.flatnonzero(merged):
             taken = score[i][row_b == assign[b, a[i]]].max()
@@ -320,7 +326,8 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
             np.ones(tokens) if given[name] is None else numbers(given[name])[b]
             for name in ("size", "importance")
         )
-        if given["size"] is not None or given["importance"] is not None:
+        by_cost = given["size"] is not None or given["importance"] is not None
+        if by_cost:
             # The cost is of the pair, which is known where one token is by far the most similar.
             if len(others) > 1:
                 second = np.sort(score, axis=1)[:, -2]
@@ -334,6 +341,11 @@ def fuzz_match(rng: Rng, wild: bool, spoil: bool) -> None:
             slack_here = slack
         if merged.any() and not merged.all():
             assert best[merged].min() >= best[~merged].max() - slack_here, "others come before"
+        if counted and threshold is not None:
+            least = (threshold - 1) / 2 if by_cost else threshold
+            surely, perhaps = ((best >= least + d).sum() for d in (slack_here, -slack_here))
+            low, high = (max(want, min(int(near), limit)) for near in (surely, perhaps))
+            assert low <= merged.sum() <= high, f"{merged.sum()} merged, not {low} to {high}"
 
 
 def fuzz_select(rng: Rng, wild: bool, spoil: bool) -> None:

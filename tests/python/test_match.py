@@ -47,6 +47,87 @@ def test_agrees_with_loops_and_twin(shape, dtype):
 
 
 @given(
+    tokens=st.integers(1, 50),
+    r=st.integers(-1, 20),
+    prefix=st.integers(0, 4),
+    threshold=st.sampled_from([-3.0, 0.0, 0.3, 0.6, 0.9, 2.0]),
+    given=st.sampled_from([(), ("size",), ("size", "importance")]),
+    hides=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_pairs_as_near_as_the_threshold_merge_too(tokens, r, prefix, threshold, given, hides, seed):
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(3, tokens, 6, generator=generator, dtype=torch.float64)
+    tables = {name: torch.rand(3, tokens, generator=generator) + 0.5 for name in given}
+    weight = (torch.rand(3, tokens, generator=generator) < 0.8).float() if hides else None
+    plan = tome_ext.match(metric, r, prefix, weight=weight, threshold=threshold, **tables)
+    for ours, twin in zip(
+        plan,
+        reference.match(metric, r, prefix, weight=weight, threshold=threshold, **tables),
+        strict=True,
+    ):
+        assert torch.equal(ours, twin)
+    # Of each image by itself: what match does for the number of pairs that are so near.
+    rows = torch.nn.functional.normalize(metric, dim=2)
+    for image in range(3):
+        seen = [n for n in range(prefix, tokens) if weight is None or weight[image, n] != 0]
+        a, b = ([n for n in seen if n % 2 == side] for side in (0, 1))
+        near = 0
+        for i in a if b else ():
+            scores = rows[image, b] @ rows[image, i]
+            best, j = scores.max(), b[int(scores.argmax())]
+            if tables:
+                of = {name: table[image] for name, table in tables.items()}
+                both = of["size"][i] * of["size"][j] / (of["size"][i] + of["size"][j])
+                cost = (1 - best) * both * (of["importance"][i] if "importance" in of else 1)
+                near += bool(cost <= (1 - threshold) / 2)
+            else:
+                near += bool(best >= threshold)
+        most = max(r, min(near, len(a), len(b)))
+        alone = {name: table[image : image + 1] for name, table in tables.items()}
+        hidden = None if weight is None else weight[image : image + 1]
+        want = tome_ext.match(metric[image : image + 1], most, prefix, weight=hidden, **alone)
+        if most <= 0:  # then match leaves all where they are, and a threshold puts A before B
+            continue
+        assert plan.assign[image].tolist() == want.assign[0].tolist()
+    trimmed = plan.trimmed()
+    assert trimmed.num_output_tokens == max(int(plan.assign.max()) + 1, 0)
+    assert torch.equal(trimmed.assign, plan.assign)
+    check_plan(*trimmed, tokens, trimmed.num_output_tokens)
+    x = torch.randn(3, tokens, 5, generator=generator)
+    whole, sizes = plan.merge(x)
+    for full, part in zip((whole, sizes), trimmed.merge(x), strict=True):
+        assert torch.equal(full[:, : part.shape[1]], part)
+        assert not full[:, part.shape[1] :].any()
+
+
+@pytest.mark.parametrize("match", [tome_ext.match, reference.match, tome_ext.ops.match])
+def test_a_threshold_that_is_no_number_is_refused(match):
+    with pytest.raises(ValueError, match="threshold: expected a number, got nan"):
+        match(torch.ones(1, 9, 4), 1, threshold=float("nan"))
+    with pytest.raises(ValueError, match="threshold: expected a number, got 'high'"):
+        tome_ext.match(torch.ones(1, 9, 4), 1, threshold="high")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_threshold_never_merges_what_may_not(dtype):
+    metric = torch.full((2, 9, 4), float("nan"), dtype=dtype)
+    for threshold in (-1.0, -1e300):
+        plan = tome_ext.match(metric, 0, 1, threshold=threshold)
+        assert plan.assign.tolist() == [[0, 5, 1, 6, 2, 7, 3, 8, 4]] * 2
+    targets = torch.zeros(0, dtype=torch.int32)
+    plan = tome_ext.match(torch.ones(2, 9, 4, dtype=dtype), 0, 1, targets=targets, threshold=0.0)
+    assert plan.assign.tolist() == [list(range(9))] * 2
+
+
+def test_a_plan_of_no_images_or_rows_is_trimmed_to_itself():
+    empty = tome_ext.match(torch.ones(0, 9, 4), 0, 1, threshold=0.5)
+    assert empty.trimmed().num_output_tokens == empty.num_output_tokens == 9
+    dropped = tome_ext.MergePlan.from_assign(torch.full((2, 5), -1), 3)
+    assert dropped.trimmed().num_output_tokens == 0
+
+
+@given(
     batch=st.integers(0, 3),
     tokens=st.integers(1, 70),
     dim=st.integers(1, 40),

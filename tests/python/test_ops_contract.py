@@ -29,6 +29,8 @@ def samples():
         yield OPS.match.default, (metric, 14, 1), {"targets": targets}
         tables = {"size": torch.rand(2, 21) + 1, "importance": torch.rand(2, 21)}
         yield OPS.match.default, (metric, 4, 1), tables
+        yield OPS.match.default, (metric, 4, 1), {"threshold": 0.5}
+        yield OPS.match.default, (metric, 0, 1), {**tables, "threshold": 0.5}
         plan = tome_ext.match(metric, 4, 1)
         yield OPS.plan.default, (plan.assign, plan.num_output_tokens)
         if dtype != torch.bfloat16:

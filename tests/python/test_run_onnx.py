@@ -259,16 +259,18 @@ def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, see
     for weights in (None, weight, torch.zeros(2, n)):
         for chosen in (None, targets):
             for size, importance in ((None, None), (weight + 1, None), (weight, weight)):
-                options = {
-                    "weight": weights,
-                    "targets": chosen,
-                    "size": size,
-                    "importance": importance,
-                }
-                assert_plans_equal(
-                    _onnx.match(metric, r, prefix, **options),
-                    reference.match(metric, r, prefix, **options),
-                )
+                for threshold in (None, 0.3, -2.0):
+                    options = {
+                        "weight": weights,
+                        "targets": chosen,
+                        "size": size,
+                        "importance": importance,
+                        "threshold": threshold,
+                    }
+                    assert_plans_equal(
+                        _onnx.match(metric, r, prefix, **options),
+                        reference.match(metric, r, prefix, **options),
+                    )
 
 
 @settings(max_examples=60)

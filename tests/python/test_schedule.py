@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tome_ext.schedule import parse_keep_rate, parse_r
+from tome_ext.schedule import parse_keep_rate, parse_r, parse_threshold
 
 
 def test_one_number_is_for_every_layer() -> None:
@@ -85,6 +85,33 @@ def test_linear_schedules_remove_about_r_per_layer(layers: int, r: int, inflecti
 def test_errors_say_what_was_expected_and_what_came(r: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_r(3, r)  # type: ignore[arg-type]
+
+
+# --- threshold ----------------------------------------------------------------------------------
+
+
+def test_a_threshold_is_for_every_layer() -> None:
+    assert parse_threshold(3, 0.9) == [0.9] * 3
+    assert parse_threshold(3, np.float32(0.5)) == [0.5] * 3
+    assert parse_threshold(4, [0.9, None, 1]) == [0.9, None, 1.0, None]
+    assert parse_threshold(2, -5) == [-5.0, -5.0]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        (90, "threshold: expected a cosine similarity of at most 1, got 90"),
+        (float("nan"), "of at most 1, got nan"),
+        (-float("inf"), "of at most 1, got -inf"),
+        ("0.9", r"threshold: expected a number, got '0.9' \(str\)"),
+        (True, r"expected a number, got True \(bool\)"),
+        ([0.9, 1.5], r"threshold\[1\]: expected a cosine similarity of at most 1, got 1.5"),
+        ([0.9] * 5, "threshold: expected at most 4 entries, one per layer, got 5"),
+    ],
+)
+def test_wrong_thresholds_are_refused(threshold: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_threshold(4, threshold)  # type: ignore[arg-type]
 
 
 # --- keep_rate ----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ struct Case {
     bool fuse = false;
     bool keep_norms = false;
     bool targets = false;  // match: one token in three is what others merge into
+    bool near = false;     // match: all pairs from a similarity on merge, and r others
     unsigned sets = kAll;
 };
 
@@ -77,6 +78,7 @@ inline std::string name_of(const Case& c) {
     if (c.fuse) name += ":fuse";
     if (c.keep_norms) name += ":norms";
     if (c.targets) name += ":targets";
+    if (c.near) name += ":near";
     return name;
 }
 
@@ -113,13 +115,14 @@ inline std::vector<Case> match_cases() {
     }
     add(kBF16, 150, 12, 197, 64, 13, 1, Layout::kPacked);  // more images than multiprocessors
 
-    // Hidden tokens, and targets other than the odd positions.
+    // Hidden tokens, targets other than the odd positions, another number of merges in each image.
     struct Form {
         Sizes sizes;
-        bool targets;
+        bool targets, near;
     };
-    for (const Form& form :
-         {Form{Sizes::kZeros, false}, Form{Sizes::kSome, true}, Form{Sizes::kZeros, true}}) {
+    for (const Form& form : {Form{Sizes::kZeros, false, false}, Form{Sizes::kSome, true, false},
+                             Form{Sizes::kZeros, true, false}, Form{Sizes::kSome, false, true},
+                             Form{Sizes::kZeros, true, true}}) {
         const size_t first = all.size();
         for (DType dtype : {kBF16, kF32, kF16, kF64}) {
             const unsigned watched = dtype == kBF16 || dtype == kF64 ? kSanitizer : 0u;
@@ -128,10 +131,10 @@ inline std::vector<Case> match_cases() {
             add(dtype, 4, 12, 197, 64, 13, 1, Layout::kPacked,
                 kAll | watched | (dtype == kBF16 ? kRepeats : 0u));
             add(dtype, 2, 16, 577, 64, 150, 1, Layout::kPacked);
-            add(dtype, 2, 1, 4096, 64, 1500, 0, Layout::kHeads);
+            if (!form.near) add(dtype, 2, 1, 4096, 64, 1500, 0, Layout::kHeads);
         }
         for (size_t i = first; i < all.size(); ++i) {
-            all[i].sizes = form.sizes, all[i].targets = form.targets;
+            all[i].sizes = form.sizes, all[i].targets = form.targets, all[i].near = form.near;
         }
     }
     return all;

@@ -94,6 +94,12 @@ TOME_ALSO_ON_DEVICE constexpr int64_t visible_r(int64_t r, int64_t visible_a, in
     return r < least ? r : least;
 }
 
+// As many as r of an image may be at most.
+TOME_ALSO_ON_DEVICE constexpr int64_t most_r(int64_t visible_a, int64_t visible_b,
+                                             bool has_targets) {
+    return visible_b == 0 ? 0 : has_targets || visible_a < visible_b ? visible_a : visible_b;
+}
+
 TOME_ALSO_ON_DEVICE constexpr bool ranks_by_cost(const MatchParams& p) {
     return p.size != nullptr || p.importance != nullptr;
 }
@@ -110,6 +116,13 @@ TOME_ALSO_ON_DEVICE constexpr T merge_cost(T similarity, float size_a, float siz
     const T cost = (T(1) - similarity) * (least * static_cast<T>(importance));
     constexpr T kMost = static_cast<T>(3.4028234663852886e38);
     return cost > 0 ? cost < kMost ? cost : kMost : T(0);  // NaN, too, is 0
+}
+
+// What a pair ranks by, as merge_cost or similarity, if it is just at MatchParams::threshold.
+template <class T>
+TOME_ALSO_ON_DEVICE constexpr T rank_at_threshold(const MatchParams& p) {
+    const auto similarity = static_cast<T>(p.threshold);
+    return ranks_by_cost(p) ? -(T(1) - similarity) / T(2) : similarity;
 }
 
 // Rows of no bytes may come with null pointers, which memcpy and memset must not be given.

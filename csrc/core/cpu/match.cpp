@@ -64,18 +64,31 @@ void rank_by_cost(const MatchParams& p, const TokenSet& a, const TokenSet& b, in
     }
 }
 
-// Merges r tokens of set a into their nearest of set b, or without a look at either into the first;
-// assign must be -1 for tokens in neither.
+// How many pairs the threshold lets merge.
+template <class T>
+int64_t count_near(const MatchParams& p, const T* rank, int64_t count) {
+    const T least = rank_at_threshold<T>(p);
+    return std::count_if(rank, rank + count, [&](T x) {
+        return x >= least && x > -std::numeric_limits<T>::infinity();
+    });
+}
+
+// Merges r tokens of set a, or as many more as the threshold says, into their nearest of set b; or
+// without a look at either r into the first. assign must be -1 for tokens in neither.
 template <class T>
 void match_sets(const MatchParams& p, const TokenSet& a, const TokenSet& b, bool looks,
                 int64_t image, int64_t r, const Threads& threads, int32_t* assign) {
     const Scratch<int32_t> nearest(a.count);
     const Scratch<T> similarity(a.count);
     const Scratch<Candidate<T>> candidates(a.count);
-    if (r > 0 && looks) {
+    if (looks && a.count > 0 && (r > 0 || p.has_threshold())) {
         active_kernels().nearest(p, a, b, image, threads, nearest.get(), similarity.get());
         if (ranks_by_cost(p)) {
             rank_by_cost(p, a, b, image, nearest.get(), similarity.get());
+        }
+        if (p.has_threshold()) {
+            const int64_t most = most_r(a.count, b.count, p.targets != nullptr);
+            r = std::max(r, std::min(most, count_near(p, similarity.get(), a.count)));
         }
     } else {
         std::fill_n(nearest.get(), a.count, 0);
@@ -105,7 +118,7 @@ template <class T>
 void match_image(const MatchParams& p, const Matching& m, int64_t image, const Threads& threads) {
     int32_t* assign = p.assign + image * p.tokens;
     const int64_t rows = p.tokens - m.r;
-    if (m.r == 0) {
+    if (!may_merge(p)) {
         for (int64_t n = 0; n < p.tokens; ++n) assign[n] = static_cast<int32_t>(n);
     } else if (p.weight == nullptr) {
         match_sets<T>(p, m.a, m.b, true, image, m.r, threads, assign);

@@ -62,7 +62,7 @@ cudaError_t choose_tiles(const MatchParams& p, const Sets& sets, match_tiles::Ti
                                   : p.dtype == DType::kFloat32 ? 4
                                                                : 2;
     out = match_tiles::choose(p.batch, p.heads, sets.num_a, sets.num_b, p.dim, element_bytes,
-                              device, p.weight != nullptr || p.targets != nullptr);
+                              device, match_cuda_detail::needs_listed_rows(p));
     return cudaSuccess;
 }
 
@@ -75,7 +75,7 @@ match_tiles::Workspace workspace_of(const MatchParams& p, const Sets& sets,
 }  // namespace
 
 size_t match_cuda_workspace_bytes(const MatchParams& p) {
-    if (cut_r(p) == 0) return 0;
+    if (!may_merge(p)) return 0;
     const Sets sets = sets_of(p);
     match_tiles::Tiles tiles{};
     // The form that needs most, should there be no device: then match_cuda says so.
@@ -89,7 +89,7 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
     MatchArgs m{};
     m.p = p;
     m.r = cut_r(p);
-    if (m.r == 0) return identity_plan(p, stream);
+    if (!may_merge(p)) return identity_plan(p, stream);
     m.sets = sets_of(p);
     cudaError_t error = choose_tiles(p, m.sets, m.tiles);
     if (error != cudaSuccess) return error;

@@ -14,6 +14,12 @@ namespace tome::match_cuda_detail {
 
 using Packed = unsigned long long;  // what 64-bit atomics take
 
+// Whether the sets are not simply every second token, or images merge different numbers of them;
+// there are kernels for both of these.
+inline bool needs_listed_rows(const MatchParams& p) {
+    return p.weight != nullptr || p.targets != nullptr || p.has_threshold();
+}
+
 struct MatchArgs {
     MatchParams p;
     Sets sets;
@@ -29,8 +35,7 @@ struct MatchArgs {
     int32_t* columns;        // (batch, num_a): nearest B token, float64 only
     uint32_t* tickets;  // (batch): blocks done, 0 at the start; unused with one block per image
 
-    // Whether the sets are not simply every second token, which takes kernels of its own.
-    bool listed() const { return p.weight != nullptr || p.targets != nullptr; }
+    bool listed() const { return needs_listed_rows(p); }
 };
 
 // The tokens of one image's set from its row `begin` on. First where every second token is of the

@@ -86,6 +86,14 @@ __device__ __forceinline__ Packed ranked(const MatchArgs& m, int64_t image, Pack
     }
 }
 
+// What an entry of m.best ranks by if it is just at the threshold.
+template <class T>
+__device__ __forceinline__ Packed score_at_threshold(const MatchArgs& m) {
+    const T rank = rank_at_threshold<T>(m.p);
+    const bool scaled = sizeof(T) == 4 && m.tiles.form != match_tiles::Form::kPlain;
+    return ordered(scaled && !ranks_by_cost(m.p) ? rank * T(kUnit * kUnit) : rank);
+}
+
 // The B token in an entry of m.best that is not 0.
 //   columns (num_a): one image, float64 only
 template <class T>
@@ -382,7 +390,7 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
     const int64_t visible_a = count_visible(a, num_a, state.scratch);
     const int64_t visible_b = count_visible(b, num_b, state.scratch);
     const int64_t hidden = num_a + num_b - visible_a - visible_b;
-    const int64_t r = visible_r(m.r, visible_a, visible_b, hidden, m.p.targets != nullptr);
+    int64_t r = visible_r(m.r, visible_a, visible_b, hidden, m.p.targets != nullptr);
     const bool first_stands = visible_b == 0 && r > 0;
 
     // A visible token for which nothing may be chosen has the first visible one of B, or the one
@@ -413,6 +421,15 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
         }
     }
     __syncthreads();
+    if (m.p.has_threshold()) {
+        const Packed least = score_at_threshold<T>(m);
+        int mine = 0, near = 0;
+        for (int64_t i = thread; i < num_a; i += kThreads) mine += score_of<T>(best[i]) >= least;
+        device::block_exclusive_sum(mine, &near, state.scratch);
+        const int64_t most = most_r(visible_a, visible_b, m.p.targets != nullptr);
+        const int64_t allowed = near < most ? near : most;
+        r = r > allowed ? r : allowed;
+    }
     Cut cut{~Packed{0}, 0};  // includes none
     if (r > 0) {
         cut = sizeof(T) == 8 ? cut_by_counting<T>(best, num_a, r, state)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "tome_core/types.h"
 
@@ -13,7 +14,7 @@ namespace tome {
 // merged nor merged into, and no row is its own: it is dropped, and what it holds changes nothing.
 // Each image removes as many of its visible tokens as r and its visible sets allow (see cut_r); its
 // visible rows come first, and those that are left stay empty, so that all images have as many. But
-// if r is cut to 0 for all of them, the plan is the identity, and nothing is hidden.
+// where nothing may_merge, the plan is the identity, and nothing is hidden.
 //
 // With `targets`, these are the tokens that others merge into, and all others behind the prefix are
 // what may merge. Where every target of an image is hidden and its other visible tokens are more
@@ -21,6 +22,10 @@ namespace tome {
 //
 // With `size` or `importance`, pairs rank by what merging them costs, least first, in place of
 // similarity: see merge_cost. Who is a token's most similar one stays as it is.
+//
+// With `threshold`, each image also merges all further pairs at least so similar, as far as r could
+// be; where pairs rank by cost, those that cost no more than a pair of that similarity whose sizes
+// and importance are 1. The rows of an image that merges more than others stay empty at its end.
 struct MatchParams {
     const void* metric;  // (batch, heads, tokens, dim): averaged over heads
     DType dtype;
@@ -37,6 +42,9 @@ struct MatchParams {
     int64_t num_targets = 0;
     const float* size = nullptr;        // (batch, tokens), not negative, or null: all are 1
     const float* importance = nullptr;  // (batch, tokens), not negative, or null: all are 1
+    double threshold = std::numeric_limits<double>::infinity();  // no pair is so similar
+
+    constexpr bool has_threshold() const { return threshold <= std::numeric_limits<double>::max(); }
 };
 
 // How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
@@ -51,6 +59,12 @@ constexpr int64_t cut_r(const MatchParams& p) {
     const int64_t behind = p.tokens > p.num_prefix_tokens ? p.tokens - p.num_prefix_tokens : 0;
     const int64_t free = behind - p.num_targets;
     return p.r <= 0 || p.num_targets == 0 || free <= 0 ? 0 : p.r < free ? p.r : free;
+}
+
+// Whether any image may have a plan that is not the identity.
+constexpr bool may_merge(MatchParams p) {
+    if (p.has_threshold()) p.r = std::numeric_limits<int64_t>::max();
+    return cut_r(p) > 0;
 }
 
 // Checks `targets` first and writes nothing if one is out of range or order.
