@@ -37,13 +37,15 @@ class Reduction:
 
     Attributes:
         method: see :func:`tome_ext.patch.auto`.
-        r: tokens to remove in every block, if ``keep_rate`` is None.
+        r: tokens to remove in every block, if the others are None.
         keep_rate: share of patch tokens that three layers keep.
+        threshold: similarity from which on tokens merge in every block.
     """
 
     method: MethodName = "tome"
     r: int = 0
     keep_rate: float | None = None
+    threshold: float | None = None
 
     def __str__(self) -> str:
         method = "" if self.method == "tome" else f"{self.method}, "
@@ -51,13 +53,21 @@ class Reduction:
 
     @property
     def amount_name(self) -> str:
-        """What the amount is: "r" or "keep rate"."""
+        """What the amount is: "r", "keep rate" or "threshold"."""
+        if self.threshold is not None:
+            return "threshold"
         return "r" if self.keep_rate is None else "keep rate"
 
     @property
     def amount(self) -> str:
         """The number by which the setting is known in tables."""
-        return str(self.r) if self.keep_rate is None else f"{self.keep_rate:g}"
+        share = self.keep_rate if self.threshold is None else self.threshold
+        return str(self.r) if share is None else f"{share:g}"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether there is any amount."""
+        return self.r > 0 or self.keep_rate is not None or self.threshold is not None
 
     @property
     def row_name(self) -> str:
@@ -67,8 +77,9 @@ class Reduction:
     def patch(self, model: Any) -> Any:
         """Patch a model so, for inference; see :func:`tome_ext.patch.auto` for what it raises."""
         return patch.auto(
-            model, self.r, method=self.method, keep_rate=self.keep_rate, inference=True
-        )
+            model, self.r, method=self.method, keep_rate=self.keep_rate, threshold=self.threshold,
+            inference=True,
+        )  # fmt: skip
 
 
 def check_patch(model: Any, reductions: Iterable[Reduction]) -> None:

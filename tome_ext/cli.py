@@ -134,7 +134,7 @@ def add_eval(commands: Any) -> None:
     evaluate.set_defaults(run=run_eval)
     evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
     evaluate.add_argument("--model", required=True, metavar="NAME", help=MODEL)
-    add_reductions(evaluate)
+    add_reductions(evaluate, thresholds=True)
     add_running(evaluate, batch_size=64)
     evaluate.add_argument(
         "--limit", type=at_least_one, metavar="N",
@@ -264,8 +264,11 @@ def add_bench(commands: Any) -> None:
     )  # fmt: skip
 
 
-def add_reductions(command: Any) -> None:
-    """The options that say how tokens are reduced; :func:`reductions_of` reads them."""
+def add_reductions(command: Any, thresholds: bool = False) -> None:
+    """The options that say how tokens are reduced; :func:`reductions_of` reads them.
+
+    ``thresholds`` offers these, which mean nothing without a user's own pictures.
+    """
     command.add_argument(
         "--method", type=methods, default="tome", metavar="METHOD,...", help=METHOD
     )
@@ -279,15 +282,23 @@ def add_reductions(command: Any) -> None:
         help="instead of --r: the share of patch tokens to keep in the layers after a quarter, a "
         "half and three quarters of the model (4, 7 and 10 of 12), a run for each number",
     )  # fmt: skip
+    if thresholds:
+        amount.add_argument(
+            "--threshold", type=similarities, metavar="SIMILARITY,...",
+            help="instead of --r: the cosine similarity from which on tokens merge, of tome and "
+            "guided, a run for each number; images of a batch with fewer tokens than others are "
+            "padded, so smaller batches gain more",
+        )  # fmt: skip
 
 
 def reductions_of(arguments: argparse.Namespace) -> tuple[Reduction, ...]:
     """Every method with every amount."""
-    if arguments.keep_rate is None:
-        pairs = itertools.product(arguments.method, arguments.r)
-        return tuple(Reduction(method, r=r) for method, r in pairs)
-    pairs = itertools.product(arguments.method, arguments.keep_rate)
-    return tuple(Reduction(method, keep_rate=rate) for method, rate in pairs)
+    name, amounts = "r", arguments.r
+    for other in ("keep_rate", "threshold"):
+        if getattr(arguments, other, None) is not None:
+            name, amounts = other, getattr(arguments, other)
+    pairs = itertools.product(arguments.method, amounts)
+    return tuple(Reduction(method, **{name: amount}) for method, amount in pairs)
 
 
 def methods(text: str) -> tuple[MethodName, ...]:
@@ -307,6 +318,20 @@ def keep_rates(text: str) -> tuple[float, ...]:
     if not all(0 < value <= 1 for value in values):
         raise argparse.ArgumentTypeError(
             "expected numbers above 0 and up to 1 with commas between, such as 0.5,0.7; "
+            f"got {text!r}"
+        )
+    return values
+
+
+def similarities(text: str) -> tuple[float, ...]:
+    """Parse "0.8,0.9" for argparse; numbers given twice count once."""
+    try:
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        values = (2.0,)
+    if not all(-math.inf < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            "expected cosine similarities of at most 1 with commas between, such as 0.8,0.9; "
             f"got {text!r}"
         )
     return values

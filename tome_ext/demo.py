@@ -339,7 +339,7 @@ def next_steps(
     model_name: str, reductions: tuple[Reduction, ...], device_name: str, dtype: torch.dtype
 ) -> str:
     """The lines that patch a model of the user's own, and the commands to run next."""
-    reducing = [each for each in reductions if each.r or each.keep_rate is not None] or reductions
+    reducing = [each for each in reductions if each.reduces] or reductions
     same = [each for each in reducing if each.method == reducing[0].method]
     chosen = same[len(same) // 2]  # neither the least nor the most
     arguments = f"{chosen.amount_name.replace(' ', '_')}={chosen.amount}"

@@ -49,6 +49,7 @@ class Row:
     method: MethodName | None  # None is the model without a patch
     r: int
     keep_rate: float | None
+    threshold: float | None
     images: int
     top1: float  # per cent
     top5: float  # per cent
@@ -56,11 +57,15 @@ class Row:
     paper: float | None  # top-1 in per cent, where the paper has this model and r
 
     @property
+    def reduction(self) -> Reduction:
+        """What the model was patched with; of the model without a patch, nothing."""
+        method = self.method or Reduction().method
+        return Reduction(method, self.r, self.keep_rate, self.threshold)
+
+    @property
     def name(self) -> str:
         """What the line begins with."""
-        if self.method is None:
-            return "unpatched"
-        return Reduction(self.method, self.r, self.keep_rate).row_name
+        return "unpatched" if self.method is None else self.reduction.row_name
 
 
 def run(
@@ -137,7 +142,7 @@ def run(
         }
         if world.rank == 0:
             print(header(report), flush=True)
-        reducing = [each for each in reductions if each.r or each.keep_rate is not None]
+        reducing = [each for each in reductions if each.reduces]
         settings = (None, *dict.fromkeys(reducing))
         batches = loader(share, config, batch_size, device, dtype, workers)
         counts, seconds = count(model, batches, len(share), settings, world.rank == 0)
@@ -156,6 +161,7 @@ def run(
                 None if setting is None else setting.method,
                 shown.r,
                 shown.keep_rate,
+                shown.threshold,
                 n,
                 100 * top1 / n,
                 100 * top5 / n,
@@ -377,9 +383,9 @@ def header(report: dict[str, Any]) -> str:
 def table(rows: list[Row]) -> str:
     """The rows as text, with a column for the paper if it has any of them."""
     with_paper = any(row.paper is not None for row in rows)
-    by_rate = any(row.keep_rate is not None for row in rows)
+    amounts = {row.reduction.amount_name for row in rows if row.method is not None}
     lines = [
-        f"{'keep rate' if by_rate else 'r':>9}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
+        f"{amounts.pop() if amounts else 'r':>9}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
         f"  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
     ]
     for row in rows:

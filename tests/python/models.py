@@ -104,12 +104,14 @@ def plain_tome(
     x: Tensor,
     schedule: Sequence[int],
     guided: bool = False,
+    threshold: float | None = None,
 ) -> Tensor:
     """ToMe as the paper describes it, in explicit PyTorch, on an unpatched float64 model.
 
     With ``guided`` the tokens are compared, the pairs merge that cost least, as the class token
-    sees it if there is one, and norms are kept. Covers plain
-    attention, LayerScale, DropPath, register tokens, and the "token" and "avg" heads.
+    sees it if there is one, and norms are kept. With a ``threshold``, of one image, more than the
+    schedule says merge where they are so similar. Covers plain attention, LayerScale, DropPath,
+    register tokens, and the "token" and "avg" heads.
     """
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
@@ -125,13 +127,18 @@ def plain_tome(
         if guided:
             importance = None
             if model.has_class_token:
-                importance = matrix[:, :, 0].mean(1).detach().float() ** 0.75
+                importance = matrix[:, :, 0].mean(1).detach().float()
+                if threshold is not None:
+                    importance = importance / importance[:, prefix:].mean()
+                importance = importance**0.75
             assign, _, offsets = reference.match(
-                x.detach(), r, prefix, size=size.float(), importance=importance
-            )
+                x.detach(), r, prefix, size=size.float(), importance=importance,
+                threshold=threshold,
+            )  # fmt: skip
         else:
-            assign, _, offsets = reference.match(k.detach(), r, prefix)
-        groups = nn.functional.one_hot(assign.long(), offsets.shape[1] - 1).to(x).mT  # (B, M, N)
+            assign, _, offsets = reference.match(k.detach(), r, prefix, threshold=threshold)
+        rows = offsets.shape[1] - 1 if threshold is None else int(assign.max()) + 1
+        groups = nn.functional.one_hot(assign.long(), rows).to(x).mT  # (B, M, N)
         weighted = groups @ (size.unsqueeze(-1) * x)
         lengths = groups @ (size.unsqueeze(-1) * x.norm(dim=2, keepdim=True))
         size = (groups @ size.unsqueeze(-1)).squeeze(-1)

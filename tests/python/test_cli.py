@@ -187,9 +187,25 @@ def test_mistakes_in_options(
     assert re.search(message, fails(capsys, "demo", *arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "90"], "cosine similarities of at most 1 .* got '90'"),
+        (["--threshold", "0.9,nan"], "got '0.9,nan'"),
+        (["--threshold", "high"], "got 'high'"),
+        (["--threshold", "0.9", "--r", "4"], "--r: not allowed with argument --threshold"),
+    ],
+)
+def test_mistakes_in_thresholds(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message, fails(capsys, "eval", "pictures", "--model", SMALL, *arguments))
+
+
 def test_lists() -> None:
     assert cli.r_list("0,4, 8,4") == (0, 4, 8)
     assert cli.keep_rates("1, 0.5,.5") == (1.0, 0.5)
+    assert cli.similarities("-2, 0.5,.5,1") == (-2.0, 0.5, 1.0)
     assert cli.methods("topk, tome,topk") == ("topk", "tome")
 
 

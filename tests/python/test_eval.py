@@ -185,6 +185,21 @@ def test_methods_and_keep_rates(work: Path, capsys: pytest.CaptureFixture[str]) 
         assert row["top1"] == pytest.approx(100 * right / 15)
 
 
+def test_thresholds(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_file = work / "thresholds.json"
+    options = ["--method", "tome,guided", "--threshold", "0.9,1", "--json", json_file]
+    assert cli.main(arguments(work, *options)) == 0
+    out = capsys.readouterr().out
+    names = ["threshold", "unpatched", "0.9", "1", "guided 0.9", "guided 1"]
+    assert re.findall(rf"^ *({'|'.join(names)})  ", out, re.MULTILINE) == names
+    rows = json.loads(json_file.read_text())["results"]
+    settings = [(row["method"], row["r"], row["threshold"]) for row in rows]
+    assert settings == [
+        (None, 0, None), ("tome", 0, 0.9), ("tome", 0, 1), ("guided", 0, 0.9), ("guided", 0, 1),
+    ]  # fmt: skip
+    assert rows[2]["top1"] == rows[4]["top1"] == rows[0]["top1"]  # nothing merges
+
+
 def test_commands_of_the_doc(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

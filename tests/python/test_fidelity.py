@@ -52,6 +52,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
         change.setattr(fidelity, "R_VALUES", R_VALUES)
         change.setattr(fidelity, "TUNED", [("tome", R_VALUES[0]), ("guided", R_VALUES[0])])
         change.setattr(fidelity, "SIDES", (160,))
+        change.setattr(fidelity, "THRESHOLDS", {"tome": (0.5, 0.2), "guided": (0.2,)})
+        change.setattr(fidelity, "BATCHES", (1, 2))
         change.setattr(fidelity, "clip_tower", lambda folder: model)
         change.setattr(fidelity, "load", lambda folder, most: sets)
         fidelity.measure(options)
@@ -79,6 +81,10 @@ def test_every_contender_is_measured(result: Any) -> None:
             assert figures["median"] <= figures["p95"] <= figures["worst"]
         timed = row["kind"] not in ("random", "sliced")
         assert ("speed" in row) == timed
+    settings = {(row["kind"], row["amount"]) for row in result["padding"]}
+    assert {kind for kind, _ in settings} == {"tome", "near tome", "near guided"}
+    assert len(result["padding"]) == 2 * len(settings)
+    assert all(row["speed"] > 0 for row in result["padding"])
     assert result["pictures"] == {"photographs": FEW, "things": FEW, "cloth": FEW}
 
 
@@ -152,5 +158,8 @@ def test_the_chart_and_the_tables_show_it(result: Any, tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").stat().st_size > 10_000
     short, long = tables.fidelity_short_table(result), tables.fidelity_table(result)
     assert len(short.splitlines()) < len(long.splitlines())
+    padding = tables.padding_table(result)
+    for row in result["padding"]:
+        assert f"| {fidelity.NAMES[row['kind']]} | {row['amount']} |" in padding
     for row in result["rows"][1:]:
         assert f"| {fidelity.NAMES[row['kind']]} | {row['amount']} |" in long

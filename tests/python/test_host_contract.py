@@ -114,6 +114,32 @@ def test_one_image_does_not_depend_on_its_batch(case: Case) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["tome", "guided"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_by_a_threshold_each_image_has_the_tokens_it_has_alone(case: Case, method: Any) -> None:
+    model = case.make().double()
+    inputs = cast(case.inputs(3, 0), torch.float64)
+    for threshold in (0.95, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, -1.0, -4.0):
+        patch(case, model, method=method, threshold=threshold)
+        together = run(case, model, inputs)
+        counts = (model.tome.size > 0).sum(1).tolist()
+        if len(set(counts)) > 1 and max(counts) < case.num_tokens:
+            break
+    assert len(set(counts)) > 1
+    assert max(counts) == model.tome.num_tokens < case.num_tokens
+    assert (model.tome.size.sum(1) == case.num_tokens).all()
+    for image, count in enumerate(counts):
+        alone = {
+            key: x[image : image + 1] if isinstance(x, Tensor) else x for key, x in inputs.items()
+        }
+        y = run(case, model, alone)
+        assert model.tome.num_tokens == count
+        mine = together[image : image + 1]
+        if y.dim() == 3 and mine.shape[1] == max(counts):
+            mine = mine[:, :count]
+        torch.testing.assert_close(y, mine, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("method", ["topk", "evit"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.class_token], ids=str)
 def test_methods_that_prune(case: Case, method: Any) -> None:

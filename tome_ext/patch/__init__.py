@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import KeepRate, Schedule
+from ..schedule import KeepRate, Schedule, Threshold
 from ..setting import Setting
 from .common.methods import MethodName, make_method
 from .common.patched_model import PatchedModel, Tower, find, patch_model, remove
@@ -43,6 +43,7 @@ def auto(
     *,
     method: MethodName = "tome",
     keep_rate: KeepRate | None = None,
+    threshold: Threshold | None = None,
     normalize_fused: bool = False,
     fused_weight_grad: bool = False,
     restore_tokens: bool = False,
@@ -68,9 +69,10 @@ def auto(
       Need*, ICLR 2022; arXiv 2202.07800). In later blocks it is a patch token like any other.
 
     The model is changed in place: it keeps its parameters, hooks, ``state_dict`` and the names of
-    its classes. With ``r=0`` it computes what it did before. ``model.r`` and ``model.keep_rate``
-    change later how many tokens go; a forward keeps to those that it began with. Through a wrapper
-    they are reached by ``tome_ext.patch.find(wrapper).r``.
+    its classes. With ``r=0`` it computes what it did before. ``model.r``,
+    ``model.keep_rate`` and ``model.threshold`` change later how many tokens go; a forward keeps to
+    those that it began with. Through a wrapper they are reached by
+    ``tome_ext.patch.find(wrapper).r``.
 
     The model returns merged tokens (B, M, C); ``model.tome`` has their sizes and their plan, and
     ``model.tome.unmerge`` spreads them. Feature maps have their usual shape: in them, merged tokens
@@ -100,6 +102,15 @@ def auto(
             layers after a quarter, a half and three quarters of the model (4, 7 and 10 of 12), or a
             list with one per layer; see :func:`tome_ext.schedule.parse_keep_rate`. EViT's fused
             token comes on top, whereas ``r`` counts it: there r + 1 tokens become one.
+        threshold: instead of ``r``, the cosine similarity from which on tokens merge, a number for
+            all layers or a list with one (or None) per layer; see
+            :func:`tome_ext.schedule.parse_threshold`. So each image keeps as many tokens as it
+            needs. In a batch the images with fewer than others end in rows of size 0, which
+            attention and pools pass over; so it is B = 1, or images that are alike, that gain most.
+            A layer merges half of its tokens at most. For "guided" it is the cost of a pair that
+            decides, as of one of that similarity whose sizes are 1 and whose importance is that of
+            the mean attention. Only "tome" and "guided"; not to be exported, and on a GPU each
+            layer waits for the number of its rows.
         normalize_fused: of "evit", divide the weights by their sum, so that the fused token is a
             mean. Published models are trained without.
         fused_weight_grad: of "evit", let gradients flow through the weights, as the published code
@@ -148,6 +159,7 @@ def auto(
             "r": not (isinstance(r, int) and r == 0),
             "method": method != "tome",
             "keep_rate": keep_rate is not None,
+            "threshold": threshold is not None,
             "prop_attn": prop_attn is not True,
             "normalize_fused": normalize_fused is not False,
         }
@@ -162,6 +174,7 @@ def auto(
         make_method(method, **options),
         r,
         keep_rate,
+        threshold,
         trace_source,
         restore_tokens,
         inference,

@@ -50,13 +50,17 @@ class BlockCall:
         self.amount: int | None = None
         if rule.reduces:
             num_patches = tokens.num_tokens - rules.num_prefix_tokens
-            self.amount = method.amount(num_patches, rule.r, rule.rate)
+            if rule.threshold is None:
+                self.amount = method.amount(num_patches, rule.r, rule.rate)
+            elif num_patches > 1:
+                self.amount = 0  # all that merge do so by the threshold
         self.reduces = self.amount is not None
         self.active = self.reduces or tokens.reduced
         size = tokens.size
         self.size = size if size is None or method.proportional else None
         self.ranks: Ranks | None = None
-        self.shown: Tensor | None = None  # (B, M) float32, 0 where a mask hides a token
+        # (B, M) float32, 0 where a mask hides a token, or a row is one that an image does not fill.
+        self.shown: Tensor | None = None if rules.settings.threshold is None else size
         self.tables = tokens.tables
         self.attention: str | None = None
 
@@ -299,9 +303,11 @@ class BlockCall:
         ranks, self.ranks = self.ranks, None
         assert ranks is not None
         assert self.amount is not None
-        prefix = self.tokens.rules.num_prefix_tokens
-        given = Given(x, branch, scale, self.tokens.size, self.shown)
-        return self.method.plan(ranks, self.amount, prefix, given), ranks
+        rules = self.tokens.rules
+        threshold = rules.layers[self.tokens.layer].threshold
+        given = Given(x, branch, scale, self.tokens.size, self.shown, threshold)
+        plan = self.method.plan(ranks, self.amount, rules.num_prefix_tokens, given)
+        return (plan if threshold is None else _trimmed(plan)), ranks
 
     def check_attended(self) -> None:
         """Refuse to go on if the attention of an active block did not come here."""
@@ -335,6 +341,25 @@ class BlockCall:
             total,
             carried,
         )
+
+
+def _trimmed(plan: MergePlan) -> MergePlan:
+    """The plan with as many rows as the fullest image, where that may be asked.
+
+    Raises:
+        RuntimeError: this is being exported, or captured as a CUDA graph.
+    """
+    fixed = None
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        fixed = "an exported program"
+    elif plan.assign.is_cuda and torch.cuda.is_current_stream_capturing():
+        fixed = "a CUDA graph"
+    if fixed is not None:
+        raise RuntimeError(
+            f"threshold: how many tokens are left depends on the pictures, and {fixed} is of one "
+            "number; expected r or keep_rate"
+        )
+    return plan.trimmed()
 
 
 def attention_name(reason: str | None) -> str:

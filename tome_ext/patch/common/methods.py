@@ -85,7 +85,9 @@ class Given(NamedTuple):
             add it together with the MLP's.
         scale: (C,), by which that was multiplied; None if it was not.
         size: (B, M) float32, how many original tokens each stands for; None if all are 1.
-        shown: (B, M) float32, 0 for tokens that a mask hides; None if it hides none.
+        shown: (B, M) float32, 0 for tokens that a mask hides, and for rows that an image with
+            fewer tokens than others does not fill; None if there are none.
+        threshold: the similarity from which on tokens merge, in addition to the amount.
     """
 
     x: Tensor | None
@@ -93,6 +95,7 @@ class Given(NamedTuple):
     scale: Tensor | None
     size: Tensor | None
     shown: Tensor | None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,18 @@ class Method:
         Raises:
             ValueError: one is too small; the message says why.
         """
+
+    def check_threshold(self) -> None:
+        """Refuse that tokens merge from a similarity on.
+
+        Raises:
+            ValueError: the method does not go by similarity, or nothing would hide the rows that
+                images with fewer tokens than others have to spare.
+        """
+        raise ValueError(
+            "threshold: expected method='tome' or 'guided', which merge what is similar, got "
+            f"{self.name!r}"
+        )
 
     def kept(self, num_patches: int, r: int, keep_rate: float | None) -> int:
         """How many patch tokens of a layer are left, a fused one not counted.
@@ -240,6 +255,13 @@ class ToMe(Method):
                 f"layer's tokens, got {least!r} in layer {rates.index(least)}"
             )
 
+    def check_threshold(self) -> None:
+        if not self.prop_attn:
+            raise ValueError(
+                "threshold: expected prop_attn=True with it, since it is by their sizes that "
+                "attention passes over rows that an image does not fill, got False"
+            )
+
     def kept(self, num_patches: int, r: int, keep_rate: float | None) -> int:
         return max(super().kept(num_patches, r, keep_rate), (num_patches + 1) // 2)
 
@@ -253,7 +275,7 @@ class ToMe(Method):
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         assert ranks.metric is not None
-        return match(ranks.metric, amount, prefix, weight=given.shown)
+        return match(ranks.metric, amount, prefix, weight=given.shown, threshold=given.threshold)
 
     def sizes(self, size: Tensor) -> Tensor | None:
         return size
@@ -289,14 +311,17 @@ class Guided(ToMe):
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         assert given.x is not None
-        scores = ranks.scores
+        scores = None if ranks.scores is None else ranks.scores.to(torch.float32)
+        if scores is not None and given.threshold is not None:
+            scores = _over_mean(scores, prefix, given.shown)
         return match(
             _detached(given.x),
             amount,
             prefix,
             weight=given.shown,
             size=given.size,
-            importance=None if scores is None else scores.to(torch.float32) ** IMPORTANCE_POWER,
+            importance=None if scores is None else scores**IMPORTANCE_POWER,
+            threshold=given.threshold,
         )
 
 
@@ -350,6 +375,15 @@ class EViT(Method):
                 weights = _normalized(weights, plan)
             return plan.merge(x * weights.unsqueeze(-1), reduce="sum")[0].to(x.dtype), None
         return plan.merge(x, weights, "mean" if self.normalize_fused else "sum")[0], None
+
+
+def _over_mean(scores: Tensor, prefix: int, shown: Tensor | None) -> Tensor:
+    """Scores (B, M) over the mean of those of patch tokens that are shown, which have 0 if not."""
+    patches = scores[:, prefix:]
+    if shown is None:
+        return scores / patches.mean(1, keepdim=True)
+    count = (shown[:, prefix:] != 0).sum(1, keepdim=True)
+    return scores / (patches.sum(1, keepdim=True) / count.clamp_min(1))
 
 
 def _detached(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ...schedule import KeepRate, Schedule
+from ...schedule import KeepRate, Schedule, Threshold
 from .block import TomeBlock
 from .class_swap import Swapped, has_own_forward, is_outermost, restore, swap
 from .methods import MethodName
@@ -72,20 +72,33 @@ class PatchedModel(Swapped):
 
     @r.setter
     def r(self, r: Schedule) -> None:
-        change_settings(self._tome, r=r, keep_rate=None)
+        change_settings(self._tome, r=r, keep_rate=None, threshold=None)
 
     @property
     def keep_rate(self) -> KeepRate | None:
-        """Share of patch tokens that layers keep, a float or a list; None if ``r`` counts them.
+        """Share of patch tokens that layers keep, a float or a list; None if that is not given.
 
-        Setting it takes effect with the next forward and puts ``r`` aside, as setting ``r`` does
-        with it; see :func:`tome_ext.schedule.parse_keep_rate`.
+        Setting it takes effect with the next forward and puts ``r`` and ``threshold`` aside, as
+        setting these does with it; see :func:`tome_ext.schedule.parse_keep_rate`.
         """
         return self._tome.rules.settings.keep_rate
 
     @keep_rate.setter
     def keep_rate(self, keep_rate: KeepRate | None) -> None:
-        change_settings(self._tome, r=0, keep_rate=keep_rate)
+        change_settings(self._tome, r=0, keep_rate=keep_rate, threshold=None)
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """Similarity from which on tokens merge, a float or a list; None if that is not given.
+
+        Setting it takes effect with the next forward and puts ``r`` and ``keep_rate`` aside; see
+        :func:`tome_ext.schedule.parse_threshold`.
+        """
+        return self._tome.rules.settings.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: Threshold | None) -> None:
+        change_settings(self._tome, r=0, keep_rate=None, threshold=threshold)
 
     @property
     def method(self) -> MethodName:
@@ -99,7 +112,7 @@ class PatchedModel(Swapped):
         ``model.tome.size`` are their sizes, and ``model.tome.unmerge(features)`` spreads features
         (B, M, C) over the original tokens (B, N, C); ``model.tome.plan`` is the plan that does so.
         Sizes and plan are None if nothing merged; the sizes are None for the methods that prune,
-        too.
+        too. With a threshold, rows of size 0 are those that an image does not fill.
         """
         return self._tome.current
 
@@ -112,12 +125,12 @@ class PatchedModel(Swapped):
             what = trail.attention_of(layer, block._tome_attention_kind())
             first = spans.pop()[0] if spans and spans[-1][2] == what else layer
             spans.append((first, layer, what))
-        rate = self.keep_rate
-        amount = {"r": str(self.r)} if rate is None else {"keep rate": str(rate)}
+        amounts = {"keep rate": self.keep_rate, "threshold": self.threshold}
+        amount = {name: str(given) for name, given in amounts.items() if given is not None}
         return {
             "model": f"{self._tome_base.__name__}, {len(rules.layers)} blocks",
             "method": rules.method.name,
-            **amount,
+            **(amount or {"r": str(self.r)}),
             "proportional attention": "on" if rules.method.proportional else "off",
             "attention": "; ".join(f"{_name(first, last)}: {what}" for first, last, what in spans),
         }
@@ -248,7 +261,7 @@ def patch_model(
 
 def _check_names(module: nn.Module) -> None:
     """Refuse a module that has something of its own by a name that a patched model needs."""
-    for name in ("r", "keep_rate", "method", "tome"):
+    for name in ("r", "keep_rate", "threshold", "method", "tome"):
         if hasattr(module, name):
             raise ValueError(
                 f"model: expected a module without {name!r}, which a patched model has, got "

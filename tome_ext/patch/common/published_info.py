@@ -67,7 +67,7 @@ class PublishedInfo(MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "r":
-            change_settings(self._trail, r=value, keep_rate=None)
+            change_settings(self._trail, r=value, keep_rate=None, threshold=None)
         elif key == "trace_source":
             check_bool(value, "_tome_info['trace_source']")
             change_settings(self._trail, trace_source=value)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..._checks import INT32_MAX
-from ...schedule import KeepRate, Schedule, parse_keep_rate, parse_r
+from ...schedule import (
+    KeepRate,
+    Schedule,
+    Threshold,
+    parse_keep_rate,
+    parse_r,
+    parse_threshold,
+)
 from .methods import Method, ToMe
 from .refusals import check_bool
 
@@ -15,7 +22,7 @@ __all__ = ["LayerRule", "Rules", "Settings", "make_rules"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a patch, which explains them; ``r`` or ``keep_rate`` as they were given.
+    """The arguments of a patch, which explains them; the amounts as they were given.
 
     Attributes:
         for_tokens: how many tokens ``r`` was found for, if it was; see :class:`tome_ext.Setting`.
@@ -27,6 +34,7 @@ class Settings:
     method: Method = field(default_factory=ToMe)
     r: Schedule = 0
     keep_rate: KeepRate | None = None
+    threshold: Threshold | None = None
     trace_source: bool = False
     restore_tokens: bool = False
     inference: bool = False
@@ -38,17 +46,19 @@ class Settings:
 
 
 class LayerRule(NamedTuple):
-    """What one layer does: remove ``r`` tokens, or keep a share of its patch tokens.
+    """What one layer does: remove ``r`` tokens, keep a share of them, or merge similar ones.
 
     Attributes:
         reduces: whether it reduces tokens, if it has enough of them.
-        r: tokens to remove, if ``rate`` is None.
+        r: tokens to remove, if the others are None.
         rate: share of patch tokens to keep.
+        threshold: similarity from which on tokens merge.
     """
 
     reduces: bool
     r: int
-    rate: float | None
+    rate: float | None = None
+    threshold: float | None = None
 
 
 class Rules(NamedTuple):
@@ -73,12 +83,13 @@ class Rules(NamedTuple):
     def truncated(self, num_layers: int) -> Rules:
         """For a model that dropped its last layers: those that stay keep their numbers."""
         layers = self.layers[:num_layers]
-        by_rate = self.settings.keep_rate is not None
-        settings = replace(
-            self.settings,
-            r=0 if by_rate else [rule.r for rule in layers],
-            keep_rate=[rule.rate or 1.0 for rule in layers] if by_rate else None,
-        )
+        settings = self.settings
+        if settings.keep_rate is not None:
+            settings = replace(settings, keep_rate=[rule.rate or 1.0 for rule in layers])
+        elif settings.threshold is not None:
+            settings = replace(settings, threshold=[rule.threshold for rule in layers])
+        else:
+            settings = replace(settings, r=[rule.r for rule in layers])
         return _rules(settings, self.num_prefix_tokens, layers)
 
 
@@ -86,28 +97,34 @@ def make_rules(settings: Settings, num_layers: int, num_prefix_tokens: int) -> R
     """Spell out settings.
 
     Raises:
-        ValueError: one is wrong, or both ``r`` and ``keep_rate`` are given.
+        ValueError: one is wrong, or more than one of ``r``, ``keep_rate`` and ``threshold`` is
+            given.
     """
     schedule = parse_r(num_layers, settings.r)
-    if settings.keep_rate is None:
-        # More tokens than there can be are as many as an operator takes, which cuts them.
-        layers = tuple(LayerRule(r > 0, min(r, INT32_MAX), None) for r in schedule)
-    else:
-        if any(schedule):
-            raise ValueError(
-                f"expected r or keep_rate, got r={settings.r!r}, keep_rate={settings.keep_rate!r}"
-            )
+    amounts = {
+        "r": settings.r if any(schedule) else None,
+        "keep_rate": settings.keep_rate,
+        "threshold": settings.threshold,
+    }
+    given = [f"{name}={value!r}" for name, value in amounts.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"expected one of r, keep_rate and threshold, got {', '.join(given)}")
+    if settings.keep_rate is not None:
         rates = parse_keep_rate(num_layers, settings.keep_rate)
         settings.method.check_rates(rates)
         layers = tuple(LayerRule(rate < 1, 0, rate) for rate in rates)
+    elif settings.threshold is not None:
+        settings.method.check_threshold()
+        thresholds = parse_threshold(num_layers, settings.threshold)
+        layers = tuple(LayerRule(least is not None, 0, None, least) for least in thresholds)
+    else:
+        # More tokens than there can be are as many as an operator takes, which cuts them.
+        layers = tuple(LayerRule(r > 0, min(r, INT32_MAX)) for r in schedule)
     # Lists are the caller's, who may change them.
-    own = replace(
-        settings,
-        r=list(settings.r) if isinstance(settings.r, list) else settings.r,
-        keep_rate=list(settings.keep_rate)
-        if isinstance(settings.keep_rate, list)
-        else settings.keep_rate,
-    )
+    lists: dict[str, Any] = {
+        name: list(value) for name, value in vars(settings).items() if isinstance(value, list)
+    }
+    own = replace(settings, **lists)
     return _rules(own, num_prefix_tokens, layers)
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...attention import log_size_bias
-from ..common.attention_seam import weighted_mean
 from ..common.patched_model import PatchedModel
-from .timm_parts import as_maps, pruned, spread_intermediates
+from .timm_parts import as_maps, asks_sizes, pooled, pruned, spread_intermediates
 
 __all__ = ["TimmNaFlexModel"]
 
@@ -57,8 +56,7 @@ class TimmNaFlexModel(PatchedModel):
         self: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None
     ) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        counts = self.attn_pool is not None or kind in ("avg", "avgmax")
-        size = self._tome.size_of(x) if counts else None
+        size = self._tome.size_of(x) if asks_sizes(self, kind) else None
         if size is None:
             return super()._pool(x, pool_type, patch_valid)  # type: ignore[misc]
         valid = None if patch_valid is None else self._tome_shown(patch_valid)
@@ -72,12 +70,7 @@ class TimmNaFlexModel(PatchedModel):
                 size = None if valid is None else valid.to(torch.float32)
             mask = None if size is None else log_size_bias(size, x.dtype)
             return self.attn_pool(x, attn_mask=mask)
-        mean = weighted_mean(x, size)
-        if kind == "avg":
-            return mean
-        if valid is not None:
-            x = x.masked_fill(~valid.unsqueeze(-1), torch.finfo(x.dtype).min)
-        return 0.5 * (x.amax(1) + mean)
+        return pooled(x, size, kind)
 
     def forward_intermediates(
         self: Any,

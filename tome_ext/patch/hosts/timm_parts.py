@@ -30,10 +30,12 @@ __all__ = [
     "TimmParallelThingsBlock",
     "TimmPostBlock",
     "as_maps",
+    "asks_sizes",
     "attended",
     "dropout_of",
     "head_dim_of",
     "packed_qkv",
+    "pooled",
     "pruned",
     "spread_intermediates",
     "unpacked",
@@ -254,8 +256,7 @@ class TimmModel(PatchedModel):
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        counts = self.attn_pool is not None or kind in ("avg", "avgmax")
-        size = self._tome.size_of(x) if counts else None
+        size = self._tome.size_of(x) if asks_sizes(self, kind) else None
         if size is None:
             return super().pool(x, pool_type)  # type: ignore[misc]
         # Eva has no such setting: its attention pool takes the prefix, its averages do not.
@@ -265,8 +266,7 @@ class TimmModel(PatchedModel):
         if self.attn_pool is not None:
             counted = self._tome.rules.method.proportional
             return self.attn_pool(x, attn_mask=log_size_bias(size, x.dtype) if counted else None)
-        mean = weighted_mean(x, size)
-        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+        return pooled(x, size, kind)
 
     def forward_intermediates(
         self: Any,
@@ -315,6 +315,23 @@ class TimmModel(PatchedModel):
     def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the layers that stay keep the number of tokens they remove."""
         return pruned(self, super().prune_intermediate_layers(*args, **kwargs))  # type: ignore[misc]
+
+
+def asks_sizes(model: Any, kind: str) -> bool:
+    """Whether a pool of that kind, or the model's attention pool, is another by the sizes."""
+    # A maximum has to know of rows that are no tokens.
+    by_kind = kind in ("avg", "avgmax")
+    padded = kind == "max" and model._tome.rules.settings.threshold is not None
+    return model.attn_pool is not None or by_kind or padded
+
+
+def pooled(x: Tensor, size: Tensor, kind: str) -> Tensor:
+    """Tokens (B, M, C) by "avg", "avgmax" or "max"; rows of size (B, M) 0 are none."""
+    if kind == "avg":
+        return weighted_mean(x, size)
+    none = (size == 0).unsqueeze(2)
+    highest = x.masked_fill(none, torch.finfo(x.dtype).min).amax(1)
+    return highest if kind == "max" else 0.5 * (highest + weighted_mean(x, size))
 
 
 def pruned(model: Any, kept: list[int]) -> list[int]:
