@@ -88,7 +88,7 @@ tiles::Tiles tiles_of(const tome::MatchParams& p) {
     return tiles::choose(
         p.batch, p.heads, sets.num_a, sets.num_b, p.dim, bytes_of(p.dtype),
         {tome_emulation::options().multiprocessors, tome_emulation::options().shared_limit},
-        p.weight != nullptr || p.targets != nullptr || p.has_threshold());
+        p.weight != nullptr || p.targets != nullptr || tome::has_threshold(p));
 }
 
 // In a workspace of exactly the size asked for, full of what another kernel may have left.

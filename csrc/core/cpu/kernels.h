@@ -118,6 +118,10 @@ TOME_ALSO_ON_DEVICE constexpr T merge_cost(T similarity, float size_a, float siz
     return cost > 0 ? cost < kMost ? cost : kMost : T(0);  // NaN, too, is 0
 }
 
+TOME_ALSO_ON_DEVICE constexpr bool has_threshold(const MatchParams& p) {
+    return p.threshold <= 1.7976931348623157e308;
+}
+
 // What a pair ranks by, as merge_cost or similarity, if it is just at MatchParams::threshold.
 template <class T>
 TOME_ALSO_ON_DEVICE constexpr T rank_at_threshold(const MatchParams& p) {

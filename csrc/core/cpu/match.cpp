@@ -81,12 +81,12 @@ void match_sets(const MatchParams& p, const TokenSet& a, const TokenSet& b, bool
     const Scratch<int32_t> nearest(a.count);
     const Scratch<T> similarity(a.count);
     const Scratch<Candidate<T>> candidates(a.count);
-    if (looks && a.count > 0 && (r > 0 || p.has_threshold())) {
+    if (looks && a.count > 0 && (r > 0 || has_threshold(p))) {
         active_kernels().nearest(p, a, b, image, threads, nearest.get(), similarity.get());
         if (ranks_by_cost(p)) {
             rank_by_cost(p, a, b, image, nearest.get(), similarity.get());
         }
-        if (p.has_threshold()) {
+        if (has_threshold(p)) {
             const int64_t most = most_r(a.count, b.count, p.targets != nullptr);
             r = std::max(r, std::min(most, count_near(p, similarity.get(), a.count)));
         }

@@ -17,7 +17,7 @@ using Packed = unsigned long long;  // what 64-bit atomics take
 // Whether the sets are not simply every second token, or images merge different numbers of them;
 // there are kernels for both of these.
 inline bool needs_listed_rows(const MatchParams& p) {
-    return p.weight != nullptr || p.targets != nullptr || p.has_threshold();
+    return p.weight != nullptr || p.targets != nullptr || has_threshold(p);
 }
 
 struct MatchArgs {

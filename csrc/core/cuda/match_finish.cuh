@@ -421,7 +421,7 @@ __device__ __forceinline__ void finish_listed_image(const MatchArgs& m, int64_t 
         }
     }
     __syncthreads();
-    if (m.p.has_threshold()) {
+    if (has_threshold(m.p)) {
         const Packed least = score_at_threshold<T>(m);
         int mine = 0, near = 0;
         for (int64_t i = thread; i < num_a; i += kThreads) mine += score_of<T>(best[i]) >= least;

@@ -43,8 +43,6 @@ struct MatchParams {
     const float* size = nullptr;        // (batch, tokens), not negative, or null: all are 1
     const float* importance = nullptr;  // (batch, tokens), not negative, or null: all are 1
     double threshold = std::numeric_limits<double>::infinity();  // no pair is so similar
-
-    constexpr bool has_threshold() const { return threshold <= std::numeric_limits<double>::max(); }
 };
 
 // How many tokens a match really removes: r cut to half the tokens behind the prefix, at least 0.
@@ -63,7 +61,9 @@ constexpr int64_t cut_r(const MatchParams& p) {
 
 // Whether any image may have a plan that is not the identity.
 constexpr bool may_merge(MatchParams p) {
-    if (p.has_threshold()) p.r = std::numeric_limits<int64_t>::max();
+    if (p.threshold < std::numeric_limits<double>::infinity()) {
+        p.r = std::numeric_limits<int64_t>::max();
+    }
     return cut_r(p) > 0;
 }
 
