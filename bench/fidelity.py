@@ -13,6 +13,7 @@ stands what a sceptic asks for: a smaller picture, merging at random, leaving ou
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -38,6 +39,12 @@ R_VALUES = (4, 8, 12, 16)
 TUNED: tuple[tuple[MethodName, int], ...] = (
     ("tome", 12), ("guided", 8), ("guided", 12), ("guided", 16),
 )  # fmt: skip
+# From which similarity on a method merges.
+THRESHOLDS: dict[MethodName, tuple[float, ...]] = {
+    "tome": (0.95, 0.9, 0.85, 0.8),
+    "guided": (0.95, 0.9, 0.85, 0.8, 0.75),
+}
+BATCHES = (1, 4, 16)  # whose images share the number of rows of the fullest
 SIDES = (208, 192, 176, 160)  # of smaller pictures, pixels
 RIDGES = np.logspace(-4, 2, 25)
 NAMES = {
@@ -46,6 +53,8 @@ NAMES = {
     "guided": "guided",
     "tuned tome": "ToMe, tuned",
     "tuned guided": "guided, tuned",
+    "near tome": "ToMe, by threshold",
+    "near guided": "guided, by threshold",
     "evit": "EViT",
     "topk": "Top-K",
     "small": "a smaller picture",
@@ -57,12 +66,15 @@ COLORS = {
     "guided": "#6a4c93",
     "tuned tome": "#7d1128",
     "tuned guided": "#3b1f5c",
+    "near tome": "#d1495b",
+    "near guided": "#6a4c93",
     "evit": "#2e86ab",
     "topk": "#e8a33d",
     "small": "#3f7d20",
     "random": "#8a8a8a",
     "sliced": "#bdbdbd",
 }
+MARKS = {"tuned": ("-", "*", 11), "near": ("--", "D", 4)}  # line, marker and its size
 INK, FAINT = "#222222", "#666666"
 
 
@@ -97,12 +109,14 @@ class Contender:
         amount: how far it goes, in words.
         make: the model of it, of a copy that shares the weights.
         side: of the pictures it takes.
+        threshold: whether pictures have numbers of tokens of their own.
     """
 
     kind: str
     amount: str
     make: Callable[[Any], Any]
     side: int = SIDE
+    threshold: bool = False
 
 
 def contenders(tuned: list[dict[str, Any]]) -> list[Contender]:
@@ -116,6 +130,10 @@ def contenders(tuned: list[dict[str, Any]]) -> list[Contender]:
         cut = Reduction("tome", r=r)
         found.append(Contender("random", amount, lambda m, r=r: patch_by(RandomMerging, m, r)))
         found.append(Contender("sliced", amount, lambda m, cut=cut: sliced(m, cut)))
+    for near, values in THRESHOLDS.items():
+        for value in values:
+            make = Reduction(near, threshold=value).patch
+            found.append(Contender(f"near {near}", f"threshold = {value}", make, threshold=True))
     rate = Reduction("evit", keep_rate=0.7)
     found.append(Contender("evit", "keep rate 0.7", rate.patch))
     for side in SIDES:
@@ -239,7 +257,7 @@ def measure(options: argparse.Namespace) -> None:
         found = json.loads(options.json.read_text())
         if result.items() <= found.items():
             before = found
-    result["tuned"] = before["tuned"]
+    result["tuned"], result["padding"] = before["tuned"], before.get("padding", [])
     if options.tune:
         there = {(setting["method"], setting["as_r"]): setting for setting in before["tuned"]}
         result["tuned"] = [
@@ -263,14 +281,24 @@ def measure(options: argparse.Namespace) -> None:
         if contender.side != SIDE:
             x = {name: p.tensor(~p.chooses, contender.side) for name, p in sets.items()}
         one = next(iter(x.values()))[:1].to(device)
-        found = {name: embed(made, part, options.batch_size, device) for name, part in x.items()}
+        found: dict[str, np.ndarray] = {}
+
+        def run(batch_size: int) -> None:
+            for name, part in x.items():
+                found[name] = embed(made, part, batch_size, device)
+
+        if contender.threshold:  # each picture has operations of its own
+            flops = count_flops(lambda: run(1)) / sum(len(part) for part in x.values())
+        else:
+            run(options.batch_size)
+            flops = count_flops(lambda: made(one))
         far = {name: deviations(found[name], plain[name]) for name in sets}
         far["all"] = np.concatenate(list(far.values()))
         return {
             "kind": contender.kind,
             "name": NAMES[contender.kind],
             "amount": contender.amount,
-            "gflops": count_flops(lambda: made(one)) / 1e9,
+            "gflops": flops / 1e9,
             "deviation": {name: deviation_figures(d) for name, d in far.items()},
             "answers": {name: judge.figures(found[name]) for name, judge in answers.items()},
         }
@@ -283,7 +311,12 @@ def measure(options: argparse.Namespace) -> None:
         show(row)
         write(options.json, result)
     if options.speed:
-        measure_speed(model, every, result["rows"], options, device)
+        shown = torch.cat(list(report.values()))
+        shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
+        measure_speed(model, every, result["rows"], shown, options, device)
+        result["padding"] = result["padding"] or measure_padding(
+            model, every, shown, options, device
+        )
     write(options.json, result)
 
 
@@ -318,6 +351,7 @@ def measure_speed(
     model: Any,
     every: list[Contender],
     rows: list[dict[str, Any]],
+    pictures: Tensor,
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
@@ -326,14 +360,61 @@ def measure_speed(
     x = torch.randn(*shape, SIDE, SIDE, device=device)
     runs: dict[str, Callable[[], object]] = {"plain": lambda: model(x)}
     for i, contender in enumerate(every):
-        if contender.kind not in ("random", "sliced") and "speed" not in rows[i]:
+        if contender.kind == "none":
+            rows[i]["speed"] = 1.0
+        elif contender.kind not in ("random", "sliced") and "speed" not in rows[i]:
             made = contender.make(share_weights(model))
             y = torch.randn(*shape, contender.side, contender.side, device=device)
             runs[str(i)] = lambda made=made, y=y: made(y)
+            if contender.threshold:
+                runs[str(i)] = in_turn(made, pictures, options.batch_size, device)
     times = interleave(runs, options.speed, device, warm_up=1, fewest=5)
     for name in runs:
         if name != "plain":
             rows[int(name)]["speed"] = ratio(times, "plain", name)
+
+
+def in_turn(
+    model: Any, pictures: Tensor, batch_size: int, device: torch.device
+) -> Callable[[], object]:
+    """Runs the model on the first batch of pictures, then on the second, and so on without end."""
+    whole = len(pictures) // batch_size * batch_size
+    batches = itertools.cycle(pictures[:whole].to(device).split(batch_size))
+    return lambda: model(next(batches))
+
+
+def measure_padding(
+    model: Any,
+    every: list[Contender],
+    pictures: Tensor,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """What a batch leaves of the speed of thresholds: its images have as many rows as the fullest.
+
+    In each round all get the same pictures; speeds are over the unmerged model with that batch
+    size.
+    """
+    made = {(each.kind, each.amount): each for each in every if each.threshold}
+    made |= {(each.kind, each.amount): each for each in every if each.kind == "tome"}
+    rows = []
+    for batch_size in BATCHES:
+        runs = {"plain": in_turn(model, pictures, batch_size, device)}
+        for i, contender in enumerate(made.values()):
+            fast = contender.make(share_weights(model))
+            runs[str(i)] = in_turn(fast, pictures, batch_size, device)
+        times = interleave(runs, options.speed / len(BATCHES), device, warm_up=1, fewest=5)
+        rows += [
+            {
+                "batch": batch_size,
+                "kind": kind,
+                "name": NAMES[kind],
+                "amount": amount,
+                "speed": sum(times["plain"]) / sum(times[str(i)]),
+            }
+            for i, (kind, amount) in enumerate(made)
+        ]
+    return rows
 
 
 def show(row: dict[str, Any]) -> None:
@@ -362,11 +443,11 @@ def draw(result: dict[str, Any]) -> Any:
             rows = [row for row in result["rows"] if row["kind"] == kind]
             line = [row for row in rows if not row["amount"].startswith("keep")]
             at = [row["gflops"] / whole for row in line]
+            style, marker, size = MARKS.get(kind.partition(" ")[0], ("-", "o", 4))
             axes.plot(
                 at, [row["deviation"]["all"][key] for row in line],
-                color=color, linewidth=1.8, linestyle="-" if len(line) > 1 else "",
-                marker="*" if kind.startswith("tuned") else "o",
-                markersize=11 if kind.startswith("tuned") else 4,
+                color=color, linewidth=1.8, linestyle=style if len(line) > 1 else "",
+                marker=marker, markersize=size,
                 label=NAMES[kind],
             )  # fmt: skip
             for row in line if kind in ("tome", "small") else ():

@@ -313,7 +313,8 @@ def fidelity_line(result: dict[str, Any]) -> str:
 
 
 FIDELITY_ORDER = (
-    "tome", "tuned tome", "guided", "tuned guided", "topk", "evit", "small", "random", "sliced",
+    "tome", "near tome", "tuned tome", "guided", "near guided", "tuned guided", "topk", "evit",
+    "small", "random", "sliced",
 )  # fmt: skip
 
 
@@ -342,7 +343,9 @@ def fidelity_short_table(result: dict[str, Any]) -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     whole = result["rows"][0]["gflops"]
-    shown = ("tome", "tuned tome", "guided", "tuned guided", "topk", "small")
+    shown = (
+        "tome", "near tome", "tuned tome", "guided", "near guided", "tuned guided", "topk", "small",
+    )  # fmt: skip
     rows = [row for row in result["rows"] if row["kind"] in shown and row["gflops"] < 0.8 * whole]
     for row in by_cost(rows, whole):
         lines.append(f"| {' | '.join(fidelity_cells(row, whole, ('mean', 'median', 'p95')))} |")
@@ -370,6 +373,27 @@ def fidelity_table(result: dict[str, Any]) -> str:
         for way, kind in answers:
             found = row["answers"][kind][way]
             cells.append(f"{found['accuracy']:.3f} ± {found['error']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def padding_table(result: dict[str, Any]) -> str:
+    """Speed by batch size, of numbers of tokens that are all alike and that are not."""
+    rows = result["padding"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    speeds = {(row["kind"], row["amount"], row["batch"]): row["speed"] for row in rows}
+    whole = result["rows"][0]["gflops"]
+    lines = [
+        f"Over the unmerged model; {machine_line(result, 'all taking turns on the same pictures')}",
+        "",
+        f"| operations | method | setting | {' | '.join(f'B = {batch}' for batch in batches)} |",
+        f"| ---: | --- | --- |{' ---: |' * len(batches)}",
+    ]
+    measured = {(kind, amount) for kind, amount, _ in speeds}
+    shown = [row for row in result["rows"] if (row["kind"], row["amount"]) in measured]
+    for row in by_cost(shown, whole):
+        found = [f"{speeds[row['kind'], row['amount'], batch]:.2f}x" for batch in batches]
+        cells = [f"{row['gflops'] / whole:.2f}", row["name"], row["amount"], *found]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -404,6 +428,7 @@ TABLES = [
     ("README.md", "short_gpu", "gpu_h100.json", gpu_short_table),
     ("README.md", "fidelity_short", "fidelity.json", fidelity_short_table),
     ("docs/fidelity.md", "fidelity", "fidelity.json", fidelity_table),
+    ("docs/fidelity.md", "padding", "fidelity.json", padding_table),
     ("docs/fidelity.md", "choices", "fidelity_choices.json", choices_table),
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),

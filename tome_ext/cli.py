@@ -127,7 +127,7 @@ def add_eval(commands: Any) -> None:
         "eval",
         help="measure the accuracy of a ViT on a folder of pictures, with and without merging",
         description="Measure top-1 and top-5 accuracy of a Vision Transformer on a folder of "
-        "pictures, FOLDER/CLASS/PICTURE, without a patch and for every r. Prints the paper's "
+        "pictures, FOLDER/CLASS/PICTURE, without a patch and for every amount. Prints the paper's "
         "numbers beside it where it has them. Runs under torchrun too. Needs: pip install "
         "'tome_ext[eval]'",
     )
@@ -285,9 +285,9 @@ def add_reductions(command: Any, thresholds: bool = False) -> None:
     if thresholds:
         amount.add_argument(
             "--threshold", type=similarities, metavar="SIMILARITY,...",
-            help="instead of --r: the cosine similarity from which on tokens merge, of tome and "
-            "guided, a run for each number; images of a batch with fewer tokens than others are "
-            "padded, so smaller batches gain more",
+            help="instead of --r, with --method tome or guided: the cosine similarity from which "
+            "on tokens merge, a run for each number; images of a batch with fewer tokens than "
+            "others are padded, so smaller batches gain more",
         )  # fmt: skip
 
 

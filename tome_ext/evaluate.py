@@ -384,13 +384,14 @@ def table(rows: list[Row]) -> str:
     """The rows as text, with a column for the paper if it has any of them."""
     with_paper = any(row.paper is not None for row in rows)
     amounts = {row.reduction.amount_name for row in rows if row.method is not None}
+    width = max(9, *(len(row.name) for row in rows))
     lines = [
-        f"{amounts.pop() if amounts else 'r':>9}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
+        f"{amounts.pop() if amounts else 'r':>{width}}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
         f"  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
     ]
     for row in rows:
         line = (
-            f"{row.name:>9}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
+            f"{row.name:>{width}}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
             f"  {row.images_per_second:>8.1f}"
             f"  {row.images_per_second / rows[0].images_per_second:>7.2f}x"
         )

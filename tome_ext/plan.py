@@ -282,8 +282,8 @@ def match(
         size: (B, N) float32, how many original tokens each one stands for; None means 1 each.
         importance: (B, N) float32, not negative, what a change of each token counts, such as the
             class token's attention; None means 1 each. A cost that is not a number counts as 0.
-        threshold: the cosine similarity from which on pairs merge, in addition to r; None means
-            that r alone says how many.
+        threshold: the cosine similarity from which on pairs merge, in addition to r; above 1 none
+            does, and None means that r alone says how many.
 
     Returns:
         A plan with N - r output rows: prefix tokens, the visible A tokens that stay ascending, the

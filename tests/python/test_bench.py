@@ -241,6 +241,8 @@ def test_ceiling_without_r_is_the_model() -> None:
     model, x = tiny(), images()
     other = _contenders.share_weights(model)
     assert torch.equal(_contenders.sliced(other, Reduction())(x), model(x))
+    with pytest.raises(ValueError, match=r"expected r or keep_rate, .* got threshold = 0\.9"):
+        _contenders.sliced(other, Reduction(threshold=0.9))
     assert all(a is b for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -84,17 +85,46 @@ def test_padding_and_thresholds_hide_each_other_not() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_masks_of_pairs_leave_no_nan(causal: bool) -> None:
+@pytest.mark.parametrize("method", ["tome", "guided"])
+def test_masks_of_pairs_leave_no_nan(method: Any, causal: bool) -> None:
     model, x = tiny().double(), images(4, dtype=torch.float64)
     pairs = torch.randn(1, 4, 65, 65, generator=torch.Generator().manual_seed(0)).double()
     options: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": pairs}
-    tome_ext.patch.timm(model, threshold=0.7)
+    tome_ext.patch.timm(model, method=method, threshold=0.7)
     together = model(x, **options)
     assert len(set(kept(model))) > 1
     assert together.isfinite().all()
     for image in range(4):
         alone = model(x[image : image + 1], **options)
         torch.testing.assert_close(alone, together[image : image + 1], rtol=0, atol=1e-10)
+
+
+def test_a_class_token_that_sees_no_patch_guides_nothing() -> None:
+    model, x = tiny(depth=1).double(), images(dtype=torch.float64)
+    sees = torch.ones(1, 1, 65, 65, dtype=torch.bool)
+    sees[..., 0, 1:] = False
+    tome_ext.patch.timm(model, method="guided", threshold=0.999)
+    model(x, attn_mask=sees)
+    assert kept(model) == [65, 65]
+    # With a number in its place, what is similar merges, and not what comes first.
+    model.r = 8
+    model(x, attn_mask=sees)
+    guided = model.tome.plan.assign
+    without = copy.deepcopy(model)
+    without._tome.rules = without._tome.rules._replace(
+        method=without._tome.rules.method.of_model(class_token=False)
+    )
+    without(x, attn_mask=sees)
+    assert torch.equal(without.tome.plan.assign, guided)
+
+
+def test_a_pool_goes_by_the_forward_that_its_tokens_come_from() -> None:
+    model, x = tiny(**VARIANTS["max"]).double(), images(6, dtype=torch.float64)
+    tome_ext.patch.timm(model, threshold=0.7)
+    tokens = model.forward_features(x)
+    expected = model.forward_head(tokens)
+    model.r = 4
+    assert torch.equal(model.forward_head(tokens), expected)
 
 
 def test_what_never_merges_and_what_always_does() -> None:
@@ -172,10 +202,13 @@ def test_an_export_is_refused() -> None:
 
 
 def test_a_compiled_model_breaks_its_graph_and_answers_right() -> None:
-    torch._dynamo.reset()
     model, x = tiny(depth=2).double(), images(3, dtype=torch.float64)
     tome_ext.patch.timm(model, threshold=0.7)
     expected = model(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="threshold: how many tokens are left depends on"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-12)
     other = images(3, seed=5, dtype=torch.float64)

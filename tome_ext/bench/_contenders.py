@@ -175,6 +175,11 @@ def sliced(model: Any, reduction: Reduction, own_attention: bool = True) -> Any:
     Nothing else changes, attention is the model's own; or, without ``own_attention``, the same
     projections around ``F.scaled_dot_product_attention``.
     """
+    if reduction.threshold is not None:
+        raise ValueError(
+            "reduction: expected r or keep_rate, by which all images keep as many tokens, got "
+            f"{reduction}"
+        )
     tower = find_tower(model)
     settings = Settings(make_method(reduction.method), reduction.r, reduction.keep_rate)
     rules = make_rules(settings, len(tower.blocks), tower.num_prefix_tokens)

@@ -125,7 +125,11 @@ TOME_ALSO_ON_DEVICE constexpr bool has_threshold(const MatchParams& p) {
 // What a pair ranks by, as merge_cost or similarity, if it is just at MatchParams::threshold.
 template <class T>
 TOME_ALSO_ON_DEVICE constexpr T rank_at_threshold(const MatchParams& p) {
-    const auto similarity = static_cast<T>(p.threshold);
+    // Far outside of what similarities and costs can be, and inside of what a float can.
+    const double most = 1e30;
+    const auto similarity = static_cast<T>(p.threshold < -most  ? -most
+                                           : p.threshold > most ? most
+                                                                : p.threshold);
     return ranks_by_cost(p) ? -(T(1) - similarity) / T(2) : similarity;
 }
 

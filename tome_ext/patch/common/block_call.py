@@ -359,6 +359,8 @@ def _trimmed(plan: MergePlan) -> MergePlan:
             f"threshold: how many tokens are left depends on the pictures, and {fixed} is of one "
             "number; expected r or keep_rate"
         )
+    if torch.compiler.is_dynamo_compiling():  # by name, as fullgraph=True makes an error of it
+        torch._dynamo.graph_break("threshold: how many tokens are left depends on the pictures")
     return plan.trimmed()
 
 

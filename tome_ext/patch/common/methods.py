@@ -304,7 +304,13 @@ class Guided(ToMe):
     def rank(self, of: AttentionInputs) -> Ranks:
         if not self.class_token:
             return Ranks(None, None)
-        return Method.rank(self, of)
+        ranks = Method.rank(self, of)
+        scores = ranks.scores
+        if of.mask is None or scores is None:
+            return ranks
+        # A mask may leave the class token nothing but itself to attend to: then nothing guides.
+        guides = scores[:, 1:].amax(1, keepdim=True) > 0
+        return Ranks(None, torch.where(guides, scores, 1.0))
 
     def of_model(self, class_token: bool) -> Method:
         return replace(self, class_token=class_token)
@@ -378,12 +384,17 @@ class EViT(Method):
 
 
 def _over_mean(scores: Tensor, prefix: int, shown: Tensor | None) -> Tensor:
-    """Scores (B, M) over the mean of those of patch tokens that are shown, which have 0 if not."""
+    """Scores (B, M) over the mean of those of patch tokens that are shown, which have 0 if not.
+
+    1 where the class token attends to none of them.
+    """
     patches = scores[:, prefix:]
+    total = patches.sum(1, keepdim=True)
     if shown is None:
-        return scores / patches.mean(1, keepdim=True)
-    count = (shown[:, prefix:] != 0).sum(1, keepdim=True)
-    return scores / (patches.sum(1, keepdim=True) / count.clamp_min(1))
+        mean = total / patches.shape[1]
+    else:
+        mean = total / (shown[:, prefix:] != 0).sum(1, keepdim=True).clamp_min(1)
+    return torch.where(mean > 0, scores / mean, 1.0)
 
 
 def _detached(x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class TimmNaFlexModel(PatchedModel):
         self: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None
     ) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        size = self._tome.size_of(x) if asks_sizes(self, kind) else None
+        size = self._tome.size_of(x) if asks_sizes(self, kind, x) else None
         if size is None:
             return super()._pool(x, pool_type, patch_valid)  # type: ignore[misc]
         valid = None if patch_valid is None else self._tome_shown(patch_valid)

@@ -18,7 +18,7 @@ from ..common.block_call import BlockCall
 from ..common.methods import Ranks
 from ..common.module_calls import applied
 from ..common.patched_model import PatchedModel
-from ..common.token_state import taken_layers
+from ..common.token_state import recorded, taken_layers
 from ..common.trail import AttentionKind, Trail, attention_kind
 
 __all__ = [
@@ -256,7 +256,7 @@ class TimmModel(PatchedModel):
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        size = self._tome.size_of(x) if asks_sizes(self, kind) else None
+        size = self._tome.size_of(x) if asks_sizes(self, kind, x) else None
         if size is None:
             return super().pool(x, pool_type)  # type: ignore[misc]
         # Eva has no such setting: its attention pool takes the prefix, its averages do not.
@@ -317,12 +317,16 @@ class TimmModel(PatchedModel):
         return pruned(self, super().prune_intermediate_layers(*args, **kwargs))  # type: ignore[misc]
 
 
-def asks_sizes(model: Any, kind: str) -> bool:
-    """Whether a pool of that kind, or the model's attention pool, is another by the sizes."""
+def asks_sizes(model: Any, kind: str, x: Tensor) -> bool:
+    """Whether a pool of x (B, M, C) of that kind, or by attention, is another by the sizes."""
+    if model.attn_pool is not None or kind in ("avg", "avgmax"):
+        return True
+    if kind != "max":
+        return False
     # A maximum has to know of rows that are no tokens.
-    by_kind = kind in ("avg", "avgmax")
-    padded = kind == "max" and model._tome.rules.settings.threshold is not None
-    return model.attn_pool is not None or by_kind or padded
+    tokens = None if torch.compiler.is_compiling() else recorded(x)
+    rules = model._tome.rules if tokens is None else tokens.rules
+    return rules.settings.threshold is not None
 
 
 def pooled(x: Tensor, size: Tensor, kind: str) -> Tensor:
