@@ -55,10 +55,7 @@ def parse_r(num_layers: int, r: Schedule) -> list[int]:
     if isinstance(r, tuple) and len(r) == 2:
         return _linear(num_layers, _count(r[0], "r"), r[1])
     if isinstance(r, list | tuple):
-        if len(r) > num_layers:
-            raise ValueError(
-                f"r: expected at most {num_layers} entries, one per layer, got {len(r)}"
-            )
+        _check_length(r, num_layers, "r")
         counts = [_count(value, f"r[{layer}]") for layer, value in enumerate(r)]
         return counts + [0] * (num_layers - len(counts))
     return [_count(r, "r")] * num_layers
@@ -84,11 +81,7 @@ def parse_keep_rate(num_layers: int, keep_rate: KeepRate) -> list[float]:
             model. The message says what came.
     """
     if isinstance(keep_rate, list | tuple):
-        if len(keep_rate) > num_layers:
-            raise ValueError(
-                f"keep_rate: expected at most {num_layers} entries, one per layer, "
-                f"got {len(keep_rate)}"
-            )
+        _check_length(keep_rate, num_layers, "keep_rate")
         rates = [_rate(value, f"keep_rate[{layer}]") for layer, value in enumerate(keep_rate)]
         return rates + [1.0] * (num_layers - len(rates))
     rate = _rate(keep_rate, "keep_rate")
@@ -114,17 +107,20 @@ def parse_threshold(num_layers: int, threshold: Threshold) -> list[float | None]
             model. The message says what came.
     """
     if isinstance(threshold, list | tuple):
-        if len(threshold) > num_layers:
-            raise ValueError(
-                f"threshold: expected at most {num_layers} entries, one per layer, "
-                f"got {len(threshold)}"
-            )
+        _check_length(threshold, num_layers, "threshold")
         found = [
             None if value is None else _similarity(value, f"threshold[{layer}]")
             for layer, value in enumerate(threshold)
         ]
         return found + [None] * (num_layers - len(found))
     return [_similarity(threshold, "threshold")] * num_layers
+
+
+def _check_length(values: Sequence[object], num_layers: int, name: str) -> None:
+    if len(values) > num_layers:
+        raise ValueError(
+            f"{name}: expected at most {num_layers} entries, one per layer, got {len(values)}"
+        )
 
 
 def _similarity(value: object, name: str) -> float:
