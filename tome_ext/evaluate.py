@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from . import _models
 from ._command import CommandError, Reduction, check_patch, find_device, one_line, patched
@@ -195,6 +195,16 @@ def told_in_a_line() -> Iterator[None]:
         raise CommandError(line.removeprefix(name)) from None
 
 
+def _unless_left_alone(kind: Any, error: BaseException, trace: Any) -> None:
+    """What a process that reads pictures prints of an error that nobody catches.
+
+    Nothing if it lost who it reads for: a thread of its own, which hands pictures over, prints a
+    traceback when that process is stopped in the midst of it.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
 class Share(Dataset[tuple[Any, int]]):
     """The pictures of one process, in a form that ``timm.data.create_loader`` takes.
 
@@ -243,6 +253,8 @@ class Share(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
+        if get_worker_info() is not None:
+            sys.excepthook = _unless_left_alone
         path, target = self.samples[index]
         try:
             with Image.open(path) as img:

@@ -185,6 +185,16 @@ def test_methods_and_keep_rates(work: Path, capsys: pytest.CaptureFixture[str]) 
         assert row["top1"] == pytest.approx(100 * right / 15)
 
 
+def test_readers_say_nothing_of_a_process_that_was_stopped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error in (ConnectionResetError(104, "reset by peer"), EOFError(), BrokenPipeError()):
+        evaluate._unless_left_alone(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    evaluate._unless_left_alone(ValueError, ValueError("wrong"), None)
+    assert "ValueError: wrong" in capsys.readouterr().err
+
+
 def test_thresholds(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file = work / "thresholds.json"
     options = ["--method", "tome,guided", "--threshold", "0.9,1", "--json", json_file]
