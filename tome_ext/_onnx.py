@@ -61,7 +61,7 @@ def match(
     scores = torch.where(sees_a.unsqueeze(2) & sees_b.unsqueeze(1), scores, float("-inf"))
     in_a, in_b = (_count(sees).unsqueeze(1) for sees in (sees_a, sees_b))
     most = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
-    merged = (most if targets is None else in_a).clamp_max(r)
+    merged = most.clamp_max(r)
     if targets is not None:
         # All targets hidden: what does not fit the rows merges into the first one, which stands.
         excess = r + in_a + in_b - num_a - b.shape[0]

@@ -266,7 +266,7 @@ def match(
         visible = (weight != 0) | is_prefix
     in_a, in_b = (visible.gather(1, of).sum(1, keepdim=True) for of in (a, b))
     limit = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
-    merged = (limit if targets is None else in_a).clamp_max(r)
+    merged = limit.clamp_max(r)
     if targets is not None:
         # All targets hidden: what does not fit the rows merges into the first one, which stands.
         excess = (r + in_a + in_b - a.shape[1] - b.shape[1] + 1).clamp_min(1)

@@ -44,14 +44,12 @@ def test_pools_pass_over_rows_that_an_image_does_not_fill(name: str) -> None:
         torch.testing.assert_close(alone, together[image : image + 1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_gradients_are_those_of_each_image_alone(folded: bool) -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_gradients_are_those_of_each_image_alone(train: bool) -> None:
     grads = []
     x = images(4, dtype=torch.float64)
     for parts in ([x], x.split(1)):
-        model = tome_ext.patch.timm(tiny().double(), threshold=0.7)
-        if folded:
-            model.train()
+        model = tome_ext.patch.timm(tiny().double().train(train), threshold=0.7)
         for part in parts:
             model(part).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])

@@ -82,6 +82,12 @@ constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
 #define TOME_ALSO_ON_DEVICE
 #endif
 
+// As many as r of an image may be at most.
+TOME_ALSO_ON_DEVICE constexpr int64_t most_r(int64_t visible_a, int64_t visible_b,
+                                             bool has_targets) {
+    return visible_b == 0 ? 0 : has_targets || visible_a < visible_b ? visible_a : visible_b;
+}
+
 // How many tokens an image merges of which some are hidden: r, already cut by cut_r, cut to visible
 // sets in the same way. Its visible rows fit the rows of all images: a set that r is cut to was as
 // large as the uncut r, so that at least the difference of its tokens are hidden. Only where all
@@ -90,14 +96,8 @@ constexpr Sets split_sets(int64_t tokens, int64_t prefix) {
 TOME_ALSO_ON_DEVICE constexpr int64_t visible_r(int64_t r, int64_t visible_a, int64_t visible_b,
                                                 int64_t hidden, bool has_targets) {
     if (has_targets && visible_b == 0) return r > hidden ? r - hidden + 1 : 0;
-    const int64_t least = has_targets || visible_a < visible_b ? visible_a : visible_b;
-    return r < least ? r : least;
-}
-
-// As many as r of an image may be at most.
-TOME_ALSO_ON_DEVICE constexpr int64_t most_r(int64_t visible_a, int64_t visible_b,
-                                             bool has_targets) {
-    return visible_b == 0 ? 0 : has_targets || visible_a < visible_b ? visible_a : visible_b;
+    const int64_t most = most_r(visible_a, visible_b, has_targets);
+    return r < most ? r : most;
 }
 
 TOME_ALSO_ON_DEVICE constexpr bool ranks_by_cost(const MatchParams& p) {
