@@ -131,6 +131,8 @@ def plain_tome(
                 if threshold is not None:
                     importance = importance / importance[:, prefix:].mean()
                 importance = importance**0.75
+                if threshold is not None:
+                    importance = importance.clamp_min(0.5)
             assign, _, offsets = reference.match(
                 x.detach(), r, prefix, size=size.float(), importance=importance,
                 threshold=threshold,

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tome_ext
+from tome_ext import _digits
 from tome_ext.patch.common import methods
 
 TRAINED_ACCURACY = 0.90  # at least; guessing reaches 0.10
@@ -143,3 +144,25 @@ def test_accuracy_stays_under_merging(
         assert merged >= plain - MERGING_LOSES
         assert at_random <= merged - RANDOM_LOSES_MORE
         assert accuracy(model, test_split) == plain  # and so does a patch that was removed
+
+
+def tokens_by_block(model: Any) -> Tensor:
+    """How many tokens the MLP of each block works with, the mean of the last batch, (depth,)."""
+    plans = [model.tome.plan_after(block) for block in range(1, 1 + len(model.blocks))]
+    return torch.stack([(plan.assign.amax(1) + 1).double().mean() for plan in plans])
+
+
+@pytest.mark.slow
+def test_a_threshold_is_nearer_than_a_count_of_about_as_many_tokens() -> None:
+    # That class token looks at few of the 65 tokens: without the least importance that guided
+    # merging counts, 0.9 would merge all others, and move the logits more than the count.
+    digits = _digits.load()
+    model, split = digits.model, (digits.x, digits.y)
+    with torch.no_grad():
+        expected = model(digits.x)
+    for method, at_most in (("tome", 0.6), ("guided", 0.3)):
+        with tome_ext.patch.timm(model, r=8, method=method):
+            by_count, tokens = moved(model, split, expected), tokens_by_block(model)
+        with tome_ext.patch.timm(model, threshold=0.9, method=method):
+            assert moved(model, split, expected) <= at_most * by_count
+            assert tokens_by_block(model).mean() <= 1.1 * tokens.mean()

@@ -34,7 +34,10 @@ __all__ = [
 
 MethodName = Literal["tome", "guided", "evit", "topk"]
 
-IMPORTANCE_POWER = 0.75  # of the class token's attention, as Guided counts it
+# How Guided counts the class token's attention: to this power, and under a threshold, where it is
+# over its mean, as at least so much. Else tokens without attention would merge whatever they are.
+IMPORTANCE_POWER = 0.75
+LEAST_IMPORTANCE = 0.5
 
 
 class AttentionInputs(NamedTuple):
@@ -317,16 +320,21 @@ class Guided(ToMe):
 
     def plan(self, ranks: Ranks, amount: int, prefix: int, given: Given) -> MergePlan:
         assert given.x is not None
-        scores = None if ranks.scores is None else ranks.scores.to(torch.float32)
-        if scores is not None and given.threshold is not None:
-            scores = _over_mean(scores, prefix, given.shown)
+        importance = None
+        if ranks.scores is not None:
+            scores = ranks.scores.to(torch.float32)
+            if given.threshold is None:
+                importance = scores**IMPORTANCE_POWER
+            else:
+                relative = _over_mean(scores, prefix, given.shown)
+                importance = (relative**IMPORTANCE_POWER).clamp_min(LEAST_IMPORTANCE)
         return match(
             _detached(given.x),
             amount,
             prefix,
             weight=given.shown,
             size=given.size,
-            importance=None if scores is None else scores**IMPORTANCE_POWER,
+            importance=importance,
             threshold=given.threshold,
         )
 
