@@ -1,11 +1,14 @@
-"""Builds the two operator libraries; everything else about the package is in pyproject.toml.
+"""Builds the operator libraries; everything else about the package is in pyproject.toml.
 
-``tome_ext/_C.abi3.so``       schemas and CPU kernels.
-``tome_ext/_C_cuda.abi3.so``  CUDA registrations, loaded only under a torch that has CUDA.
+``_C.abi3.so``            schemas and CPU kernels.
+``_C_cuda.abi3.so``       CUDA registrations, loaded only under a torch that has CUDA.
+``_onnxruntime.abi3.so``  the CPU kernels for ONNX Runtime, which loads it.
+``_openvino.abi3.so``     the CPU kernels for the OpenVINO that TOME_OPENVINO names, if any.
 
-Both use torch's stable ABI (2.10 and newer) and hold no Python code, so that one wheel serves
-every Python >= 3.10 and every torch >= 2.10. Environment variables: TOME_CUDA (auto, 0, 1),
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS. CONTRIBUTING.md describes them.
+The first two use torch's stable ABI (2.10 and newer), the third ONNX Runtime's, and none holds
+Python code, so that one wheel serves every Python >= 3.10, torch >= 2.10 and ONNX Runtime >= 1.17.
+The last serves one release of OpenVINO. Environment variables: TOME_CUDA (auto, 0, 1),
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, TOME_OPENVINO, MAX_JOBS. CONTRIBUTING.md describes them.
 """
 
 from __future__ import annotations
@@ -210,6 +213,15 @@ def sources(*patterns: str) -> list[str]:
     )
 
 
+CORE = "csrc/core/cpu/*.cpp"
+# Source paths end up in error messages: keep this machine's folders out of them.
+HOST_FLAGS = [
+    *("-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    f"-ffile-prefix-map={ROOT}=.",
+]
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+
+
 def extension(
     name: str,
     files: list[str],
@@ -219,10 +231,7 @@ def extension(
     nvcc_flags: Sequence[str] = (),
 ) -> Extension:
     """An operator library: optimised, symbols hidden, linked to what holds the stable ABI only."""
-    host = ["-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-    # Source paths end up in error messages: keep this machine's folders out of them.
-    torch_folder = Path(torch.__file__).resolve().parent
-    host += [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch_folder}=torch"]
+    host = [*HOST_FLAGS, f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}=torch"]
     through_nvcc = [part for flag in host for part in ("-Xcompiler", flag)]
     extension = cpp_extension.CppExtension(
         name,
@@ -238,7 +247,7 @@ def extension(
             "cxx": ["-O3", "-g0", "-std=c++20", *host],
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *through_nvcc, *nvcc_flags],
         },
-        extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )
     # CppExtension adds c10 and torch, which no stable symbol comes from.
@@ -246,9 +255,50 @@ def extension(
     return extension
 
 
+class EngineLibrary(Extension):
+    """A library for an inference engine: of ``_C`` the kernels, compiled once, and no torch."""
+
+    def __init__(
+        self, name: str, file: str, flags: Sequence[str] = (), link_flags: Sequence[str] = ()
+    ) -> None:
+        super().__init__(
+            name,
+            sources("csrc/engines/operators.cpp", file),
+            include_dirs=[str(ROOT / "csrc/core/include")],
+            extra_compile_args=["-O3", "-g0", "-std=c++20", *HOST_FLAGS, *flags],
+            extra_link_args=[*LINK_FLAGS, *link_flags],
+            language="c++",
+            py_limited_api=True,
+        )
+
+
+def openvino() -> EngineLibrary | None:
+    """The library for the OpenVINO package whose folder TOME_OPENVINO names, if it names one."""
+    home = os.environ.get("TOME_OPENVINO", "0")
+    if home == "0":
+        return None
+    names = ("libopenvino", "libopenvino_onnx_frontend", "libtbb")
+    found = [sorted(Path(home, "libs").glob(f"{name}.so.*")) for name in names]
+    if not all(found) or not Path(home, "include/openvino/openvino.hpp").is_file():
+        raise SystemExit(
+            "tome_ext: TOME_OPENVINO: expected 0 or the folder of an OpenVINO package, got "
+            f"{home!r}\n  python -c 'import openvino; print(openvino.__path__[0])' prints it"
+        )
+    libraries = [str(files[-1]) for files in found]
+    # As a system's headers, so that their warnings are not ours.
+    flags = ["-isystem", str(Path(home, "include")), f"-ffile-prefix-map={home}=openvino"]
+    return EngineLibrary("tome_ext._openvino", "csrc/engines/openvino.cpp", flags, libraries)
+
+
 def extensions() -> list[Extension]:
-    """``_C``, and ``_C_cuda`` where it can be built."""
-    built = [extension("tome_ext._C", sources("csrc/core/cpu/*.cpp", "csrc/torch/*.cpp"))]
+    """``_C``, those of engines, and ``_C_cuda`` where it can be built."""
+    built = [
+        extension("tome_ext._C", sources(CORE, "csrc/torch/*.cpp")),
+        EngineLibrary("tome_ext._onnxruntime", "csrc/engines/onnxruntime.cpp"),
+    ]
+    for_openvino = openvino()
+    if for_openvino is not None:
+        built.append(for_openvino)
     toolkit = cuda_toolkit()
     if toolkit is not None:
         home, libraries = toolkit
@@ -280,6 +330,12 @@ class Build(cpp_extension.BuildExtension):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return list(ext.export_symbols)  # no PyInit_*
+
+    def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, EngineLibrary):  # behind _C, whose objects it takes
+            folder = os.path.abspath(self.build_temp)
+            ext.extra_objects = self.compiler.object_filenames(sources(CORE), output_dir=folder)
+        super().build_extension(ext)
 
 
 setup(

@@ -140,6 +140,35 @@ def models_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+WAYS = {
+    "eager": "PyTorch, eager",
+    "compile": "`torch.compile`",
+    "freezing": "`torch.compile`, frozen weights",
+    "onnxruntime": "ONNX Runtime, native operators",
+    "onnxruntime standard": "ONNX Runtime, standard operators",
+    "openvino": "OpenVINO, native operators",
+    "openvino standard": "OpenVINO, standard operators",
+}
+
+
+def ways_table(result: dict[str, Any]) -> str:
+    """Every way to run a model on a CPU, of bench/cpu_ways.py: images/s, and over eager."""
+    machine, rows = result["machine"], result["rows"]
+    engines = f"ONNX Runtime {machine['onnxruntime']}, OpenVINO {machine['openvino'].split('-')[0]}"
+    lines = [
+        machine_line(result, f"{engines}; {rows[0]['model']}, r = {rows[0]['r']}; images/s"),
+        "",
+        "| dtype | B | way | unmerged | merged | speed-up | merged, over unmerged eager |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in rows:
+        cells = [entry["dtype"], str(entry["batch_size"]), WAYS[entry["way"]]]
+        cells += [f"{entry[name]:.3g}" for name in ("unmerged", "merged")]
+        cells += [f"{entry[name]:.2f}x" for name in ("speed_up", "over_eager")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # --- GPUs: what bench/gpu_report.py --json wrote -------------------------------------------------
 
 GPU_LAYERS = {"vit_b": "B=256 N=197 C=768", "vit_l384": "B=64 N=577 C=1024", "single": "B=1 N=197"}
@@ -433,6 +462,7 @@ TABLES = [
     ("README.md", "models_cpu", "models_cpu.json", models_table),
     ("README.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("README.md", "attention_cpu", "attention_cpu.json", attention_table),
+    ("docs/running/cpu.md", "cpu_ways", "cpu_ways.json", ways_table),
     ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
     ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),

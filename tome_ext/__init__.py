@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops, patch, reference, utils
+from . import onnx, ops, patch, reference, utils
 from ._install import install_as
 from ._version import __version__
 from .attention import cls_attention, proportional_attention
@@ -43,6 +43,7 @@ __all__ = [
     "match",
     "merge_source",
     "merge_wavg",
+    "onnx",
     "ops",
     "parse_r",
     "patch",

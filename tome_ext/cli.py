@@ -240,9 +240,9 @@ def add_bench(commands: Any) -> None:
     )  # fmt: skip
     bench.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
     bench.add_argument(
-        "--mode", choices=("eager", "compile", "graphs"), default="eager",
-        help="as written, with torch.compile(fullgraph=True), or as one CUDA graph "
-        f"{DEFAULT}",
+        "--mode", choices=("eager", "compile", "graphs", "onnxruntime", "openvino"),
+        default="eager", help="as written, with torch.compile(fullgraph=True), as one CUDA graph, "
+        f"or everyone in an inference engine on the CPU {DEFAULT}",
     )  # fmt: skip
     bench.add_argument(
         "--img-size", type=at_least_one, metavar="PIXELS",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch.compiler import is_compiling
 
-from . import _flops, _library, _onnx, reference
+from . import _flops, _library, onnx, reference
 from ._torch import below_autograd, in_transform, without_autocast
 
 __all__ = [
@@ -555,7 +555,7 @@ def _register() -> None:
         # What the CUDA library calls on a GPU that cannot run its kernels.
         torch.library.impl(f"tome::_plain_{name}", "CompositeExplicitAutograd", _on_gpu(name))
     torch.library.impl("tome::attention", "CompositeImplicitAutograd", attention)
-    _onnx.register()
+    onnx.register()
     _flops.register()
     register_autograd = functools.partial(torch.library.register_autograd, lib=_derivatives)
     register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup)

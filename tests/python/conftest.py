@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import tome_ext
 from tome_ext import _library
 
 collect_ignore = [] if sys.platform == "linux" else ["test_stopped.py"]
+if find_spec("openvino") is None:
+    collect_ignore.append("test_run_openvino.py")
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -38,16 +41,17 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked ``cuda`` out where there is no GPU, unless TOME_REQUIRE_CUDA=1."""
-    needed = [item for item in items if item.get_closest_marker("cuda")]
-    missing = missing_for_cuda()
-    if missing is None:
-        return
-    if os.environ.get("TOME_REQUIRE_CUDA") == "1":
-        raise pytest.UsageError(f"TOME_REQUIRE_CUDA=1, but {missing}")
-    if needed:
-        items[:] = [item for item in items if item not in needed]
-        config.hook.pytest_deselected(items=needed)
+    """Leave out tests marked with what is not here, but for TOME_REQUIRE_CUDA=1 or _OPENVINO=1."""
+    for mark, missing_for in (("cuda", missing_for_cuda), ("openvino", missing_for_openvino)):
+        missing = missing_for()
+        if missing is None:
+            continue
+        if os.environ.get(f"TOME_REQUIRE_{mark.upper()}") == "1":
+            raise pytest.UsageError(f"TOME_REQUIRE_{mark.upper()}=1, but {missing}")
+        needed = [item for item in items if item.get_closest_marker(mark)]
+        if needed:
+            items[:] = [item for item in items if item not in needed]
+            config.hook.pytest_deselected(items=needed)
 
 
 def missing_for_cuda() -> str | None:
@@ -56,6 +60,17 @@ def missing_for_cuda() -> str | None:
         return f"torch {torch.__version__} finds no GPU"
     status = _library.cuda_status()
     return None if status.startswith("loaded") else f"the CUDA library is {status}"
+
+
+def missing_for_openvino() -> str | None:
+    """Why tests with OpenVINO cannot run here; None if they can."""
+    if find_spec("openvino") is None:
+        return "openvino is not installed"
+    try:
+        tome_ext.onnx.library("openvino")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def pytest_report_header() -> str:

@@ -168,6 +168,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "resnet" in fails(capsys, "bench", "--model", "test_vit,resnet10t").lower()
     assert "graphs are CUDA graphs" in fails(capsys, "bench", *SMALL, "--mode", "graphs")
+    engine = ("bench", *SMALL, "--mode", "onnxruntime")
+    assert "expected --dtype float32, got float16" in fails(capsys, *engine, "--dtype", "float16")
+    assert "expected --device cpu, got meta" in fails(capsys, *engine, "--device", "meta")
+    assert "expected no --peer" in fails(capsys, *engine, "--peer", "math:sqrt")
     assert "can't use the device 'nonsense'" in fails(
         capsys, "bench", *SMALL, "--device", "nonsense"
     )
@@ -371,3 +375,24 @@ def test_chart_of_many_panels(tmp_path: Path) -> None:
     assert names == ["unpatched", "ceiling (sliced)", "tome_ext", "tome"]
     figure.savefig(tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ("onnxruntime", "float32"),
+        pytest.param("openvino", "float32", marks=pytest.mark.openvino),
+        pytest.param("openvino", "bfloat16", marks=pytest.mark.openvino),
+    ],
+)
+def test_in_an_engine(engine: str, dtype: str) -> None:
+    options = bench.Options(
+        ("test_vit",), (Reduction(r=2),), (2,), (dtype,), mode=engine, image_size=64, seconds=0
+    )
+    (row,) = bench.run(options)
+    assert list(row.contenders) == ["unpatched", "ceiling", "tome_ext", "standard ONNX"]
+    assert row.left_out == {}
+    left = [figures.tokens_left for figures in row.contenders.values()]
+    assert left == [TOKENS, *[TOKENS - 2 * BLOCKS] * 3]
+    assert {figures.extra_memory for figures in row.contenders.values()} == {None}

@@ -14,7 +14,7 @@ import torch
 RUNNING = Path(__file__).parents[2] / "docs" / "running"
 PAGES = sorted(page.name for page in RUNNING.glob("*.md") if page.name != "README.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ON_GPU = {"cuda-graphs.md"}
+MARKS = {"cuda-graphs.md": pytest.mark.cuda, "openvino.md": pytest.mark.openvino}
 BY_TORCHRUN = {"distributed.md"}
 OTHERS = ("../methods.md", "../migration.md", "../tuning.md")  # pages elsewhere
 # What pages change in torch._dynamo.config, as it was before: set back after each.
@@ -33,7 +33,7 @@ def code_of(page: str) -> str:
 
 
 def marked(page: str) -> Any:
-    return pytest.param(page, marks=pytest.mark.cuda if page in ON_GPU else ())
+    return pytest.param(page, marks=MARKS.get(page, ()))
 
 
 @pytest.mark.slow

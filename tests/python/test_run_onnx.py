@@ -1,4 +1,4 @@
-"""Patched models as ONNX graphs of standard operators, run by ONNX Runtime."""
+"""Patched models as ONNX graphs, of standard operators and of native ones, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,61 +13,36 @@ from host_cases import Case, all_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VARIANTS, images, tiny
-from onnxscript import opset18
+from onnx_graphs import (
+    BATCH,
+    FLOAT,
+    HOSTS,
+    INT32,
+    TRANSLATIONS,
+    EveryArgument,
+    EveryOperator,
+    node,
+    to_onnx,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tome_ext as tome
-from tome_ext import _onnx, reference
+from tome_ext import _onnx_standard, reference
 
-BATCH = ({0: torch.export.Dim("batch")},)
 NAMES = ("plain", "registers, layer scale", "class token, avg")
-# Of each way that a library reaches attention, carries positions or pools, one; by the names of
-# the host contract.
-HOSTS = (
-    "timm: DINOv3",
-    "timm: EVA-02, SwiGLU, norm inside attention, avg",
-    "timm: BEiT",
-    "transformers: ViT",
-    "transformers: DINOv2",
-    "transformers: DINOv3",
-    "transformers: CLIP",
-    "transformers: SigLIP",
-    "transformers: SigLIP 2",
-    "transformers: V-JEPA 2",
-    "transformers: BEiT",
-    "torchvision: plain",
-    "open_clip: CLIP",
-    "open_clip: attention pools",
-)
-
-
-def all_true(x: Any) -> Any:
-    """``aten::_is_all_true``, which torch.onnx does not know and SigLIP 2 of Transformers checks
-    its shapes by, unpatched too."""
-    return opset18.Cast(opset18.ReduceMin(opset18.Cast(x, to=INT32), keepdims=0), to=BOOL)
-
-
-INT32, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.BOOL
-TRANSLATIONS = {torch.ops.aten._is_all_true.default: all_true}
 
 
 def patched(name: str, depth: int = 2) -> Any:
     return tome.patch.timm(tiny(**VARIANTS[name], depth=depth), r=9).requires_grad_(False)
 
 
-def to_onnx(model: Any, inputs: Sequence[Tensor] = (), **options: Any) -> onnx.ModelProto:
-    """The checked graph of a module or an exported program."""
-    program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False, **options)
-    proto = program.model_proto
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def session(proto: onnx.ModelProto) -> Callable[..., list[Tensor]]:
+def session(proto: onnx.ModelProto, threads: int = 1) -> Callable[..., list[Tensor]]:
     """ONNX Runtime's outputs of a graph, as a function of tensors."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
+    if "tome_ext" in {opset.domain for opset in proto.opset_import}:
+        options.register_custom_ops_library(tome.onnx.library("onnxruntime"))
     runtime = onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -80,23 +55,12 @@ def session(proto: onnx.ModelProto) -> Callable[..., list[Tensor]]:
     return run
 
 
-def assert_standard(proto: onnx.ModelProto) -> None:
-    """Only ONNX's own operators, and no scatter."""
-    assert [opset.domain for opset in proto.opset_import] == [""]
-    assert len(proto.functions) == 0
-    for node in proto.graph.node:
-        assert node.domain == "", node.op_type
-        assert not node.op_type.startswith("Scatter"), node
-        reductions = [attribute for attribute in node.attribute if attribute.name == "reduction"]
-        assert reductions == [], node
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("operators", ["standard", "native"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str) -> None:
+def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str, operators: str) -> None:
     model = patched(name)
-    proto = to_onnx(model, (images(2),), dynamic_shapes=BATCH)
-    assert_standard(proto)
+    proto = to_onnx(model, (images(2),), operators, dynamic_shapes=BATCH)
     run = session(proto)
     for batch in (1, 2, 5):
         x = images(batch, seed=batch)
@@ -104,11 +68,11 @@ def test_a_patched_model_gives_its_logits_in_onnx_runtime(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("operators", ["standard", "native"])
 @pytest.mark.parametrize("method", ["guided", "evit", "topk"])
-def test_every_method_gives_its_logits_in_onnx_runtime(method: str) -> None:
+def test_every_method_gives_its_logits_in_onnx_runtime(method: str, operators: str) -> None:
     model = tome.patch.timm(tiny(depth=2), method=method, keep_rate=0.6).requires_grad_(False)
-    proto = to_onnx(model, (images(2),), dynamic_shapes=BATCH)
-    assert_standard(proto)
+    proto = to_onnx(model, (images(2),), operators, dynamic_shapes=BATCH)
     run = session(proto)
     for batch in (1, 3):
         x = images(batch, seed=batch)
@@ -116,16 +80,25 @@ def test_every_method_gives_its_logits_in_onnx_runtime(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("r", [0, [6, 0, 6]], ids=["r0", "merging"])
+@pytest.mark.parametrize(
+    ("r", "operators"),
+    [(0, "standard"), ([6, 0, 6], "standard"), ([6, 0, 6], "native")],
+    ids=["r0", "merging", "native"],
+)
 @pytest.mark.parametrize("case", [case for case in all_cases() if case.name in HOSTS], ids=str)
-def test_models_of_every_library_give_their_outputs_in_onnx_runtime(case: Case, r: Any) -> None:
+def test_models_of_every_library_give_their_outputs_in_onnx_runtime(
+    case: Case, r: Any, operators: str
+) -> None:
     model = tome.patch.auto(case.make().requires_grad_(False), r)
     inputs, batch = case.inputs(2, 0), torch.export.Dim("batch")
     free = {name: {0: batch} for name in inputs}
     proto = to_onnx(
-        model, kwargs=inputs, dynamic_shapes=free, custom_translation_table=TRANSLATIONS
+        model,
+        operators=operators,
+        kwargs=inputs,
+        dynamic_shapes=free,
+        custom_translation_table=TRANSLATIONS,
     )
-    assert_standard(proto)
     run = session(proto)
     for images_a_batch in (1, 3):
         inputs = case.inputs(images_a_batch, images_a_batch)
@@ -143,7 +116,6 @@ def test_an_exported_program_can_be_taken_to_onnx() -> None:
     model = patched("plain", depth=1)
     program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
     proto = to_onnx(program)
-    assert_standard(proto)
     # The program itself keeps its operators, in this process and after this export.
     for kept in (program, program.run_decompositions()):
         assert "tome.match.default" in {str(node.target) for node in kept.graph.nodes}
@@ -151,32 +123,12 @@ def test_an_exported_program_can_be_taken_to_onnx() -> None:
     torch.testing.assert_close(session(proto)(x)[0], model(x), atol=1e-4, rtol=1e-4)
 
 
-class EveryOperator(nn.Module):
-    """What a model of one's own may call: plans, merges, unmerge, attention, scores."""
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        first = tome.match(tokens, 5)
-        total, size = first.merge(tokens, reduce="sum")
-        second = tome.match(total, 7, num_prefix_tokens=2)
-        merged, size = second.merge(total, size)
-        plan = first.then(second)
-        heads = merged.unflatten(2, (4, 4)).transpose(1, 2)
-        # A size of 0 hides a token; the last image hides all.
-        last = torch.arange(size.shape[0]).unsqueeze(1) == size.shape[0] - 1
-        shown = torch.where(last | (size >= 3), 0.0, size)
-        attended = tome.proportional_attention(heads, heads, heads, shown, scale=0.3)
-        scores = tome.cls_attention(heads, heads, shown)
-        kept = tome.select(scores, 9, num_prefix_tokens=1, fuse=True)
-        fused, _ = kept.merge(merged, scores, reduce="sum")
-        return plan.assign, plan.unmerge(merged), size, attended, scores, fused
-
-
 @pytest.mark.slow
-def test_every_operator_of_a_forward_pass_goes_to_onnx() -> None:
+@pytest.mark.parametrize("operators", ["standard", "native"])
+def test_every_operator_of_a_forward_pass_goes_to_onnx(operators: str) -> None:
     model = EveryOperator().eval()
     batch = torch.export.Dim("batch", min=2)
-    proto = to_onnx(model, (torch.randn(3, 30, 16),), dynamic_shapes=({0: batch},))
-    assert_standard(proto)
+    proto = to_onnx(model, (torch.randn(3, 30, 16),), operators, dynamic_shapes=({0: batch},))
     tokens = torch.randn(4, 30, 16)
     outputs = session(proto)(tokens)
     for output, expected in zip(outputs, model(tokens), strict=True):
@@ -188,10 +140,11 @@ class Match(nn.Module):
         return tuple(tome.match(metric, 6, num_prefix_tokens=1))
 
 
-def test_equal_similarities_are_ordered_alike_in_onnx_runtime() -> None:
+@pytest.mark.parametrize("operators", ["standard", "native"])
+def test_equal_similarities_are_ordered_alike_in_onnx_runtime(operators: str) -> None:
     # Tokens along a few axes: every similarity is exactly 0 or 1.
     metric = torch.eye(4)[torch.randint(4, (8, 25))] * 2.0
-    run = session(to_onnx(Match().eval(), (metric[:2],), dynamic_shapes=BATCH))
+    run = session(to_onnx(Match().eval(), (metric[:2],), operators, dynamic_shapes=BATCH))
     assert_plans_equal(run(metric), tome.match(metric, 6, num_prefix_tokens=1))
 
 
@@ -206,12 +159,13 @@ class MatchVisible(nn.Module):
         )
 
 
-def test_hidden_tokens_take_no_part_in_onnx_runtime() -> None:
+@pytest.mark.parametrize("operators", ["standard", "native"])
+def test_hidden_tokens_take_no_part_in_onnx_runtime(operators: str) -> None:
     metric, weight = torch.randn(5, 25, 6), torch.randint(3, (5, 25)).float()
     weight[0], weight[1, 1::2], weight[2, 7:] = 0, 0, 0
     example, batch = (metric[:2], weight[:2]), torch.export.Dim("batch", min=2)
-    proto = to_onnx(MatchVisible().eval(), example, dynamic_shapes=({0: batch}, {0: batch}))
-    assert_standard(proto)
+    free = ({0: batch}, {0: batch})
+    proto = to_onnx(MatchVisible().eval(), example, operators, dynamic_shapes=free)
     assert_plans_equal(session(proto)(metric, weight), MatchVisible()(metric, weight))
 
 
@@ -229,6 +183,67 @@ def test_amax_is_refused_by_name() -> None:
     assert cause is not None
 
 
+# --- native operators -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_native_operators_give_the_bits_of_the_torch_ones(dtype: torch.dtype) -> None:
+    model, tokens = EveryArgument(dtype).eval(), torch.randn(4, 21, 16)
+    size = torch.randint(4, (4, 21)).float()
+    batch = torch.export.Dim("batch", min=2)
+    proto = to_onnx(model, (tokens[:3], size[:3]), "native", dynamic_shapes=({0: batch},) * 2)
+    assert {node.op_type for node in proto.graph.node if node.domain == "tome_ext"} == {
+        "".join(word.title() for word in name.removesuffix("_forward").split("_"))
+        for name in _onnx_standard.FORMS
+    }
+    expected = model(tokens, size)
+    for threads in (1, 3):
+        found = session(proto, threads)(tokens, size)
+        for x, y in zip(found, expected, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
+def test_native_operators_refuse_what_does_not_go_together() -> None:
+    merge = session(node("Merge", [(FLOAT, 3), (FLOAT, 2), (INT32, 2), (INT32, 2)], [FLOAT, FLOAT]))
+    x, size = torch.randn(2, 6, 3), torch.ones(2, 6)
+    members = torch.arange(6, dtype=torch.int32).repeat(2, 1)
+    offsets = torch.tensor([[0, 2, 6]], dtype=torch.int32).repeat(2, 1)
+    merged, new_size = merge(x, size, members, offsets)
+    torch.testing.assert_close(merged, torch.stack((x[:, :2].mean(1), x[:, 2:].mean(1)), 1))
+    assert new_size.tolist() == [[2, 4], [2, 4]]
+    refused = [
+        ((x, size[:, :5], members, offsets), r"Merge: size: expected \(2, 6\), got \(2, 5\)"),
+        ((x, size, members[:1], offsets), r"Merge: members: expected \(2, 6\), got \(1, 6\)"),
+        ((x, size, members + 1, offsets), "Merge: members, offsets: expected a plan"),
+        ((x, size, members, offsets + 3), "Merge: members, offsets: expected a plan"),
+    ]
+    for inputs, message in refused:
+        with pytest.raises(Exception, match=message):
+            merge(*inputs)
+
+
+def test_a_graph_of_native_operators_says_what_it_misses() -> None:
+    proto = node("Match", [(FLOAT, 3)], [INT32] * 3, r=2)
+    with pytest.raises(Exception, match="tome_ext"):
+        onnxruntime.InferenceSession(proto.SerializeToString())
+
+
+def test_wrong_engines_operators_and_exporters_are_refused() -> None:
+    with pytest.raises(ValueError, match="engine: expected one of .*, got 'tensorrt'"):
+        tome.onnx.library("tensorrt")  # type: ignore[arg-type]
+    model = Match().eval()
+    with pytest.raises(ValueError, match="operators: expected 'standard' or 'native', got 'fast'"):
+        tome.onnx.export(model, (images(1),), operators="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="engine: expected one of .*, got 'tensorrt'"):
+        tome.onnx.export(model, (images(1),), engine="tensorrt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dynamo: expected True"):
+        tome.onnx.export(model, (images(1),), dynamo=False)
+
+
 # --- the forms against the operators' twins, in torch -------------------------------------------
 
 
@@ -242,7 +257,7 @@ def test_there_is_a_form_for_every_operator_but_those_of_gradients() -> None:
     found = torch._C._dispatch_get_all_op_names()
     names = {name.removeprefix("tome::") for name in found if name.startswith("tome::")}
     names = {name for name in names if not name.startswith("_") and "backward" not in name}
-    assert set(_onnx.FORMS) == names - {"attention"}  # which is attention_forward
+    assert set(_onnx_standard.FORMS) == names - {"attention"}  # which is attention_forward
 
 
 @settings(max_examples=60)
@@ -268,7 +283,7 @@ def test_match_form_equals_the_twin(n: int, prefix: int, r: int, ties: bool, see
                         "threshold": threshold,
                     }
                     assert_plans_equal(
-                        _onnx.match(metric, r, prefix, **options),
+                        _onnx_standard.match(metric, r, prefix, **options),
                         reference.match(metric, r, prefix, **options),
                     )
 
@@ -287,31 +302,31 @@ def test_plan_and_merge_forms_equal_the_twins(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     assign = torch.randint(-1, rows, (3, n), generator=generator, dtype=torch.int32)
-    plan = _onnx.plan(assign, rows)
+    plan = _onnx_standard.plan(assign, rows)
     assert_plans_equal(plan, reference.plan(assign, rows))
     x = torch.randn(3, n, 4, generator=generator).to(dtype)
     size = None
     if sizes != "none":
         lowest = 0 if sizes == "with zeros" else 1
         size = torch.randint(lowest, 4, (3, n), generator=generator).float()
-    found, expected = (form.merge(x, size, *plan, reduce) for form in (_onnx, reference))
+    found, expected = (form.merge(x, size, *plan, reduce) for form in (_onnx_standard, reference))
     torch.testing.assert_close(found, expected)
     scale, weight, bias = torch.randn(3, 4, generator=generator).to(dtype)
     found, expected_all = (
         form.merge_add_norm(x, x.flip(1), size, *plan, scale, weight, bias, 1e-5)
-        for form in (_onnx, reference)
+        for form in (_onnx_standard, reference)
     )
     # In half precision the twin normalises what it has not rounded yet.
     close = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(found, expected_all, **close)
-    rows_of_tokens = (form.unmerge(expected[0], assign) for form in (_onnx, reference))
+    rows_of_tokens = (form.unmerge(expected[0], assign) for form in (_onnx_standard, reference))
     assert torch.equal(*rows_of_tokens)
 
 
 def test_a_row_of_one_token_is_a_copy() -> None:
     x, size = torch.randn(2, 20, 8), torch.randint(1, 50, (2, 20)).float()
     plan = tome.match(x, 4)
-    merged, _ = _onnx.merge(x, size, plan.members, plan.offsets)
+    merged, _ = _onnx_standard.merge(x, size, plan.members, plan.offsets)
     single = plan.offsets.diff(dim=1) == 1
     expected, _ = plan.merge(x, size)
     assert torch.equal(merged[single], expected[single])
@@ -322,5 +337,7 @@ def test_a_row_of_one_token_is_a_copy() -> None:
 def test_attention_form_equals_the_twin(sizes: str, scale: float | None) -> None:
     q, k, v = torch.randn(3, 2, 3, 7, 8)
     size = {"none": None, "some": torch.arange(7.0).repeat(2, 1)}.get(sizes, torch.zeros(2, 7))
-    found, expected = (form.attention_forward(q, k, v, size, scale) for form in (_onnx, reference))
+    found, expected = (
+        form.attention_forward(q, k, v, size, scale) for form in (_onnx_standard, reference)
+    )
     torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""What setup.py tells nvcc."""
+"""What setup.py tells nvcc, and what it refuses."""
 
 from __future__ import annotations
 
@@ -62,3 +62,14 @@ def test_archs_as_nvcc_is_told_them(
 def test_what_is_no_arch_is_refused(arch_flags: Callable[[str], list[str]], archs: str) -> None:
     with pytest.raises(SystemExit, match=r"expected numbers such as 8\.0"):
         arch_flags(archs)
+
+
+def test_a_folder_without_openvino_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("TOME_CUDA", "0")
+    for wrong in (tmp_path, "1"):
+        monkeypatch.setenv("TOME_OPENVINO", str(wrong))
+        with pytest.raises(SystemExit, match="TOME_OPENVINO: expected 0 or the folder of an"):
+            runpy.run_path(str(ROOT / "setup.py"))

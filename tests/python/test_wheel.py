@@ -33,6 +33,13 @@ def libraries() -> list[Path]:
     return sorted(FOLDER.glob("_C*.so"))
 
 
+def engine_libraries() -> list[Path]:
+    """Those of inference engines: ``_onnxruntime``, and ``_openvino`` where it was asked for."""
+    found = sorted(FOLDER.glob("_onnxruntime*.so")) + sorted(FOLDER.glob("_openvino*.so"))
+    assert found[0].name.startswith("_onnxruntime")
+    return found
+
+
 def imported_symbols(library: Path) -> set[str]:
     """The names a library expects others to define."""
     command = ["nm", "-D", "--undefined-only"] if LINUX else ["nm", "-u"]
@@ -123,14 +130,22 @@ def test_the_headers_date_known_functions() -> None:
     assert len(since) > 200
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda path: path.name)
+@pytest.mark.parametrize("library", engine_libraries(), ids=lambda path: path.name)
+def test_libraries_of_engines_import_nothing_of_torch_or_python(library: Path) -> None:
+    names = imported_symbols(library)
+    assert "memcpy" in names, "read no symbols"
+    assert offences(names, {}) == {}
+    assert not any(name.startswith(("Ort", "torch")) for name in names)
+
+
+@pytest.mark.parametrize("library", [*libraries(), *engine_libraries()], ids=lambda path: path.name)
 def test_exports_none_of_our_functions(library: Path) -> None:
     command = ["nm", "-D", "--defined-only"] if LINUX else ["nm", "-gU"]
     run = subprocess.run([*command, str(library)], capture_output=True, text=True, check=True)
     assert "tome" not in run.stdout
 
 
-@pytest.mark.parametrize("library", libraries(), ids=lambda path: path.name)
+@pytest.mark.parametrize("library", [*libraries(), *engine_libraries()], ids=lambda path: path.name)
 def test_carries_no_search_path_of_the_build_machine(library: Path) -> None:
     command = ["readelf", "-d"] if LINUX else ["otool", "-l"]
     run = subprocess.run([*command, str(library)], capture_output=True, text=True, check=True)

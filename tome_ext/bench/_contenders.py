@@ -21,10 +21,12 @@ from ..patch.common.class_swap import Swapped, swap
 from ..patch.common.methods import Ranks, make_method
 from ..patch.common.rules import Rules, Settings, make_rules
 from ..patch.registry import find_tower
+from ._engines import ENGINES, engine_runner
 
 __all__ = [
     "CEILING",
     "OURS",
+    "STANDARD",
     "UNPATCHED",
     "Peer",
     "ceiling",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 UNPATCHED, CEILING, OURS = "unpatched", "ceiling", "tome_ext"
+STANDARD = "standard ONNX"  # ours without its own operators, in an engine
 PUBLISHED = "tome"  # the import name of the published package
 
 
@@ -236,7 +239,7 @@ def find_peers(specs: tuple[str, ...]) -> list[Peer]:
     if importlib.util.find_spec(PUBLISHED) is not None:
         peers.append(Peer(PUBLISHED, _published))
     peers += [_parse(spec) for spec in specs]
-    names = [UNPATCHED, CEILING, OURS]
+    names = [UNPATCHED, CEILING, OURS, STANDARD]
     for peer in peers:
         if peer.name in names:
             raise CommandError(
@@ -348,7 +351,9 @@ def _leaves(found: list[int]) -> Callable[[Any, Any, Any], None]:
 
 
 def runner(model: Any, x: Tensor, mode: str) -> Callable[[], object]:
-    """A function that runs the model on the images ``x`` in a mode: eager, compile or graphs."""
+    """A function that runs the model on the images ``x`` in a mode, as Options names them."""
+    if mode in ENGINES:
+        return engine_runner(mode, model, x)
     if mode == "compile":
         model = torch.compile(model, fullgraph=True, dynamic=False)
     if mode == "graphs":

@@ -18,6 +18,7 @@ from . import _chart, _rows
 from ._contenders import (
     CEILING,
     OURS,
+    STANDARD,
     UNPATCHED,
     Peer,
     ceiling,
@@ -28,6 +29,7 @@ from ._contenders import (
     share_weights,
 )
 from ._cost import count_flops, extra_memory
+from ._engines import ENGINES, check_engine, engine_runner
 from ._rows import Cost, Row
 from .timing import describe_machine, interleave
 
@@ -47,8 +49,9 @@ class Options:
         batch_sizes: images a forward.
         dtypes: names of torch dtypes.
         device: where to run.
-        mode: "eager"; "compile", ``torch.compile(model, fullgraph=True)``; or "graphs", one CUDA
-            graph of the whole forward.
+        mode: "eager"; "compile", ``torch.compile(model, fullgraph=True)``; "graphs", one CUDA
+            graph of the whole forward; or an engine, "onnxruntime" or "openvino", in which
+            everyone runs.
         image_size: pixels a side; None means what each model was made for.
         seconds: how long to time each combination, all contenders together; at least five rounds.
         peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each; they take r.
@@ -79,7 +82,7 @@ def run(options: Options) -> list[Row]:
 
     device = find_device(options.device)
     check(options, device)
-    peers = find_peers(options.peers)
+    peers = [] if options.mode in ENGINES else find_peers(options.peers)
     machine = describe_machine(device)
     settings = {
         "device": str(device),
@@ -138,6 +141,10 @@ def run(options: Options) -> list[Row]:
 
 def check(options: Options, device: torch.device) -> None:
     """Refuse what can't be measured, before anything is."""
+    if options.mode in ENGINES:
+        check_engine(options.mode, device, options.dtypes)
+        if options.peers:
+            raise CommandError(f"--mode {options.mode}: expected no --peer, got {options.peers[0]}")
     if options.mode == "graphs" and device.type != "cuda":
         raise CommandError(f"graphs are CUDA graphs: expected --device cuda, got {device}")
     for path in (options.json, options.chart):
@@ -190,7 +197,9 @@ def measure(
     left_out: dict[str, str] = {}
     places = counted_in(model)
 
-    def enter(name: str, contender: Any) -> None:
+    seen = mode in ("eager", "graphs")  # what lives between operators
+
+    def enter(name: str, contender: Any, made: Callable[[], object] | None = None) -> None:
         tokens = count_tokens(contender, x, places)
         if CEILING in costs and tokens != costs[CEILING].tokens:
             raise RuntimeError(
@@ -198,16 +207,19 @@ def measure(
                 f"got {tokens} in {name}"
             )
         flops = count_flops(lambda: contender(x)) // len(x)
-        run = runner(contender, x, mode)
+        run = runner(contender, x, mode) if made is None else made
         run()  # what fails, fails here; and it compiles
-        measured = run if mode == "compile" else lambda: contender(x)
-        memory = extra_memory(measured, x.device, compiled=mode == "compile")
+        measured = (lambda: contender(x)) if seen else run
+        memory = extra_memory(measured, x.device, compiled=not seen)
         runs[name], costs[name] = run, Cost(tokens, flops, memory)
 
     try:
         enter(UNPATCHED, share_weights(model))
         enter(CEILING, ceiling(model, reduction, x))
-        enter(OURS, reduction.patch(share_weights(model)))
+        ours = reduction.patch(share_weights(model))
+        enter(OURS, ours)
+        if mode in ENGINES:
+            enter(STANDARD, ours, engine_runner(mode, ours, x, "standard"))
         for peer in peers:
             if reduction.keep_rate is not None:
                 left_out[peer.name] = "it takes r, not a keep rate"

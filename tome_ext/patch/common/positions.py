@@ -62,9 +62,10 @@ def representatives(plan: MergePlan, coordinates: Tensor) -> Tensor:
     sums, counts = plan.merge(points.to(torch.float32), reduce="sum")
     spread = plan.unmerge(torch.cat((sums, counts.unsqueeze(2)), dim=2)).to(torch.int64)
     # Times the row's count, so that all is exact; with the index behind it no two are equal.
-    away = (spread[..., -1:] * points - spread[..., :-1]).square().sum(-1)
-    index = torch.arange(num_tokens, device=away.device)
-    order = (away * num_tokens + index).argsort(1)
+    away = (spread[..., -1:] * points - spread[..., :-1]).square() * num_tokens
+    index = torch.arange(num_tokens, device=away.device).unsqueeze(1).expand(batch, -1, -1)
+    # In one sum: OpenVINO 2026.4 takes an addition behind it into the sum, and gets batches wrong.
+    order = torch.cat((away, index), dim=2).sum(2).argsort(1)
     nearest_first = MergePlan.from_assign(plan.assign.gather(1, order), plan.num_output_tokens)
     first = nearest_first.offsets[:, :-1].clamp_max(num_tokens - 1).to(torch.int64)
     nearest = order.gather(1, nearest_first.members.to(torch.int64).gather(1, first))

@@ -1,8 +1,7 @@
-"""The operators in what ONNX has: what ``torch.onnx.export(..., dynamo=True)`` makes of them.
+"""The operators in what ONNX has, so that any runtime can run the graph.
 
-While torch.onnx decomposes a program, each operator in :data:`FORMS` is traced as its form here, so
-that the graph holds standard ONNX operators only. They are used nowhere else;
-:mod:`tome_ext.reference` is the form to read.
+These forms are used nowhere else (see :mod:`tome_ext.onnx`); :mod:`tome_ext.reference` is the form
+to read.
 
 ONNX has no segmented sum, and its scatters with a reduction are missing from runtimes or wrong in
 them. So rows are summed by a matrix of weights, and ranks are counted by comparisons, which settles
@@ -16,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import functional as F
 
 from . import reference
 
-__all__ = ["FORMS", "register"]
+__all__ = ["FORMS"]
 
 
 def match(
@@ -245,27 +243,3 @@ FORMS: dict[str, Callable[..., Any]] = {
     "attention_forward": attention_forward,
     "cls_attention": reference.cls_attention,
 }
-
-
-def register() -> None:
-    """Make ``torch.onnx.export`` trace the operators as :data:`FORMS`; nothing else changes."""
-    for name, form in FORMS.items():
-        torch.library.register_torch_dispatch(f"tome::{name}", ProxyTorchDispatchMode, _rule(form))
-
-
-def _rule(form: Callable[..., Any]) -> Callable[..., Any]:
-    """What a tracing mode does with an operator: torch's own, but in an export to ONNX."""
-
-    def rule(
-        mode: ProxyTorchDispatchMode,
-        operator: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if not torch.onnx.is_in_onnx_export():
-            return mode.__torch_dispatch__(operator, types, args, kwargs)
-        with mode:
-            return form(*args, **(kwargs or {}))
-
-    return rule
