@@ -92,7 +92,8 @@ def select(
 
 
 def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, ...]:
-    outputs = _plan_of(*assign.shape, num_rows)[1:]
+    batch, num_tokens = assign.shape
+    outputs = _plan_of(batch, num_tokens, num_rows)[1:]
     return _node("Plan", (assign,), outputs, num_rows=num_rows)
 
 

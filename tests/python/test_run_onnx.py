@@ -233,12 +233,12 @@ def test_a_graph_of_native_operators_says_what_it_misses() -> None:
 
 
 def test_wrong_engines_operators_and_exporters_are_refused() -> None:
-    with pytest.raises(ValueError, match="engine: expected one of .*, got 'tensorrt'"):
+    with pytest.raises(ValueError, match=r"engine: expected one of .*, got 'tensorrt'"):
         tome.onnx.library("tensorrt")  # type: ignore[arg-type]
     model = Match().eval()
     with pytest.raises(ValueError, match="operators: expected 'standard' or 'native', got 'fast'"):
         tome.onnx.export(model, (images(1),), operators="fast")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="engine: expected one of .*, got 'tensorrt'"):
+    with pytest.raises(ValueError, match=r"engine: expected one of .*, got 'tensorrt'"):
         tome.onnx.export(model, (images(1),), engine="tensorrt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dynamo: expected True"):
         tome.onnx.export(model, (images(1),), dynamo=False)

@@ -166,6 +166,9 @@ class SlicedBlock(Swapped):
         args, kwargs = self._tome_arguments(call, args, kwargs)
         return self._tome_reduce(call, x, args, kwargs)
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # a copy of the host's block enters itself in its trail
+
 
 @functools.cache
 def _sliced_class(mixin: Any) -> type[Swapped]:
