@@ -20,6 +20,7 @@ __all__ = ["DOMAIN", "FORMS", "VERSION"]
 
 DOMAIN = "tome_ext"
 VERSION = 1
+MOST = 2**31 - 1  # that an attribute may be; there are fewer tokens
 REDUCTIONS = ("mean", "sum", "amax")  # in the order of tome::Reduce
 
 
@@ -70,9 +71,9 @@ def match(
         "Match",
         (metric if metric.dim() == 3 else _by_tokens(metric), weight, targets, size, importance),
         _plan_of(batch, num_tokens, num_tokens - reference.cut_r(num_tokens, r, prefix, targets)),
-        r=r,
-        num_prefix_tokens=num_prefix_tokens,
-        threshold=None if threshold is None or math.isinf(threshold) else threshold,
+        r=max(min(r, MOST), -MOST),
+        num_prefix_tokens=min(num_prefix_tokens, MOST),
+        threshold=None if threshold == math.inf else threshold,
     )
 
 
@@ -85,8 +86,8 @@ def select(
         "Select",
         (scores,),
         _plan_of(batch, num_tokens, kept + int(fuse and kept < num_tokens)),
-        keep=keep,
-        num_prefix_tokens=num_prefix_tokens,
+        keep=min(keep, MOST),
+        num_prefix_tokens=min(num_prefix_tokens, MOST),
         fuse=int(fuse),
     )
 

@@ -84,7 +84,7 @@ def export(
     """
     if operators not in ("standard", "native"):
         raise ValueError(f"operators: expected 'standard' or 'native', got {operators!r}")
-    if engine not in NATIVE:
+    if engine not in tuple(NATIVE):  # which compares, so that any value may come
         raise ValueError(f"engine: expected one of {tuple(NATIVE)}, got {engine!r}")
     if not options.setdefault("dynamo", True):
         raise ValueError("dynamo: expected True, as the old exporter cannot take a patched model")
@@ -114,7 +114,7 @@ def library(engine: Engine) -> str:
         ValueError: there is none for such an engine.
         RuntimeError: this installation has been built without it, or for another release.
     """
-    if engine not in LIBRARIES:
+    if engine not in tuple(LIBRARIES):
         raise ValueError(f"engine: expected one of {tuple(LIBRARIES)}, got {engine!r}")
     name, remedy = LIBRARIES[engine]
     found = [x for x in Path(_library.FOLDER).glob(f"{name}.*") if x.suffix in (".so", ".pyd")]

@@ -1,9 +1,6 @@
 // The operators for ONNX Runtime: a library for SessionOptions.register_custom_ops_library.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -17,8 +14,7 @@
 namespace tome::engines::ort {
 namespace {
 
-// --- errors
-// ---------------------------------------------------------------------------------------
+// --- errors --------------------------------------------------------------------------------------
 
 void check(const OrtApi* api, OrtStatus* status) {
     if (status == nullptr) return;
@@ -37,38 +33,19 @@ OrtStatus* guarded(const OrtApi* api, const Body& body) {
         return kCreateStatus.of(api)(kOrtInvalidArgument, error.what());
     } catch (const std::exception& error) {
         return kCreateStatus.of(api)(kOrtFail, error.what());
+    } catch (...) {
+        return kCreateStatus.of(api)(kOrtFail, "tome_ext: an error without a message");
     }
 }
 
-// --- the session's threads
-// ------------------------------------------------------------------------
-
-using Clock = std::chrono::steady_clock;
-
-// How many threads work on a loop of this context. ONNX Runtime does not say, so they are counted:
-// each waits for the others, for half a millisecond at most.
-int count_threads(const OrtApi* api, const OrtKernelContext* context) {
-    struct Count {
-        const int most = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-        const Clock::time_point end = Clock::now() + std::chrono::microseconds(500);
-        std::atomic<int> inside{0}, seen{0};
-    } count;
-    const auto wait = [](void* self, size_t) {
-        Count& count = *static_cast<Count*>(self);
-        const int now = ++count.inside;
-        for (int seen = count.seen; seen < now && !count.seen.compare_exchange_weak(seen, now);) {
-        }
-        while (count.seen < count.most && Clock::now() < count.end) std::this_thread::yield();
-        --count.inside;
-    };
-    check(api, kParallelFor.of(api)(context, wait, count.most, 0, &count));
-    return std::max(1, count.seen.load());
-}
+// --- the session's threads -----------------------------------------------------------------------
 
 struct SessionThreads {
     const OrtApi* api;
     const OrtKernelContext* context;
-    int count;
+    // As many as there may be: ONNX Runtime does not say how many a session has. With fewer, tasks
+    // are smaller than they need be.
+    int count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 
     Threads threads() { return {run, this, count}; }
 
@@ -99,8 +76,7 @@ struct SessionThreads {
     }
 };
 
-// --- tensors
-// --------------------------------------------------------------------------------------
+// --- tensors -------------------------------------------------------------------------------------
 
 Tensor input(const OrtApi* api, const OrtKernelContext* context, size_t index) {
     const OrtValue* value = nullptr;
@@ -154,8 +130,7 @@ OrtElement element(Element of, DType dtype) {
     }
 }
 
-// --- operators
-// ------------------------------------------------------------------------------------
+// --- operators -----------------------------------------------------------------------------------
 
 // An operator for one dtype, as ONNX Runtime knows it. `table` is first, so that its address is
 // this one's.
@@ -175,38 +150,46 @@ struct Kernel {
     const Operator* what;
     DType dtype;
     std::vector<double> attributes;
-    std::atomic<int> threads{0};  // not counted yet
 
     Kernel(const OrtApi* api, const Registered& op, const OrtKernelInfo* info)
         : api(api), what(op.what), dtype(op.dtype) {
         for (const Attribute& attribute : what->attributes) {
-            double value = attribute.otherwise;
-            OrtStatus* missing = nullptr;
-            if (attribute.integer) {
-                int64_t found = 0;
-                missing = kGetInteger.of(api)(info, attribute.name, &found);
-                if (missing == nullptr) value = static_cast<double>(found);
-            } else {
-                float found = 0;
-                missing = kGetFloat.of(api)(info, attribute.name, &found);
-                if (missing == nullptr) value = found;
-            }
-            if (missing != nullptr) kReleaseStatus.of(api)(missing);
-            attributes.push_back(value);
+            attributes.push_back(read(info, attribute));
         }
     }
 
+    double read(const OrtKernelInfo* info, const Attribute& attribute) const {
+        int64_t integer = 0;
+        float real = 0;
+        size_t length = 0;
+        // ONNX Runtime has the same answer for what is missing and for what is of another type.
+        const auto found = [&](OrtStatus* status) {
+            if (status != nullptr) kReleaseStatus.of(api)(status);
+            return status == nullptr;
+        };
+        if (found(kGetInteger.of(api)(info, attribute.name, &integer))) {
+            return static_cast<double>(integer);
+        }
+        const bool is_real = found(kGetFloat.of(api)(info, attribute.name, &real));
+        if (is_real && !attribute.integer) return real;
+        if (is_real || found(kGetString.of(api)(info, attribute.name, nullptr, &length))) {
+            throw std::invalid_argument(std::string("tome_ext::") + what->name + ": " +
+                                        attribute.name + ": expected " +
+                                        (attribute.integer ? "an integer" : "a number"));
+        }
+        return attribute.fallback;
+    }
+
     void compute(OrtKernelContext* context) {
-        if (threads == 0) threads = count_threads(api, context);
         size_t given = 0;
         check(api, kGetInputCount.of(api)(context, &given));
         std::vector<Tensor> inputs(what->inputs.size()), outputs;
         for (size_t i = 0; i < std::min(given, inputs.size()); ++i) {
             inputs[i] = input(api, context, i);
         }
-        SessionThreads session{api, context, threads};
+        SessionThreads session{api, context};
         Call call{dtype, attributes, inputs, {}, session.threads()};
-        for (const Shape& shape : what->shapes(call)) {
+        for (const Shape& shape : output_shapes(*what, call)) {
             outputs.push_back(output(api, context, outputs.size(), shape));
         }
         call.outputs = outputs;
@@ -252,12 +235,12 @@ Registered registered(const Operator& what, DType dtype) {
     return {table, &what, dtype};
 }
 
-// ONNX Runtime keeps their addresses as long as any session lives.
+// ONNX Runtime keeps their addresses as long as any session lives, also one of a global variable.
 const std::vector<Registered>& all_registered() {
-    static const std::vector<Registered> all = [] {
-        std::vector<Registered> all;
+    static const auto& all = *[] {
+        auto* all = new std::vector<Registered>;
         for (const Operator& what : operators()) {
-            for (const DType dtype : what.dtypes) all.push_back(registered(what, dtype));
+            for (const DType dtype : what.dtypes) all->push_back(registered(what, dtype));
         }
         return all;
     }();

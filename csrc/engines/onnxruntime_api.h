@@ -1,9 +1,9 @@
 // What onnxruntime.cpp calls of ONNX Runtime, as its binary interface has it: its Python package
 // holds no headers, and a library of operators links to nothing of it.
 //
-// Facts from onnxruntime_c_api.h (MIT), which only ever appends: an OrtApi is a table of functions,
-// so that a function is known by its place in it, in every release since the one that added it. The
-// newest one here is of 1.17.
+// The places are those of onnxruntime_c_api.h (MIT), which only ever appends: an OrtApi is a table
+// of functions, so that a function is known by its place in it, in every release since the one that
+// added it. The newest one here is of 1.17.
 #pragma once
 
 #include <cstddef>
@@ -90,6 +90,8 @@ inline constexpr Entry<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, si
 inline constexpr Entry<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)> kGetShape{65};
 inline constexpr Entry<OrtStatus*(const OrtKernelInfo*, const char*, float*)> kGetFloat{85};
 inline constexpr Entry<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)> kGetInteger{86};
+inline constexpr Entry<OrtStatus*(const OrtKernelInfo*, const char*, char*, size_t*)> kGetString{
+    87};
 inline constexpr Entry<OrtStatus*(const OrtKernelContext*, size_t*)> kGetInputCount{88};
 inline constexpr Entry<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)> kGetInput{90};
 inline constexpr Entry<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>

@@ -61,7 +61,7 @@ class Node : public ov::op::Op {
   public:
     explicit Node(size_t index) : index_(index) {
         for (const Attribute& attribute : what().attributes) {
-            attributes_.push_back(attribute.otherwise);
+            attributes_.push_back(attribute.fallback);
         }
     }
 
@@ -108,9 +108,9 @@ class Node : public ov::op::Op {
             ranked = ranked && shape.rank().is_static();
             if (ranked) inputs[i] = {nullptr, shape_of(shape), true};
             for (const DType known : what().dtypes) {
-                const bool says = what().inputs[i].element == Element::kTokens ||
-                                  what().inputs[i].element == Element::kSums;
-                if (says && get_input_element_type(next) == element(known)) dtype = known;
+                const bool decides = what().inputs[i].element == Element::kTokens ||
+                                     what().inputs[i].element == Element::kSums;
+                if (decides && get_input_element_type(next) == element(known)) dtype = known;
             }
             ++next;
         }
@@ -122,9 +122,11 @@ class Node : public ov::op::Op {
             NODE_VALIDATION_CHECK(this, got.is_dynamic() || got == expected, what().inputs[i].name,
                                   ": expected ", expected, ", got ", got);
         }
+        NODE_VALIDATION_CHECK(this, next == get_input_size(), "expected ", next, " inputs, got ",
+                              get_input_size());
         dtype_ = dtype;
         std::vector<Shape> shapes;
-        if (ranked) shapes = what().shapes({dtype, attributes_, inputs, {}});
+        if (ranked) shapes = output_shapes(what(), {dtype, attributes_, inputs, {}});
         set_output_size(what().outputs.size());
         for (size_t i = 0; i < what().outputs.size(); ++i) {
             ov::PartialShape shape = ov::PartialShape::dynamic();
@@ -141,12 +143,12 @@ class Node : public ov::op::Op {
         for (size_t i = 0; i < inputs.size(); ++i) {
             if (!is_given(i)) continue;
             const ov::Tensor& x = arguments[next++];
-            // OpenVINO's tensors share what they hold, so that a const one gives it away.
+            // It is only read: an input and an output are of one type here.
             inputs[i] = {const_cast<void*>(static_cast<const void*>(x.data())),
                          Shape(x.get_shape().begin(), x.get_shape().end()), true};
         }
         Call call{dtype_, attributes_, inputs, {}, engine_threads()};
-        const std::vector<Shape> shapes = what().shapes(call);
+        const std::vector<Shape> shapes = output_shapes(what(), call);
         for (size_t i = 0; i < results.size(); ++i) {
             results[i].set_shape(ov::Shape(shapes[i].begin(), shapes[i].end()));
             outputs.push_back({results[i].data(), shapes[i], true});
@@ -192,9 +194,12 @@ ov::OutputVector from_onnx(size_t index, const ov::frontend::NodeContext& contex
     const Operator& what = operators()[index];
     ov::OutputVector arguments;
     int64_t given = 0;
-    for (size_t i = 0; i < std::min(context.get_input_size(), what.inputs.size()); ++i) {
+    OPENVINO_ASSERT(context.get_input_size() <= what.inputs.size(), "tome_ext::", what.name,
+                    ": expected at most ", what.inputs.size(), " inputs, got ",
+                    context.get_input_size());
+    for (size_t i = 0; i < context.get_input_size(); ++i) {
         const ov::Output<ov::Node> input = context.get_input(static_cast<int>(i));
-        // What stands for an input without a name.
+        // It stands for an optional input that the node leaves out.
         if (input.get_node()->get_type_name() == std::string("NullNode")) continue;
         arguments.push_back(input);
         given |= int64_t{1} << i;
@@ -202,12 +207,12 @@ ov::OutputVector from_onnx(size_t index, const ov::frontend::NodeContext& contex
     std::vector<double> attributes;
     for (const Attribute& attribute : what.attributes) {
         if (attribute.integer) {
-            const auto otherwise = static_cast<int64_t>(attribute.otherwise);
+            const auto fallback = static_cast<int64_t>(attribute.fallback);
             attributes.push_back(
-                static_cast<double>(context.get_attribute<int64_t>(attribute.name, otherwise)));
+                static_cast<double>(context.get_attribute<int64_t>(attribute.name, fallback)));
         } else {
-            const auto otherwise = static_cast<float>(attribute.otherwise);
-            attributes.push_back(context.get_attribute<float>(attribute.name, otherwise));
+            const auto fallback = static_cast<float>(attribute.fallback);
+            attributes.push_back(context.get_attribute<float>(attribute.name, fallback));
         }
     }
     return std::make_shared<Node>(index, arguments, attributes, given)->outputs();

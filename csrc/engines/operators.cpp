@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <sstream>
 #include <stdexcept>
 
 #include "tome_core/tome_core.h"
@@ -12,15 +14,14 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// --- what inputs are checked by
-// -------------------------------------------------------------------
+// --- what inputs are checked by ------------------------------------------------------------------
 
 std::string text(const Shape& shape) {
     std::string all = "(";
     for (size_t i = 0; i < shape.size(); ++i) {
         all += (i > 0 ? ", " : "") + (shape[i] < 0 ? "?" : std::to_string(shape[i]));
     }
-    return all + ")";
+    return all + (shape.size() == 1 ? ",)" : ")");
 }
 
 [[noreturn]] void refuse(const std::string& name, const std::string& expected, const Shape& got) {
@@ -63,13 +64,13 @@ int64_t integer(const Call& call, size_t attribute) {
 // (batch, tokens, heads, dim)
 HeadStrides head_strides(const Shape& x) { return {x[1] * x[2] * x[3], x[3], x[2] * x[3]}; }
 
+// Infinity stands for the usual one.
 double scale_of(double attribute, int64_t dim) {
-    return attribute != 0 ? attribute
-                          : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim)));
+    if (attribute != kInfinity) return attribute;
+    return 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim)));
 }
 
-// --- plans
-// ----------------------------------------------------------------------------------------
+// --- plans ---------------------------------------------------------------------------------------
 
 std::vector<Shape> plan_shapes(int64_t batch, int64_t tokens, int64_t rows) {
     return {{batch, tokens}, {batch, tokens}, {batch, rows < 0 ? -1 : rows + 1}};
@@ -135,7 +136,11 @@ void match_run(const Call& call) {
     p.assign = data<int32_t>(call.outputs[0]);
     p.members = data<int32_t>(call.outputs[1]);
     p.offsets = data<int32_t>(call.outputs[2]);
-    expect_plan(match(p, call.threads), "tome_ext::Match: targets");
+    if (const Status status = match(p, call.threads); !status) {
+        throw std::invalid_argument(
+            "tome_ext::Match: targets: expected ascending positions behind the prefix, got " +
+            std::to_string(status.value) + " at " + std::to_string(status.index));
+    }
 }
 
 // Inputs: scores.
@@ -187,8 +192,7 @@ void regroup_run(const Call& call) {
     expect_plan(plan(p, call.threads), "tome_ext::Plan: assign");
 }
 
-// --- merging
-// --------------------------------------------------------------------------------------
+// --- merging -------------------------------------------------------------------------------------
 
 // Of tokens x (batch, tokens, channels), where `first` is the place of size, members and offsets.
 Shape merged_shape(const Call& call, const char* name, size_t first) {
@@ -287,8 +291,7 @@ void unmerge_run(const Call& call) {
     expect_plan(unmerge(p, call.threads), "tome_ext::Unmerge: assign");
 }
 
-// --- attention
-// ------------------------------------------------------------------------------------
+// --- attention -----------------------------------------------------------------------------------
 
 // Inputs: q, k, v, size.
 std::vector<Shape> attention_shapes(const Call& call) {
@@ -317,8 +320,9 @@ void attention_run(const Call& call) {
     p.size = data<float>(call.inputs[3]);
     p.scale = scale_of(call.attributes[0], p.dim);
     p.out = call.outputs[0].data;
-    std::vector<double> unread(static_cast<size_t>(p.batch * p.heads * p.queries));
-    p.lse = unread.data();
+    const auto lse = std::make_unique_for_overwrite<double[]>(
+        static_cast<size_t>(p.batch * p.heads * p.queries));  // of which nothing is made
+    p.lse = lse.get();
     attention(p, call.threads);
 }
 
@@ -353,18 +357,14 @@ void cls_attention_run(const Call& call) {
     cls_attention(p, call.threads);
 }
 
-}  // namespace
-
-const char* const kDomain = "tome_ext";
-
-const std::vector<Operator>& operators() {
+std::vector<Operator> make_operators() {
     using enum Element;
-    static const std::vector<DType> any{DType::kFloat32, DType::kFloat16, DType::kBFloat16,
-                                        DType::kFloat64},
+    const std::vector<DType> any{DType::kFloat32, DType::kFloat16, DType::kBFloat16,
+                                 DType::kFloat64},
         sums{DType::kFloat32, DType::kFloat64}, none{DType::kFloat32};
-    static const std::vector<Argument> plan{
-        {"assign", kInt32}, {"members", kInt32}, {"offsets", kInt32}};
-    static const std::vector<Operator> all{
+    const std::vector<Argument> plan{{"assign", kInt32}, {"members", kInt32}, {"offsets", kInt32}};
+    constexpr double kMost = std::numeric_limits<int32_t>::max();
+    return {
         {"Match",
          {{"metric", kTokens},
           {"weight", kFloat32, true},
@@ -372,28 +372,32 @@ const std::vector<Operator>& operators() {
           {"size", kFloat32, true},
           {"importance", kFloat32, true}},
          plan,
-         {{"r", true, 0}, {"num_prefix_tokens", true, 0}, {"threshold", false, kInfinity}},
+         {{"r", true, 0, -kMost, kMost},
+          {"num_prefix_tokens", true, 0, 0, kMost},
+          {"threshold", false, kInfinity, -kInfinity, kInfinity}},
          any,
          match_shapes,
          match_run},
         {"Select",
          {{"scores", kSums}},
          plan,
-         {{"keep", true, 0}, {"num_prefix_tokens", true, 0}, {"fuse", true, 0}},
+         {{"keep", true, 0, 0, kMost},
+          {"num_prefix_tokens", true, 0, 0, kMost},
+          {"fuse", true, 0, 0, 1}},
          sums,
          select_shapes,
          select_run},
         {"Plan",
          {{"assign", kInt32}},
          {{"members", kInt32}, {"offsets", kInt32}},
-         {{"num_rows", true, 0}},
+         {{"num_rows", true, 0, 0, kMost - 1}},
          none,
          regroup_shapes,
          regroup_run},
         {"Merge",
          {{"x", kTokens}, {"size", kFloat32, true}, {"members", kInt32}, {"offsets", kInt32}},
          {{"merged", kTokens}, {"new_size", kFloat32}},
-         {{"reduce", true, 0}},
+         {{"reduce", true, 0, 0, 2}},
          any,
          merge_shapes,
          merge_run},
@@ -407,7 +411,7 @@ const std::vector<Operator>& operators() {
           {"weight", kTokens, true},
           {"bias", kTokens, true}},
          {{"merged", kTokens}, {"new_size", kFloat32}, {"normed", kTokens}},
-         {{"eps", false, 1e-6}, {"keep_norms", true, 0}},
+         {{"eps", false, 1e-6, 0, kInfinity}, {"keep_norms", true, 0, 0, 1}},
          any,
          merge_add_norm_shapes,
          merge_add_norm_run},
@@ -421,19 +425,40 @@ const std::vector<Operator>& operators() {
         {"Attention",
          {{"q", kTokens}, {"k", kTokens}, {"v", kTokens}, {"size", kFloat32, true}},
          {{"out", kTokens}},
-         {{"scale", false, 0}},
+         {{"scale", false, kInfinity, -kInfinity, kInfinity}},
          any,
          attention_shapes,
          attention_run},
         {"ClsAttention",
          {{"q", kTokens}, {"k", kTokens}, {"size", kFloat32, true}},
          {{"scores", kSums}},
-         {{"scale", false, 0}},
+         {{"scale", false, kInfinity, -kInfinity, kInfinity}},
          any,
          cls_attention_shapes,
          cls_attention_run},
     };
+}
+
+}  // namespace
+
+const char* const kDomain = "tome_ext";
+
+const std::vector<Operator>& operators() {
+    static const auto& all = *new std::vector<Operator>(make_operators());
     return all;
+}
+
+std::vector<Shape> output_shapes(const Operator& what, const Call& call) {
+    for (size_t i = 0; i < what.attributes.size(); ++i) {
+        const Attribute& attribute = what.attributes[i];
+        const double value = call.attributes[i];
+        if (value >= attribute.least && value <= attribute.most) continue;
+        std::ostringstream message;
+        message << "tome_ext::" << what.name << ": " << attribute.name << ": expected "
+                << attribute.least << " to " << attribute.most << ", got " << value;
+        throw std::invalid_argument(message.str());
+    }
+    return what.shapes(call);
 }
 
 }  // namespace tome::engines

@@ -39,7 +39,8 @@ struct Argument {
 struct Attribute {
     const char* name;
     bool integer;
-    double otherwise;  // its value where a node has none
+    double fallback;  // its value where a node has none
+    double least, most;
 };
 
 // One node and what it is given.
@@ -51,7 +52,7 @@ struct Call {
 };
 
 // `shapes` and `run` throw std::invalid_argument for inputs that do not go together, or that hold
-// no plan; the message begins with the operator's name.
+// no plan; the message begins with the operator's name. Call `shapes` through output_shapes.
 struct Operator {
     const char* name;
     std::vector<Argument> inputs, outputs;
@@ -65,6 +66,9 @@ struct Operator {
 extern const char* const kDomain;
 constexpr int kVersion = 1;
 
-const std::vector<Operator>& operators();
+const std::vector<Operator>& operators();  // there until the process ends
+
+// The shapes of a call's outputs. Throws std::invalid_argument for attributes out of range too.
+std::vector<Shape> output_shapes(const Operator& what, const Call& call);
 
 }  // namespace tome::engines

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -26,7 +27,7 @@ std::vector<Shape> shapes(const std::string& name, const std::vector<double>& at
     const Operator& what = find(name);
     std::vector<Tensor> inputs = given;
     inputs.resize(what.inputs.size());
-    return what.shapes({DType::kFloat32, attributes, inputs, {}});
+    return output_shapes(what, {DType::kFloat32, attributes, inputs, {}});
 }
 
 std::string refusal(const std::string& name, const std::vector<double>& attributes,
@@ -101,7 +102,7 @@ TEST(Engines, WhatDoesNotGoTogetherIsRefusedByName) {
               "tome_ext::Match: weight: expected (2, 10), got (2, 9)");
     EXPECT_EQ(refusal("Match", {3, 1, kInfinity}, {shaped({2, 10, 8}), {}, shaped({10})}),
               "tome_ext::Match: targets: expected at most as many as tokens behind the prefix, got "
-              "(10)");
+              "(10,)");
     EXPECT_EQ(refusal("Merge", {0}, {shaped({2, 10, 8}), {}, shaped({2, 10}), shaped({2, 0})}),
               "tome_ext::Merge: offsets: expected (B, M + 1), got (2, 0)");
     EXPECT_EQ(refusal("Attention", {0},
@@ -109,6 +110,21 @@ TEST(Engines, WhatDoesNotGoTogetherIsRefusedByName) {
               "tome_ext::Attention: v: expected (2, 10, 4, 8), got (?, 11, 4, 8)");
     EXPECT_EQ(refusal("ClsAttention", {0}, {shaped({2, 0, 4, 8}), shaped({2, 10, 4, 8})}),
               "tome_ext::ClsAttention: q: expected at least one token and head, got (2, 0, 4, 8)");
+}
+
+TEST(Engines, AttributesOutOfRangeAreRefused) {
+    const std::vector<Tensor> metric{shaped({2, 10, 8})}, assign{shaped({2, 10})};
+    EXPECT_EQ(refusal("Match", {3, -1, kInfinity}, metric),
+              "tome_ext::Match: num_prefix_tokens: expected 0 to 2.14748e+09, got -1");
+    EXPECT_NE(refusal("Match", {3, 1, std::nan("")}, metric), "none");
+    EXPECT_NE(refusal("Match", {0x1p40, 1, 0.5}, metric), "none");
+    EXPECT_EQ(refusal("Match", {-3, 1, -kInfinity}, metric), "none");
+    EXPECT_NE(refusal("Select", {-1, 1, 0}, assign), "none");
+    EXPECT_NE(refusal("Select", {1, 1, 2}, assign), "none");
+    EXPECT_NE(refusal("Plan", {-1}, assign), "none");
+    EXPECT_NE(refusal("Plan", {0x1p31}, assign), "none");
+    EXPECT_NE(refusal("Merge", {3}, {shaped({2, 10, 8}), {}, shaped({2, 10}), shaped({2, 8})}),
+              "none");
 }
 
 }  // namespace

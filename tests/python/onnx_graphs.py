@@ -75,7 +75,7 @@ def assert_nodes(proto: onnx.ModelProto, operators: str) -> None:
 
 
 def node(
-    name: str, inputs: Sequence[tuple[int, int]], outputs: Sequence[int], **attributes: int
+    name: str, inputs: Sequence[tuple[int, int]], outputs: Sequence[int], **attributes: Any
 ) -> onnx.ModelProto:
     """A graph of one native node: inputs as (dtype, rank), outputs as dtypes."""
     made = onnx.helper.make_node(
@@ -133,8 +133,11 @@ class EveryArgument(nn.Module):
         out = tome.proportional_attention(heads, heads, heads, size, scale=0.5)
         scores = tome.cls_attention(heads, heads, size, scale=0.5)  # float32 in a graph
         kept = tome.select(scores, 5, 2, fuse=True)
-        shown = plan.merge(x, size)[0], plan.unmerge(largest), out, scores, largest, *fused
+        # What no number can stand for: without any logits, and as much as may merge.
+        even = tome.proportional_attention(heads, heads, heads, size, scale=0.0)
+        most = tome.match(x, 0, 1, threshold=float("-inf")).assign
+        shown = plan.merge(x, size)[0], plan.unmerge(largest), out, even, scores, largest, *fused
         floats = [y.to(torch.float32) for y in shown]
         all_of_it = plan.then(tome.match(largest, 3))
         regrouped = tome.MergePlan.from_assign(all_of_it.assign, all_of_it.num_output_tokens)
-        return [*plan, *kept, *regrouped, *floats]
+        return [*plan, *kept, *regrouped, most, *floats]

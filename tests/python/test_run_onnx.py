@@ -226,6 +226,17 @@ def test_native_operators_refuse_what_does_not_go_together() -> None:
             merge(*inputs)
 
 
+def test_native_operators_refuse_attributes_that_mean_nothing() -> None:
+    x = torch.randn(2, 8, 4)
+    for name, value in (("num_prefix_tokens", -1), ("num_prefix_tokens", -100), ("r", 2**40)):
+        match = session(node("Match", [(FLOAT, 3)], [INT32] * 3, **{name: value}))
+        with pytest.raises(Exception, match=f"Match: {name}: expected"):
+            match(x)
+    for wrong in (2.0, "two"):
+        with pytest.raises(Exception, match="Match: r: expected an integer"):
+            session(node("Match", [(FLOAT, 3)], [INT32] * 3, r=wrong))
+
+
 def test_a_graph_of_native_operators_says_what_it_misses() -> None:
     proto = node("Match", [(FLOAT, 3)], [INT32] * 3, r=2)
     with pytest.raises(Exception, match="tome_ext"):

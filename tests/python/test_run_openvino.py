@@ -123,6 +123,12 @@ def test_native_operators_refuse_what_does_not_go_together() -> None:
         merge(x, size, members + 1, offsets)
 
 
+def test_native_operators_refuse_attributes_that_mean_nothing() -> None:
+    for name, value in (("num_prefix_tokens", -1), ("num_prefix_tokens", -100), ("r", 2**40)):
+        with pytest.raises(RuntimeError, match=f"Match: {name}: expected"):
+            compiled(node("Match", [(FLOAT, 3)], [INT32] * 3, **{name: value}))
+
+
 def test_a_graph_of_native_operators_says_what_it_misses() -> None:
     proto = node("Match", [(FLOAT, 3)], [INT32] * 3, r=2)
     with pytest.raises(RuntimeError, match=r"tome_ext\.Match"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,13 @@ def engine_runner(
     dtype, x = x.dtype, x.float()
     if dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    program = onnx.export(model, (x,), operators=operators, engine=engine, verbose=False)
+    log = logging.getLogger("onnxscript")  # a warning for every sort that it does not fold
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        program = onnx.export(model, (x,), operators=operators, engine=engine, verbose=False)
+    finally:
+        log.setLevel(level)
     graph = program.model_proto.SerializeToString()
     threads = torch.get_num_threads()
     if engine == "onnxruntime":
