@@ -40,12 +40,17 @@ OrtStatus* guarded(const OrtApi* api, const Body& body) {
 
 // --- the session's threads -----------------------------------------------------------------------
 
+// As many as a session may have: ONNX Runtime does not say how many it has. With fewer, tasks are
+// smaller than they need be.
+int most_threads() {
+    static const auto count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return count;
+}
+
 struct SessionThreads {
     const OrtApi* api;
     const OrtKernelContext* context;
-    // As many as there may be: ONNX Runtime does not say how many a session has. With fewer, tasks
-    // are smaller than they need be.
-    int count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    int count = most_threads();
 
     Threads threads() { return {run, this, count}; }
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import tome_ext as tome
+from tome_ext import _library
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
@@ -133,6 +134,18 @@ def test_a_graph_of_native_operators_says_what_it_misses() -> None:
     proto = node("Match", [(FLOAT, 3)], [INT32] * 3, r=2)
     with pytest.raises(RuntimeError, match=r"tome_ext\.Match"):
         compiled(proto, native=False)
+
+
+def test_a_library_for_another_release_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_library, "FOLDER", tmp_path)
+    with pytest.raises(RuntimeError, match=r"which holds none; install tome_ext from source with"):
+        tome.onnx.library("openvino")
+    (tmp_path / "_openvino.abi3.so").write_bytes(b"\0libopenvino.so.1999\0")
+    refusal = r"expected a library for libopenvino\.so\.\d+, which is installed, got one for .*1999"
+    with pytest.raises(RuntimeError, match=refusal):
+        tome.onnx.library("openvino")
 
 
 def test_the_example_in_c_plus_plus_runs_a_model(tmp_path: Path) -> None:
