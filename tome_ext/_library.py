@@ -57,8 +57,28 @@ if load_error is None and torch.version.cuda is not None:
 cuda_loaded = load_error is None and torch.version.cuda is not None and _cuda_error is None
 # What ``_cuda_obstacle`` of csrc/torch/cuda says where plain operators are asked for.
 SWITCHED_OFF = "TOME_CUDA_KERNELS=0"
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")  # as isa.h has them
 switched_off = os.environ.get("TOME_CUDA_KERNELS") == "0"
 _told: set[object] = set()
+
+
+def _check_isa(asked: str | None) -> None:
+    """Refuse a TOME_ISA that names nothing, and warn of one that this machine lacks.
+
+    Raises:
+        ValueError: there is no instruction set of that name.
+    """
+    if asked is None or load_error is not None:
+        return
+    if asked not in INSTRUCTION_SETS:
+        raise ValueError(f"TOME_ISA: expected one of {', '.join(INSTRUCTION_SETS)}, got {asked!r}")
+    used = build_info()["isa"]
+    if used != asked:
+        warnings.warn(
+            f"TOME_ISA={asked}: this machine lacks it, and {used} is used",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def build_info() -> dict[str, object]:
@@ -187,3 +207,6 @@ def missing() -> ImportError:
         "in a clone); if you are in the source folder, run from another one, so that the "
         "installed package is imported"
     )
+
+
+_check_isa(os.environ.get("TOME_ISA"))

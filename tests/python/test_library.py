@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +203,23 @@ def test_importing_does_not_start_cuda(run_python: Any) -> None:
     script = "import tome_ext, torch; print(torch.cuda.is_initialized())"
     run = run_python(script)
     assert run.stdout == "False\n", run.stderr
+
+
+def test_an_instruction_set_that_is_none_is_refused(run_python: Any) -> None:
+    done = run_python("import tome_ext", env={**os.environ, "TOME_ISA": "avx512bf16"})
+    assert done.returncode == 1
+    assert "TOME_ISA: expected one of portable, avx2, avx512, avx512_bf16, got" in done.stderr
+    lower = run_python("import tome_ext", env={**os.environ, "TOME_ISA": "portable"})
+    assert (lower.returncode, lower.stderr) == (0, "")
+
+
+def test_a_warning_says_that_the_machine_lacks_an_instruction_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_library, "build_info", lambda: {"isa": "avx2"})
+    with pytest.warns(RuntimeWarning, match="TOME_ISA=avx512: this machine lacks it, and avx2 is"):
+        _library._check_isa("avx512")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library._check_isa("avx2")
+        _library._check_isa(None)

@@ -406,7 +406,7 @@ def test_an_unsupported_dtype_is_named(dtype):
         tome_ext.match(X.to(getattr(torch, dtype)), 1)
 
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = _library.INSTRUCTION_SETS
 # All other tests use the machine's best.
 LOWER_SETS = INSTRUCTION_SETS[: max(1, INSTRUCTION_SETS.index(_library.build_info()["isa"]))]
 
