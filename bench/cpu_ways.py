@@ -21,7 +21,7 @@ import onnxruntime
 import openvino
 import timm
 import torch
-from timing import describe_machine, interleave, write_json
+from timing import describe_machine, interleave, ratio, write_json
 from torch import Tensor
 
 from tome_ext._command import Reduction
@@ -83,10 +83,6 @@ def measure(name: str, dtype: str, batch_size: int, r: int, seconds: float) -> l
                 raise RuntimeError(f"{way}, {dtype}, merged={merges}: 1 - cosine is {away:.2g}")
             runs[f"{way}, merged" if merges else way] = run
     times = interleave(runs, seconds)
-
-    def over(under: str, name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[under], times[name], strict=True))
-
     rows = []
     for way in WAYS:
         own = f"{way}, merged"
@@ -102,8 +98,8 @@ def measure(name: str, dtype: str, batch_size: int, r: int, seconds: float) -> l
                 "way": way,
                 "unmerged": 1e3 * batch_size / statistics.median(times[plain]),
                 "merged": 1e3 * batch_size / statistics.median(times[own]),
-                "speed_up": over(plain, own),
-                "over_eager": over("eager", own),
+                "speed_up": ratio(times, plain, own),
+                "over_eager": ratio(times, "eager", own),
             }
         )
         print(rows[-1], flush=True)

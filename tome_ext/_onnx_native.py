@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _onnx_standard, reference
 
-__all__ = ["DOMAIN", "FORMS", "VERSION"]
+__all__ = ["FORMS"]
 
 DOMAIN = "tome_ext"
 VERSION = 1

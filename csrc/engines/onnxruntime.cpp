@@ -4,7 +4,6 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -122,17 +121,9 @@ OrtElement element(DType dtype) {
     }
 }
 
-OrtElement element(Element of, DType dtype) {
-    switch (of) {
-        case Element::kTokens:
-            return element(dtype);
-        case Element::kSums:
-            return dtype == DType::kFloat64 ? kOrtFloat64 : kOrtFloat32;
-        case Element::kInt32:
-            return kOrtInt32;
-        default:
-            return kOrtFloat32;
-    }
+OrtElement element(Element of, DType call) {
+    const std::optional<DType> dtype = dtype_of(of, call);
+    return dtype.has_value() ? element(*dtype) : kOrtInt32;
 }
 
 // --- operators -----------------------------------------------------------------------------------

@@ -37,17 +37,9 @@ ov::element::Type element(DType dtype) {
     }
 }
 
-ov::element::Type element(Element of, DType dtype) {
-    switch (of) {
-        case Element::kTokens:
-            return element(dtype);
-        case Element::kSums:
-            return dtype == DType::kFloat64 ? ov::element::f64 : ov::element::f32;
-        case Element::kInt32:
-            return ov::element::i32;
-        default:
-            return ov::element::f32;
-    }
+ov::element::Type element(Element of, DType call) {
+    const std::optional<DType> dtype = dtype_of(of, call);
+    return dtype.has_value() ? element(*dtype) : ov::element::i32;
 }
 
 Shape shape_of(const ov::PartialShape& shape) {

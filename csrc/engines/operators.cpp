@@ -448,6 +448,20 @@ const std::vector<Operator>& operators() {
     return all;
 }
 
+std::optional<DType> dtype_of(Element element, DType call) {
+    switch (element) {
+        case Element::kTokens:
+            return call;
+        case Element::kSums:
+            return call == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+        case Element::kInt32:
+            return std::nullopt;
+        case Element::kFloat32:
+            break;
+    }
+    return DType::kFloat32;
+}
+
 std::vector<Shape> output_shapes(const Operator& what, const Call& call) {
     for (size_t i = 0; i < what.attributes.size(); ++i) {
         const Attribute& attribute = what.attributes[i];

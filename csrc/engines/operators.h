@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -62,9 +63,10 @@ struct Operator {
     void (*run)(const Call& call);                   // `outputs` have these shapes
 };
 
-// What nodes are named below, "tome_ext", and the version of what they say.
-extern const char* const kDomain;
-constexpr int kVersion = 1;
+extern const char* const kDomain;  // of the nodes: "tome_ext"
+
+// What an argument's elements are in a call of this dtype; none for int32.
+std::optional<DType> dtype_of(Element element, DType call);
 
 const std::vector<Operator>& operators();  // there until the process ends
 
