@@ -243,6 +243,7 @@ def layer_contenders(shape: dict) -> tuple[dict[str, Contender], dict[str, Conte
     pairs = stock.match(keys, r, 1)
     weight, bias = (torch.randn(channels, device=device, dtype=DTYPE) for _ in range(2))
     scores = torch.rand(batch, tokens, device=device)
+    importance = torch.rand(batch, tokens, device=device)
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (channels,), weight, bias, 1e-6)
@@ -267,6 +268,12 @@ def layer_contenders(shape: dict) -> tuple[dict[str, Contender], dict[str, Conte
         ),
         "unmerge": lambda k, x, branch, size: plan.unmerge(x[:, :rows]),
         "select": lambda k, x, branch, size: tome_ext.select(scores, rows, 1),
+        "guided match": lambda k, x, branch, size: tome_ext.match(
+            x, r, 1, size=size, importance=importance
+        ),
+        "merge_add_norm, norms kept": lambda k, x, branch, size: plan.merge_add_norm(
+            x, branch, size, None, weight, bias, keep_norms=True
+        ),
     }
     stocks = {
         "stock match": lambda k, x, branch, size: stock.match(k, r, 1),
@@ -281,8 +288,10 @@ def layer_contenders(shape: dict) -> tuple[dict[str, Contender], dict[str, Conte
     row = batch * channels * torch.finfo(DTYPE).bits // 8
     traffic = {
         "match": tokens * row,
+        "guided match": tokens * row,
         "merge": (tokens + rows) * row,
         "merge_add_norm": 2 * (tokens + rows) * row,
+        "merge_add_norm, norms kept": 2 * (tokens + rows) * row,
         "unmerge": (tokens + rows) * row,
     }
     return ours, stocks, traffic
@@ -454,10 +463,12 @@ def models_of(watch: Watch, shape: dict) -> tuple[dict[str, Any], torch.Tensor]:
         "unmerged": model,
         "ceiling": sliced(share_weights(model), Reduction(method="tome", r=r, keep_rate=None)),
         "tome": share_weights(model),
+        "guided": share_weights(model),
         "stock": stock.patch(share_weights(model), r),
         "published": stock.patch(share_weights(model), r, stock.explicit_attention),
     }
     patch.timm(models["tome"], r=r, inference=True)
+    patch.timm(models["guided"], r=r, method="guided", inference=True)
     for peer in find_peers(()):  # the published package, where it is installed
         models["published package"] = peer.patch(share_weights(model), r)
     return models, images

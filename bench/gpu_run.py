@@ -42,7 +42,7 @@ MOST_SAID = 40  # wrong cases in the log; the files have all
 TEST_SECONDS = 60
 CUDA_ERROR = 70  # gpu_check's exit status when its context is lost
 TOOLS = ("memcheck", "racecheck", "synccheck")
-TEST_FILES = ("test_cuda.py", "test_run_modes.py", "test_bench.py")
+TEST_FILES = ("test_cuda.py", "test_cuda_hosts.py", "test_run_modes.py", "test_bench.py")
 CPP_ROWS = ("layer:vit_b", "layer:vit_l384", "layer:single", "layer:single_l384")
 
 
