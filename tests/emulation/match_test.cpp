@@ -108,7 +108,7 @@ Plan on_cuda(const Metric& m, int64_t r, int64_t prefix, unsigned char left = 0x
                   tome_emulation::neighbours().blocks);
         EXPECT_EQ(tome_emulation::neighbours().overlapping,
                   t.form == tiles::Form::kStaged ||
-                      (t.form == tiles::Form::kDirect && t.blocks_per_image() == 1));
+                      (t.form != tiles::Form::kPlain && t.blocks_per_image() == 1));
     }
     return plan;
 }
@@ -388,13 +388,14 @@ TEST_P(CudaMatchTest, TheSameBitsInAnyOrderAndMemory) {
     });
 }
 
-// Images of every small size, alone and in a batch, in one kernel and in two, by one block and by
-// several: the same plan. Keys are small whole numbers, of which many scores tie.
-TEST_P(CudaMatchTest, BothFormsGiveTheSamePlanForEverySmallSize) {
+// Images of every small size, of one head and of several, alone and in a batch, in one kernel and
+// in two, by one block and by several: the same plan. Keys are small whole numbers, of which many
+// scores tie.
+TEST_P(CudaMatchTest, EveryFormGivesTheSamePlanForEverySmallSize) {
     if (GetParam() == DType::kFloat64) return;  // has neither
     for (int64_t tokens = 2; tokens <= 20; ++tokens) {
         for (int64_t prefix : {0, 1, 2}) {
-            const Shape s{2, 4, tokens, 24};
+            const Shape s{2, tokens % 3 == 0 ? 1 : 4, tokens, 24};
             Array x = random_metric(GetParam(), s, static_cast<unsigned>(tokens));
             for (int64_t i = 0; i < x.count(); ++i) x.set(i, std::round(x[i]));
             for (int64_t r : {int64_t{1}, (tokens - prefix) / 3, (tokens - prefix) / 2}) {
@@ -437,8 +438,16 @@ TEST_P(CudaMatchTest, EveryFormAndCutAgreesWithCpu) {
         {1, 1, 577, 32, 23, 1, Form::kDirect, 3, 1},
         {1, 1, 577, 32, 288, 20, Form::kDirect, 6, 6},
         {1, 1, 2049, 16, 40, 20, Form::kStaged, 16, 2},
+        {1, 1, 50, 8, 8, 1, Form::kSingle, 1, 1},
+        {2, 1, 197, 768, 98, 2, Form::kSingle, 1, 1},
+        {1, 1, 197, 136, 13, 132, Form::kSingle, 2, 2},
+        {1, 1, 577, 72, 23, 1, Form::kSingle, 3, 1},
+        {1, 1, 577, 71, 288, 20, Form::kSingle, 5, 5},
+        {1, 1, 1031, 328, 300, 20, Form::kSingle, 5, 5},
     };
     for (const Cut& cut : cuts) {
+        const bool is_single = cut.heads == 1 && bytes_of(GetParam()) == 2;
+        if (is_single != (cut.form == Form::kSingle) && cut.heads == 1) continue;
         const Shape s{cut.batch, cut.heads, cut.tokens, cut.dim};
         SCOPED_TRACE(::testing::Message() << cut.tokens << " tokens, dim " << cut.dim << ", "
                                           << cut.multiprocessors << " multiprocessors");
@@ -682,6 +691,12 @@ TEST(MatchTiles, FitTheMachineAndCoverTheWork) {
                         EXPECT_LE(t.splits_b, tiles::ceil_div(set, t.rows_b));
                         if (t.form == tiles::Form::kPlain) {
                             EXPECT_GT(dim, 64);
+                        } else if (t.form == tiles::Form::kSingle) {
+                            const int most = t.buffers == tiles::kLargeParts ? tiles::kLargeRows
+                                                                             : tiles::kSmallRows;
+                            EXPECT_LE(t.rows_a, most);
+                            EXPECT_LE(t.rows_b, most);
+                            EXPECT_EQ(t.shared_bytes, tiles::single_layout(most, t.buffers).total);
                         } else {
                             EXPECT_GE(t.shared_bytes,
                                       tiles::layout(dim, t.rows_a, t.rows_b, t.buffers).total);
@@ -725,13 +740,23 @@ TEST(MatchTiles, UsualShapes) {
     EXPECT_EQ(more.rows_b, 96);
     EXPECT_EQ(more.blocks_per_image(), 4);
     EXPECT_LE(more.shared_bytes, kHopper.shared_for_two());
-    // Diffusion: enough blocks for every multiprocessor, tiles not below 64 x 32.
+    // Tokens compared: an image a block in a full batch, two of them per multiprocessor; four of
+    // one.
+    const tiles::Tiles tokens = tiles::choose(256, 1, 98, 98, 768, 2, kHopper);
+    EXPECT_EQ(tokens.form, Form::kSingle);
+    EXPECT_EQ(tokens.blocks_per_image(), 1);
+    EXPECT_EQ(tokens.rows_a, 112);
+    EXPECT_LE(tokens.shared_bytes, kHopper.shared_for_two());
+    EXPECT_EQ(tiles::choose(1, 1, 98, 98, 768, 2, kHopper).blocks_per_image(), 4);
+    EXPECT_EQ(tiles::choose(1, 1, 98, 98, 768, 2, kTuring).form, Form::kPlain);
+    EXPECT_EQ(tiles::choose(1, 1, 98, 98, 768, 4, kHopper).form, Form::kDirect);
+    // Diffusion: a place for every block, with large tiles.
     const tiles::Tiles large = tiles::choose(2, 1, 2048, 2048, 320, 2, kHopper);
-    EXPECT_GE(2 * large.blocks_per_image(), kHopper.multiprocessors);
-    EXPECT_GE(large.rows_a, 64);
-    EXPECT_GE(large.rows_b, 32);
-    EXPECT_EQ(large.form, Form::kStaged);
-    EXPECT_EQ(tiles::choose(2, 1, 288, 288, 64, 2, kHopper).form, Form::kDirect);
+    EXPECT_EQ(large.form, Form::kSingle);
+    EXPECT_EQ(large.rows_a, 128);
+    EXPECT_EQ(2 * large.blocks_per_image(), 256);
+    EXPECT_EQ(tiles::choose(2, 1, 2048, 2048, 320, 4, kHopper).form, Form::kStaged);
+    EXPECT_EQ(tiles::choose(2, 1, 288, 288, 64, 4, kHopper).form, Form::kDirect);
     EXPECT_EQ(tiles::choose(2, 12, 98, 98, 64, 8, kHopper).form, Form::kPlain);
 }
 

@@ -3,6 +3,7 @@
 //   direct   keys -> staged rows -> scores, maxima -> ranks, plan    match_tile.cu, one kernel
 //   staged   keys -> staged rows                                     match_stage.cu, and then
 //                                -> scores, maxima -> ranks, plan    match_tile.cu, overlapping it
+//   single   keys ->                scores, maxima -> ranks, plan    match_single.cu, one kernel
 //   plain    keys ->                scores, maxima -> ranks, plan    match_plain.cu, one kernel
 //
 // One kernel whose blocks meet is behind a clear of the workspace; of two, the first clears.
@@ -97,6 +98,8 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
     m.blocks_per_image = static_cast<int>(m.tiles.blocks_per_image());
     m.tiles_b = static_cast<int>(match_tiles::ceil_div(m.sets.num_b, m.tiles.rows_b));
     m.steps = static_cast<int>(match_tiles::steps_of(p.dim));
+    const bool stages = m.tiles.form == Form::kDirect || m.tiles.form == Form::kStaged;
+    m.unit = stages ? match_cuda_detail::kUnit : 1.0f;
     m.groups_a = static_cast<int>(match_tiles::groups_of(m.sets.num_a));
     m.groups_b = static_cast<int>(match_tiles::groups_of(m.sets.num_b));
     const match_tiles::Workspace parts = workspace_of(p, m.sets, m.tiles.form);
@@ -124,8 +127,14 @@ cudaError_t match_cuda(const MatchParams& p, void* workspace, cudaStream_t strea
                                 static_cast<size_t>(parts.columns - parts.best), stream);
         if (error != cudaSuccess) return error;
     }
-    return m.tiles.form == Form::kDirect ? match_cuda_detail::launch_match_direct(m, grid, stream)
-                                         : match_cuda_detail::launch_match_plain(m, grid, stream);
+    switch (m.tiles.form) {
+        case Form::kSingle:
+            return match_cuda_detail::launch_match_single(m, grid, stream);
+        case Form::kDirect:
+            return match_cuda_detail::launch_match_direct(m, grid, stream);
+        default:
+            return match_cuda_detail::launch_match_plain(m, grid, stream);
+    }
 }
 
 }  // namespace tome

@@ -30,6 +30,8 @@ struct MatchArgs {
     int tiles_b;             // of tiles.rows_b
     int steps;               // of 16 channels
     int groups_a, groups_b;  // of 16 rows
+    float unit;              // length of the rows that scores are of: kUnit, or 1
+    bool by_vectors;         // Form::kSingle: 16 bytes can be copied wherever 8 channels begin
     uint4* rows;             // (batch, groups of A, groups of B, slots) staged rows: Form::kStaged
     Packed* best;            // (batch, num_a): see pack_score; for float64 ordered scores alone
     int32_t* columns;        // (batch, num_a): nearest B token, float64 only
@@ -156,5 +158,12 @@ __device__ __forceinline__ double scale_for(double largest) {
 }
 
 __device__ __forceinline__ Packed larger(Packed x, Packed y) { return x < y ? y : x; }
+
+// The best of a row of which four neighbouring lanes have met columns; -inf is "none".
+__device__ __forceinline__ Packed best_of_lanes(float score, int32_t column) {
+    Packed best = score == -INFINITY ? 0 : pack_score(score, column);
+    best = larger(best, __shfl_xor_sync(device::kFullMask, best, 1));
+    return larger(best, __shfl_xor_sync(device::kFullMask, best, 2));
+}
 
 }  // namespace tome::match_cuda_detail

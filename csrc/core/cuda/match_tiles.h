@@ -83,9 +83,10 @@ struct Device {
     constexpr int64_t shared_for_two() const { return (shared_per_block + 1024) / 2 - 1024; }
 };
 
-// The three ways to a plan; see match.cu and choose().
+// The four ways to a plan; see match.cu and choose().
 enum class Form {
     kPlain,   // without tensor cores
+    kSingle,  // one kernel for one head in 16 bits, which tensor cores take as it is
     kDirect,  // one kernel, whose blocks stage the rows they need in shared memory
     kStaged,  // one kernel stages rows in the workspace, a second one scores them
 };
@@ -93,7 +94,8 @@ enum class Form {
 struct Tiles {
     Form form;
     int rows_a, rows_b;  // a block owns rows_a of A, and passes over B rows_b at a time
-    int buffers;         // of rows_b: with two, one is filled while the other is scored
+    int buffers;         // of rows_b: with two, one is filled while the other is scored. Of parts
+                         // of a tile for Form::kSingle
     int64_t blocks_a;    // blocks along A
     int64_t splits_b;    // blocks along B: the tiles of B are dealt out evenly
     int64_t shared_bytes;
@@ -206,11 +208,59 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
 }
 
+// --- one head in 16 bits -------------------------------------------------------------------------
+
+// Tiles of kRows x kRows pass over the channels in parts of kSingleChannels, 128 bytes a row, of
+// which kParts are in shared memory at a time. Large ones read a row from L2 for every 128 others;
+// small ones are there for as many blocks as multiprocessors.
+constexpr int kSingleChannels = 64, kSingleRowBytes = 128;
+constexpr int kLargeRows = 128, kLargeParts = 3;
+constexpr int kSmallRows = 64, kSmallParts = 5;
+
+// Shared memory, in bytes from its start:
+//   parts (of A's rows | of B's) | best of A's rows, by each of four columns of warps |
+//   token, 1 / length and scale of every row | squares of the eight lanes of every row
+struct SingleLayout {
+    int64_t best, tokens, inverse, scale, squares, total;
+};
+constexpr SingleLayout single_layout(int rows, int parts) {
+    const int64_t best = int64_t{parts} * 2 * rows * kSingleRowBytes;
+    const int64_t tokens = best + int64_t{4} * rows * 8;
+    const int64_t each = int64_t{2} * rows * 4, squares = tokens + 3 * each;
+    return {best, tokens, tokens + each, tokens + 2 * each, squares, squares + 8 * each};
+}
+
+constexpr Tiles single(int64_t batch, int64_t num_a, int64_t num_b, const Device& device) {
+    const int64_t blocks = batch * ceil_div(num_a, kLargeRows) * ceil_div(num_b, kLargeRows);
+    const bool large = blocks >= device.multiprocessors &&
+                       single_layout(kLargeRows, kLargeParts).total <= device.shared_per_block;
+    const int most = large ? kLargeRows : kSmallRows, parts = large ? kLargeParts : kSmallParts;
+    const int rows_a = even_part(num_a, ceil_div(num_a, most));
+    const int rows_b = even_part(num_b, ceil_div(num_b, most));
+    // Two blocks per multiprocessor; tiles of B are dealt out as far as there are places.
+    const int64_t blocks_a = ceil_div(num_a, rows_a), tiles_b = ceil_div(num_b, rows_b);
+    const int64_t wanted = 2 * int64_t{device.multiprocessors}, images = batch > 0 ? batch : 1;
+    const int64_t split = wanted / (blocks_a * images);
+    const int64_t splits = split < 1 ? 1 : split < tiles_b ? split : tiles_b;
+    return {Form::kSingle,
+            rows_a,
+            rows_b,
+            parts,
+            blocks_a,
+            splits,
+            enough(single_layout(most, parts).total)};
+}
+
 // num_a and num_b are 1 or more; `listed`: the sets are, see MatchArgs.
 constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_b, int64_t dim,
                        int64_t element_bytes, const Device& device, bool listed = false) {
     // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
     if (element_bytes == 8) return plain(num_a, 8);
+    // Nothing to sum, nothing that float32 products of the elements themselves would lose.
+    if (heads == 1 && element_bytes == 2 &&
+        single_layout(kSmallRows, kSmallParts).total <= device.shared_per_block) {
+        return single(batch, num_a, num_b, device);
+    }
     if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
 
     // One of the two forms is enough for listed sets: each is a dozen kernels.

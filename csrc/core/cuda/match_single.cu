@@ -1,0 +1,393 @@
+// match of one head in 16-bit floats, as guided merging and diffusion models have it: tokens of
+// many channels, which tensor cores multiply as they are.
+//
+// Rows are not staged. What there is to do about their length is done to the scores:
+//
+//   score = (a . b) / |b| / |a|
+//
+// A product of two such elements is exact in float32, so one mma says what staged rows need three
+// for, and shared memory holds a part of the channels at a time, however many there are.
+#include "launch.h"
+#include "match_finish.cuh"
+#include "match_kernels.h"
+#include "match_rows.cuh"
+
+namespace tome::match_cuda_detail {
+namespace {
+
+using match_tiles::kSingleChannels;
+using match_tiles::kSingleRowBytes;
+using match_tiles::kThreads;
+
+constexpr int kPieces = kSingleRowBytes / 16;    // of 8 channels, in a row of a part
+constexpr int kRowsAtOnce = kThreads / kPieces;  // that a block copies
+constexpr int kWarpsDown = 2, kWarpsAcross = 4;  // over a tile
+static_assert(kWarpsDown * kWarpsAcross * device::kWarp == kThreads);
+
+// Rows of BFloat with squares outside of this are looked at closer, and scaled by a power of two if
+// their largest element is outside of that: float32 might hold no product of theirs.
+constexpr float kLeastSquare = 0x1p-60f, kMostSquare = 0x1p80f;
+constexpr float kLeastElement = 0x1p-40f, kMostElement = 0x1p40f;
+
+// A tile's rows in shared memory: those of A are 0 to kRows - 1, those of B follow.
+template <class In, int kRows, int kParts>
+struct Tile {
+    static constexpr match_tiles::SingleLayout kLayout = match_tiles::single_layout(kRows, kParts);
+    static constexpr int kTurns = 2 * kRows / kRowsAtOnce;  // of a thread, to copy a part
+    static constexpr int kPartBytes = 2 * kRows * kSingleRowBytes;
+
+    unsigned char* parts;
+    Packed* best;     // (kWarpsAcross, kRows)
+    int32_t* tokens;  // -1: none, or one that takes no part
+    float* inverse;   // 1 / length, after scale; NaN of a token that takes no part
+    float* scale;     // a power of two
+    float* squares;   // (kTurns, kThreads): of what each thread copied, read by it alone
+
+    __device__ explicit Tile(unsigned char* shared)
+        : parts(shared),
+          best(reinterpret_cast<Packed*>(shared + kLayout.best)),
+          tokens(reinterpret_cast<int32_t*>(shared + kLayout.tokens)),
+          inverse(reinterpret_cast<float*>(shared + kLayout.inverse)),
+          scale(reinterpret_cast<float*>(shared + kLayout.scale)),
+          squares(reinterpret_cast<float*>(shared + kLayout.squares) + threadIdx.x) {}
+
+    // 16 bytes of a row, which change places with others in the same eight rows: neither eight
+    // lanes that copy a row nor ldmatrix, which reads a column of eight, meets a bank twice.
+    __device__ static int offset(int row, int piece) {
+        return row * kSingleRowBytes + (piece ^ row % kPieces) * 16;
+    }
+
+    // Row and piece that this thread copies, and of which it sums the squares.
+    __device__ static int row_of(int turn) {
+        return turn * kRowsAtOnce + static_cast<int>(threadIdx.x) / kPieces;
+    }
+    __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+};
+
+// Which tokens are a tile's rows of A or B.
+//   tokens (kRows) shared, out
+template <int kRows, class Set>
+__device__ __forceinline__ void list_tokens(const Set& set, int64_t count, int32_t* tokens) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= kRows) return;
+    tokens[i] = i < count && set.takes_part(i) ? static_cast<int32_t>(set.token(i)) : -1;
+}
+
+// Whether a row is one of the tile's 16s. The others are neither brought nor multiplied.
+__device__ __forceinline__ bool has_group(const MatchArgs& m, int row, int rows) {
+    return row % rows < (row < rows ? m.tiles.rows_a : m.tiles.rows_b);
+}
+
+// Eight channels of a row, zeros past the last, multiplied by a power of two.
+template <class In>
+__device__ __forceinline__ uint4 load_scaled(const In* x, int64_t left, float scale) {
+    device::Vector<In, 8> values;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        values.v[i] = device::narrow<In>(i < left ? device::widen(x[i]) * scale : 0.0f);
+    }
+    return device::as_word(values);
+}
+
+// Starts to bring a part of the channels. Rows without a token are zeros.
+template <class In, int kRows, int kParts>
+__device__ __forceinline__ void start_part(const Tile<In, kRows, kParts>& tile, const MatchArgs& m,
+                                           const In* metric, int part, bool scaled) {
+    using T = Tile<In, kRows, kParts>;
+    unsigned char* to = tile.parts + part % kParts * T::kPartBytes;
+    const int64_t channel = int64_t{part} * kSingleChannels + T::piece() * 8;
+    const bool by_vectors = m.by_vectors && !scaled;
+#pragma unroll 1
+    for (int turn = 0; turn < T::kTurns; ++turn) {
+        const int row = T::row_of(turn);
+        if (!has_group(m, row, kRows)) continue;
+        const int32_t token = tile.tokens[row];
+        const bool valid = token >= 0 && channel < m.p.dim;
+        const In* from = valid ? metric + token * m.p.stride_token + channel : metric;
+        void* there = to + T::offset(row, T::piece());
+        if (by_vectors) {
+            device::cp_async_16(there, from, valid);
+        } else {
+            *static_cast<uint4*>(there) =
+                load_scaled(from, valid ? m.p.dim - channel : 0, scaled ? tile.scale[row] : 1.0f);
+        }
+    }
+}
+
+// Adds the squares of what this thread copied to its rows' sums, which are in shared memory because
+// registers are short.
+template <class In, int kRows, int kParts>
+__device__ __forceinline__ void add_squares(const Tile<In, kRows, kParts>& tile, const MatchArgs& m,
+                                            int part, bool of_a) {
+    using T = Tile<In, kRows, kParts>;
+    const unsigned char* from = tile.parts + part % kParts * T::kPartBytes;
+#pragma unroll 2
+    for (int turn = 0; turn < T::kTurns; ++turn) {
+        const int row = T::row_of(turn);
+        if ((row < kRows && !of_a) || !has_group(m, row, kRows)) continue;
+        const uint4 word = *reinterpret_cast<const uint4*>(from + T::offset(row, T::piece()));
+        const auto values = device::as_vector<In, 8>(word);
+        float sum = part == 0 ? 0.0f : tile.squares[turn * kThreads];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float value = device::widen(values.v[i]);
+            sum = __fmaf_rn(value, value, sum);
+        }
+        tile.squares[turn * kThreads] = sum;
+    }
+}
+
+// One part's products: a warp has kDown groups of 16 rows and kAcross of 16 columns.
+//   rows_a, rows_b  the part's rows, at row lane % 8 of the first group
+//   acc [i][2 j + h][..]: rows of group i, columns 8 h to 8 h + 7 of group j; as mma leaves them
+template <class In, int kDown, int kAcross>
+__device__ __forceinline__ void multiply(const unsigned char* rows_a, const unsigned char* rows_b,
+                                         int down, int across,
+                                         float (&acc)[kDown][2 * kAcross][4]) {
+    constexpr int kGroupBytes = kRowStep * kSingleRowBytes;
+    const int lane = static_cast<int>(threadIdx.x) % device::kWarp, matrix = lane / 8;
+    rows_a += matrix % 2 * 8 * kSingleRowBytes;
+    rows_b += matrix / 2 * 8 * kSingleRowBytes;
+#pragma unroll
+    for (int step = 0; step < kSingleChannels / 16; ++step) {
+        const int piece_a = (2 * step + matrix / 2) ^ lane % kPieces;
+        const int piece_b = (2 * step + matrix % 2) ^ lane % kPieces;
+        uint32_t b[kAcross][4];
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j) {
+            if (j >= across) break;
+            device::ldmatrix_x4(b[j], rows_b + j * kGroupBytes + piece_b * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+            if (i >= down) break;
+            uint32_t a[4];
+            device::ldmatrix_x4(a, rows_a + i * kGroupBytes + piece_a * 16);
+#pragma unroll
+            for (int j = 0; j < kAcross; ++j) {
+                if (j >= across) break;
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t columns[2] = {b[j][2 * half], b[j][2 * half + 1]};
+                    device::mma_m16n8k16<In>(acc[i][2 * j + half], a, columns);
+                }
+            }
+        }
+    }
+}
+
+// Sums over a row's lanes, and what they mean: for all rows of B, whether the tile has them or not.
+//   returns  whether a row has to be scaled, or may have to be
+template <class In, int kRows, int kParts>
+__device__ __forceinline__ bool take_lengths(const Tile<In, kRows, kParts>& tile,
+                                             const MatchArgs& m, bool of_a) {
+    using T = Tile<In, kRows, kParts>;
+    bool unsure = false;
+#pragma unroll 1
+    for (int turn = of_a ? 0 : T::kTurns / 2; turn < T::kTurns; ++turn) {
+        const int row = T::row_of(turn);
+        const bool exists = tile.tokens[row] >= 0;
+        const float mine = has_group(m, row, kRows) ? tile.squares[turn * kThreads] : 0.0f;
+        const float square = over_row_lanes(mine, [](float x, float y) { return x + y; });
+        // A row of zeros has a score of 0 with every other; one with infinity or NaN has none.
+        const float inverse = square == 0.0f ? 1.0f : 1.0f / sqrtf(square);
+        const bool usable = exists && square <= 3.402823466e38f;
+        if (T::piece() == 0) tile.inverse[row] = usable ? inverse : __uint_as_float(0x7fffffffu);
+        unsure |= exists && !(square >= kLeastSquare && square <= kMostSquare);
+    }
+    return unsure;
+}
+
+// Powers of two for rows of which float32 can't hold the squares; 1 for all others.
+//   returns  whether one of this thread's rows has another than 1
+template <class In, int kRows, int kParts>
+__device__ __forceinline__ bool take_scales(const Tile<In, kRows, kParts>& tile, const MatchArgs& m,
+                                            const In* metric, bool of_a) {
+    using T = Tile<In, kRows, kParts>;
+    bool any = false;
+#pragma unroll 1
+    for (int turn = of_a ? 0 : T::kTurns / 2; turn < T::kTurns; ++turn) {
+        const int row = T::row_of(turn);
+        const int32_t token = tile.tokens[row];
+        uint32_t largest = 0;  // as bits, where NaN and infinity are largest of all
+        for (int64_t c = T::piece(); token >= 0 && c < m.p.dim; c += kPieces) {
+            const float value = device::widen(metric[token * m.p.stride_token + c]);
+            const uint32_t size = __float_as_uint(value) & 0x7fffffffu;
+            largest = size > largest ? size : largest;
+        }
+        largest = over_row_lanes(largest, [](uint32_t x, uint32_t y) { return x < y ? y : x; });
+        const float value = __uint_as_float(largest);
+        const bool stays = largest == 0 || largest >= 0x7f800000u ||
+                           (value >= kLeastElement && value <= kMostElement);
+        const float scale = stays ? 1.0f : scale_for(value);
+        if (T::piece() == 0) tile.scale[row] = scale;
+        any |= !stays;
+    }
+    return any;
+}
+
+// A tile of a block (see Place), from its channels to its rows' lengths and products.
+//   tokens of all rows are listed, and of scaled tiles scales are known; ends with a barrier
+template <class In, int kRows, int kParts, int kDown, int kAcross>
+__device__ __forceinline__ bool pass_over_channels(const Tile<In, kRows, kParts>& tile,
+                                                   const MatchArgs& m, const In* metric,
+                                                   const unsigned char* rows_a,
+                                                   const unsigned char* rows_b, int down,
+                                                   int across, bool of_a, bool scaled,
+                                                   float (&acc)[kDown][2 * kAcross][4]) {
+    using T = Tile<In, kRows, kParts>;
+    // Also of no channels at all, which are zeros.
+    const auto parts = static_cast<int>(m.p.dim == 0 ? 1 : (m.p.dim - 1) / kSingleChannels + 1);
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2 * kAcross; ++j) {
+#pragma unroll
+            for (float& value : acc[i][j]) value = 0.0f;
+        }
+    }
+#pragma unroll 1
+    for (int part = 0; part < kParts - 1; ++part) {
+        if (part < parts) start_part(tile, m, metric, part, scaled);
+        device::cp_async_commit();
+    }
+    for (int part = 0; part < parts; ++part) {
+        device::cp_async_wait<kParts - 2>();
+        add_squares(tile, m, part, of_a);
+        __syncthreads();
+        // Where the part before this one was.
+        if (part + kParts - 1 < parts) start_part(tile, m, metric, part + kParts - 1, scaled);
+        device::cp_async_commit();
+        const int at = part % kParts * T::kPartBytes;
+        multiply<In, kDown, kAcross>(rows_a + at, rows_b + at, down, across, acc);
+    }
+    const bool unsure = take_lengths(tile, m, of_a);
+    __syncthreads();
+    return unsure;
+}
+
+template <class In, int kRows, int kParts, bool kListed>
+__global__ void __launch_bounds__(kThreads, 2)
+    match_single_kernel(const __grid_constant__ MatchArgs m) {
+    device::wait_for_earlier_kernels();
+    device::let_next_kernel_begin();  // merge: see match.cu
+    constexpr bool kMayScale = std::is_same_v<In, BFloat>;
+    constexpr int kDown = kRows / kWarpsDown / kRowStep, kAcross = kRows / kWarpsAcross / kRowStep;
+    const Place place(m);
+    unsigned char* shared = device::dynamic_shared();
+    const Tile<In, kRows, kParts> tile(shared);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / device::kWarp;
+    const int lane = thread % device::kWarp, g = lane / 4, t = lane % 4;
+    const int first_row = warp / kWarpsAcross * kDown * kRowStep;
+    const int first_column = warp % kWarpsAcross * kAcross * kRowStep;
+    const unsigned char* rows_a = tile.parts + (first_row + lane % 8) * kSingleRowBytes;
+    const unsigned char* rows_b = tile.parts + (kRows + first_column + lane % 8) * kSingleRowBytes;
+    const auto groups_of = [](int64_t count, int first) {
+        return static_cast<int>((count - first + kRowStep - 1) / kRowStep);
+    };
+    const int down = groups_of(place.count_a, first_row);
+
+    const auto* metric = static_cast<const In*>(m.p.metric) + place.image * m.p.stride_batch;
+    const int64_t begin_a = int64_t{place.first_group_a} * kRowStep;
+    list_tokens<kRows>(RowsOf<kListed>(m, place.image, true, begin_a), place.count_a, tile.tokens);
+    Packed mine = 0;
+    bool scaled = false;
+    for (int step = place.first_tile; step < place.past_tile; ++step) {
+        const int64_t begin_b = int64_t{step} * m.tiles.rows_b, left_b = m.sets.num_b - begin_b;
+        const int64_t count_b = left_b < m.tiles.rows_b ? left_b : m.tiles.rows_b;
+        const int across = groups_of(count_b, first_column);
+        list_tokens<kRows>(RowsOf<kListed>(m, place.image, false, begin_b), count_b,
+                           tile.tokens + kRows);
+        __syncthreads();
+        float acc[kDown][2 * kAcross][4];
+        bool of_a = step == place.first_tile;
+        if (kMayScale && scaled) {
+            take_scales(tile, m, metric, false);
+            __syncthreads();
+        }
+        for (;;) {
+            const bool unsure = pass_over_channels<In, kRows, kParts, kDown, kAcross>(
+                tile, m, metric, rows_a, rows_b, down, across, of_a, scaled, acc);
+            if (!kMayScale || scaled || !__syncthreads_or(unsure)) break;
+            scaled = __syncthreads_or(take_scales(tile, m, metric, true)) != 0;
+            if (!scaled) break;
+            of_a = true;  // hardly ever: once more
+        }
+
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+            if (i >= down) break;
+#pragma unroll
+            for (int lower = 0; lower < 2; ++lower) {
+                const int row = first_row + i * kRowStep + 8 * lower + g;
+                const float inverse = tile.inverse[row];
+                float top_score = -INFINITY;
+                int top_column = 0;
+#pragma unroll
+                for (int j = 0; j < 2 * kAcross; ++j) {
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        const int column = first_column + 8 * j + 2 * t + k;
+                        const float score = __fmul_rn(
+                            __fmul_rn(acc[i][j][2 * lower + k], tile.inverse[kRows + column]),
+                            inverse);
+                        // Strictly greater: among equals the earlier column stays.
+                        if (score > top_score) {
+                            top_score = score;
+                            top_column = column;
+                        }
+                    }
+                }
+                const Packed top =
+                    best_of_lanes(top_score, static_cast<int32_t>(begin_b) + top_column);
+                if (t == 0) tile.best[warp % kWarpsAcross * kRows + row] = top;
+            }
+        }
+        __syncthreads();
+        if (thread < place.count_a) {
+#pragma unroll
+            for (int i = 0; i < kWarpsAcross; ++i) {
+                mine = larger(mine, tile.best[i * kRows + thread]);
+            }
+        }
+    }
+    finish_block<kListed>(m, place, mine, shared);
+}
+
+template <class In, int kRows, int kParts>
+cudaError_t launch_tiles(const MatchArgs& given, dim3 grid, cudaStream_t stream) {
+    MatchArgs m = given;
+    m.by_vectors = vectors_serve<In>(m.p);
+    const auto kernel = m.listed() ? match_single_kernel<In, kRows, kParts, true>
+                                   : match_single_kernel<In, kRows, kParts, false>;
+    const auto bytes = static_cast<size_t>(m.tiles.shared_bytes);
+    // Behind a clear of the workspace, which is no kernel, the ordinary way.
+    return m.blocks_per_image > 1
+               ? device::launch(kernel, grid, dim3(kThreads), bytes, stream, m)
+               : device::launch_overlapping(kernel, grid, dim3(kThreads), bytes, stream, m);
+}
+
+template <class In>
+cudaError_t launch_of(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
+    using namespace match_tiles;
+    return m.tiles.buffers == kLargeParts
+               ? launch_tiles<In, kLargeRows, kLargeParts>(m, grid, stream)
+               : launch_tiles<In, kSmallRows, kSmallParts>(m, grid, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_match_single(const MatchArgs& m, dim3 grid, cudaStream_t stream) {
+    switch (m.p.dtype) {
+        case DType::kFloat16:
+            return launch_of<Half>(m, grid, stream);
+        case DType::kBFloat16:
+            return launch_of<BFloat>(m, grid, stream);
+        case DType::kFloat32:
+        case DType::kFloat64:
+            break;
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace tome::match_cuda_detail
