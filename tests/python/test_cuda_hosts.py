@@ -27,13 +27,15 @@ def run(case: Case, model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def check_gpu_agrees(case: Case, **options: Any) -> None:
-    """In float64, where neither rounding nor the kernel's sums change a choice."""
+    """In float64, where rounding changes no choice: another one would change far more than what
+    rotary tables differ by, which libraries make in float32 on the device."""
     model = tome_ext.patch.auto(case.make().double(), **{**case.options, **options})
     inputs = cast(case.inputs(2, 0), torch.float64)
     expected = run(case, model, inputs)
     sizes = model.tome.size
     y = run(case, model.cuda(), on_gpu(inputs))
-    torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=1e-9)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=1e-5 * scale)
     assert (sizes is None) == (model.tome.size is None)
     assert sizes is None or torch.equal(model.tome.size.cpu(), sizes)
 

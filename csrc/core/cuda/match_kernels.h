@@ -7,7 +7,7 @@
 
 namespace tome::match_cuda_detail {
 
-// Form::kSingle: one head of float16 or bfloat16, any dim.
+// Form::kSingle: one head of float32, float16 or bfloat16, any dim.
 cudaError_t launch_match_single(const MatchArgs& m, dim3 grid, cudaStream_t stream);
 
 // Form::kDirect: float32, float16 and bfloat16, with dim up to what shared memory holds.

@@ -1,12 +1,13 @@
-// match of one head in 16-bit floats, as guided merging and diffusion models have it: tokens of
-// many channels, which tensor cores multiply as they are.
+// match of one head, as guided merging and diffusion models have it: tokens of many channels, which
+// tensor cores multiply as they are.
 //
 // Rows are not staged. What there is to do about their length is done to the scores:
 //
 //   score = (a . b) / |b| / |a|
 //
-// A product of two such elements is exact in float32, so one mma says what staged rows need three
-// for, and shared memory holds a part of the channels at a time, however many there are.
+// A product of two 16-bit elements is exact in float32, so one mma says what staged rows need three
+// for; of float32, six products of bfloat16 say it. Shared memory holds a part of the channels at a
+// time, however many there are.
 #include "launch.h"
 #include "match_finish.cuh"
 #include "match_kernels.h"
@@ -15,7 +16,6 @@
 namespace tome::match_cuda_detail {
 namespace {
 
-using match_tiles::kSingleChannels;
 using match_tiles::kSingleRowBytes;
 using match_tiles::kThreads;
 
@@ -24,10 +24,18 @@ constexpr int kRowsAtOnce = kThreads / kPieces;  // that a block copies
 constexpr int kWarpsDown = 2, kWarpsAcross = 4;  // over a tile
 static_assert(kWarpsDown * kWarpsAcross * device::kWarp == kThreads);
 
-// Rows of BFloat with squares outside of this are looked at closer, and scaled by a power of two if
-// their largest element is outside of that: float32 might hold no product of theirs.
+// Rows of float32 and bfloat16 with squares outside of this are looked at closer, and scaled by a
+// power of two if their largest element is outside of that: float32 might hold no product of
+// theirs.
 constexpr float kLeastSquare = 0x1p-60f, kMostSquare = 0x1p80f;
 constexpr float kLeastElement = 0x1p-40f, kMostElement = 0x1p40f;
+
+// Where a row has a piece. Pieces change places with others in the same eight rows: neither eight
+// lanes that copy a row, nor ldmatrix, which reads a column of eight, nor four pieces of two rows
+// meet a bank twice.
+__device__ __forceinline__ int place_of(int row, int piece) {
+    return (piece ^ (row % 2 * 4 + row % kPieces / 2)) * 16;
+}
 
 // A tile's rows in shared memory: those of A are 0 to kRows - 1, those of B follow.
 template <class In, int kRows, int kParts>
@@ -35,6 +43,7 @@ struct Tile {
     static constexpr match_tiles::SingleLayout kLayout = match_tiles::single_layout(kRows, kParts);
     static constexpr int kTurns = 2 * kRows / kRowsAtOnce;  // of a thread, to copy a part
     static constexpr int kPartBytes = 2 * kRows * kSingleRowBytes;
+    static constexpr int kCount = 16 / sizeof(In);  // channels of a piece
 
     unsigned char* parts;
     Packed* best;     // (kWarpsAcross, kRows)
@@ -50,12 +59,6 @@ struct Tile {
           inverse(reinterpret_cast<float*>(shared + kLayout.inverse)),
           scale(reinterpret_cast<float*>(shared + kLayout.scale)),
           squares(reinterpret_cast<float*>(shared + kLayout.squares) + threadIdx.x) {}
-
-    // 16 bytes of a row, which change places with others in the same eight rows: neither eight
-    // lanes that copy a row nor ldmatrix, which reads a column of eight, meets a bank twice.
-    __device__ static int offset(int row, int piece) {
-        return row * kSingleRowBytes + (piece ^ row % kPieces) * 16;
-    }
 
     // Row and piece that this thread copies, and of which it sums the squares.
     __device__ static int row_of(int turn) {
@@ -78,12 +81,13 @@ __device__ __forceinline__ bool has_group(const MatchArgs& m, int row, int rows)
     return row % rows < (row < rows ? m.tiles.rows_a : m.tiles.rows_b);
 }
 
-// Eight channels of a row, zeros past the last, multiplied by a power of two.
+// 16 bytes of a row, zeros past the last channel, multiplied by a power of two.
 template <class In>
 __device__ __forceinline__ uint4 load_scaled(const In* x, int64_t left, float scale) {
-    device::Vector<In, 8> values;
+    constexpr int kCount = 16 / sizeof(In);
+    device::Vector<In, kCount> values;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kCount; ++i) {
         values.v[i] = device::narrow<In>(i < left ? device::widen(x[i]) * scale : 0.0f);
     }
     return device::as_word(values);
@@ -95,7 +99,7 @@ __device__ __forceinline__ void start_part(const Tile<In, kRows, kParts>& tile, 
                                            const In* metric, int part, bool scaled) {
     using T = Tile<In, kRows, kParts>;
     unsigned char* to = tile.parts + part % kParts * T::kPartBytes;
-    const int64_t channel = int64_t{part} * kSingleChannels + T::piece() * 8;
+    const int64_t channel = (int64_t{part} * kPieces + T::piece()) * T::kCount;
     const bool by_vectors = m.by_vectors && !scaled;
 #pragma unroll 1
     for (int turn = 0; turn < T::kTurns; ++turn) {
@@ -104,7 +108,7 @@ __device__ __forceinline__ void start_part(const Tile<In, kRows, kParts>& tile, 
         const int32_t token = tile.tokens[row];
         const bool valid = token >= 0 && channel < m.p.dim;
         const In* from = valid ? metric + token * m.p.stride_token + channel : metric;
-        void* there = to + T::offset(row, T::piece());
+        void* there = to + row * kSingleRowBytes + place_of(row, T::piece());
         if (by_vectors) {
             device::cp_async_16(there, from, valid);
         } else {
@@ -125,11 +129,12 @@ __device__ __forceinline__ void add_squares(const Tile<In, kRows, kParts>& tile,
     for (int turn = 0; turn < T::kTurns; ++turn) {
         const int row = T::row_of(turn);
         if ((row < kRows && !of_a) || !has_group(m, row, kRows)) continue;
-        const uint4 word = *reinterpret_cast<const uint4*>(from + T::offset(row, T::piece()));
-        const auto values = device::as_vector<In, 8>(word);
+        const uint4 word = *reinterpret_cast<const uint4*>(from + row * kSingleRowBytes +
+                                                           place_of(row, T::piece()));
+        const auto values = device::as_vector<In, T::kCount>(word);
         float sum = part == 0 ? 0.0f : tile.squares[turn * kThreads];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < T::kCount; ++i) {
             const float value = device::widen(values.v[i]);
             sum = __fmaf_rn(value, value, sum);
         }
@@ -137,32 +142,33 @@ __device__ __forceinline__ void add_squares(const Tile<In, kRows, kParts>& tile,
     }
 }
 
-// One part's products: a warp has kDown groups of 16 rows and kAcross of 16 columns.
-//   rows_a, rows_b  the part's rows, at row lane % 8 of the first group
+// One part's products: a warp has kDown groups of 16 rows and kAcross of 16 columns, of which the
+// tile has `down` and `across`.
+//   rows_a, rows_b  the part's rows, from the warp's first on
 //   acc [i][2 j + h][..]: rows of group i, columns 8 h to 8 h + 7 of group j; as mma leaves them
 template <class In, int kDown, int kAcross>
 __device__ __forceinline__ void multiply(const unsigned char* rows_a, const unsigned char* rows_b,
                                          int down, int across,
                                          float (&acc)[kDown][2 * kAcross][4]) {
     constexpr int kGroupBytes = kRowStep * kSingleRowBytes;
-    const int lane = static_cast<int>(threadIdx.x) % device::kWarp, matrix = lane / 8;
-    rows_a += matrix % 2 * 8 * kSingleRowBytes;
-    rows_b += matrix / 2 * 8 * kSingleRowBytes;
+    const int lane = static_cast<int>(threadIdx.x) % device::kWarp;
+    const int row = lane % 8, matrix = lane / 8;
+    rows_a += (matrix % 2 * 8 + row) * kSingleRowBytes;
+    rows_b += (matrix / 2 * 8 + row) * kSingleRowBytes;
 #pragma unroll
-    for (int step = 0; step < kSingleChannels / 16; ++step) {
-        const int piece_a = (2 * step + matrix / 2) ^ lane % kPieces;
-        const int piece_b = (2 * step + matrix % 2) ^ lane % kPieces;
+    for (int step = 0; step < kPieces / 2; ++step) {
         uint32_t b[kAcross][4];
 #pragma unroll
         for (int j = 0; j < kAcross; ++j) {
             if (j >= across) break;
-            device::ldmatrix_x4(b[j], rows_b + j * kGroupBytes + piece_b * 16);
+            device::ldmatrix_x4(b[j],
+                                rows_b + j * kGroupBytes + place_of(row, 2 * step + matrix % 2));
         }
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
             if (i >= down) break;
             uint32_t a[4];
-            device::ldmatrix_x4(a, rows_a + i * kGroupBytes + piece_a * 16);
+            device::ldmatrix_x4(a, rows_a + i * kGroupBytes + place_of(row, 2 * step + matrix / 2));
 #pragma unroll
             for (int j = 0; j < kAcross; ++j) {
                 if (j >= across) break;
@@ -170,6 +176,76 @@ __device__ __forceinline__ void multiply(const unsigned char* rows_a, const unsi
                 for (int half = 0; half < 2; ++half) {
                     const uint32_t columns[2] = {b[j][2 * half], b[j][2 * half + 1]};
                     device::mma_m16n8k16<In>(acc[i][2 * j + half], a, columns);
+                }
+            }
+        }
+    }
+}
+
+// Three bfloat16 that add up to a float32 but for 2^-27 of it, of two floats: parts[i] is the i-th
+// of both.
+__device__ __forceinline__ void split_in_three(float x, float y, uint32_t (&parts)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        parts[i] = device::narrow_pair<BFloat>(x, y);
+        x -= device::unpack<BFloat>(parts[i], 0);
+        y -= device::unpack<BFloat>(parts[i], 1);
+    }
+}
+
+// The same of float32. Lane t of four takes channels 4 t to 4 t + 3 for its k = 2t, 2t + 1, 2t + 8
+// and 2t + 9: a piece, of both sides. Of the nine products of parts those of 2^-25 and less are
+// left out; small ones come first.
+template <int kDown, int kAcross>
+__device__ __forceinline__ void multiply_floats(const unsigned char* rows_a,
+                                                const unsigned char* rows_b, int down, int across,
+                                                float (&acc)[kDown][2 * kAcross][4]) {
+    constexpr int kOfA[] = {2, 0, 1, 1, 0, 0}, kOfB[] = {0, 2, 1, 0, 1, 0};
+    constexpr int kGroupBytes = kRowStep * kSingleRowBytes;
+    const int lane = static_cast<int>(threadIdx.x) % device::kWarp, g = lane / 4, t = lane % 4;
+    rows_a += g * kSingleRowBytes;
+    rows_b += g * kSingleRowBytes;
+    const auto piece_of = [&](const unsigned char* rows, int eight, int step) {
+        const auto* at = rows + eight * 8 * kSingleRowBytes + place_of(g, 4 * step + t);
+        return device::as_vector<float, 4>(*reinterpret_cast<const uint4*>(at));
+    };
+#pragma unroll
+    for (int step = 0; step < kPieces / 4; ++step) {
+        uint32_t b[3][2 * kAcross][2];
+#pragma unroll
+        for (int j = 0; j < 2 * kAcross; ++j) {
+            if (j / 2 >= across) break;
+            const auto x = piece_of(rows_b, j, step);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                uint32_t parts[3];
+                split_in_three(x.v[2 * k], x.v[2 * k + 1], parts);
+#pragma unroll
+                for (int part = 0; part < 3; ++part) b[part][j][k] = parts[part];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+            if (i >= down) break;
+            uint32_t a[3][4];
+#pragma unroll
+            for (int lower = 0; lower < 2; ++lower) {
+                const auto x = piece_of(rows_a + i * kGroupBytes, lower, step);
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    uint32_t parts[3];
+                    split_in_three(x.v[2 * k], x.v[2 * k + 1], parts);
+#pragma unroll
+                    for (int part = 0; part < 3; ++part) a[part][2 * k + lower] = parts[part];
+                }
+            }
+            // One product for all columns, then the next: none waits for the one before it.
+#pragma unroll
+            for (int product = 0; product < 6; ++product) {
+#pragma unroll
+                for (int j = 0; j < 2 * kAcross; ++j) {
+                    if (j / 2 >= across) break;
+                    device::mma_m16n8k16<BFloat>(acc[i][j], a[kOfA[product]], b[kOfB[product]][j]);
                 }
             }
         }
@@ -237,7 +313,8 @@ __device__ __forceinline__ bool pass_over_channels(const Tile<In, kRows, kParts>
                                                    float (&acc)[kDown][2 * kAcross][4]) {
     using T = Tile<In, kRows, kParts>;
     // Also of no channels at all, which are zeros.
-    const auto parts = static_cast<int>(m.p.dim == 0 ? 1 : (m.p.dim - 1) / kSingleChannels + 1);
+    constexpr int kChannels = kPieces * T::kCount;
+    const auto parts = static_cast<int>(m.p.dim == 0 ? 1 : (m.p.dim - 1) / kChannels + 1);
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
 #pragma unroll
@@ -259,7 +336,11 @@ __device__ __forceinline__ bool pass_over_channels(const Tile<In, kRows, kParts>
         if (part + kParts - 1 < parts) start_part(tile, m, metric, part + kParts - 1, scaled);
         device::cp_async_commit();
         const int at = part % kParts * T::kPartBytes;
-        multiply<In, kDown, kAcross>(rows_a + at, rows_b + at, down, across, acc);
+        if constexpr (sizeof(In) == 4) {
+            multiply_floats<kDown, kAcross>(rows_a + at, rows_b + at, down, across, acc);
+        } else {
+            multiply<In, kDown, kAcross>(rows_a + at, rows_b + at, down, across, acc);
+        }
     }
     const bool unsure = take_lengths(tile, m, of_a);
     __syncthreads();
@@ -267,11 +348,11 @@ __device__ __forceinline__ bool pass_over_channels(const Tile<In, kRows, kParts>
 }
 
 template <class In, int kRows, int kParts, bool kListed>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(In) == 4 ? 1 : 2)
     match_single_kernel(const __grid_constant__ MatchArgs m) {
     device::wait_for_earlier_kernels();
     device::let_next_kernel_begin();  // merge: see match.cu
-    constexpr bool kMayScale = std::is_same_v<In, BFloat>;
+    constexpr bool kMayScale = !std::is_same_v<In, Half>;
     constexpr int kDown = kRows / kWarpsDown / kRowStep, kAcross = kRows / kWarpsAcross / kRowStep;
     const Place place(m);
     unsigned char* shared = device::dynamic_shared();
@@ -280,8 +361,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int lane = thread % device::kWarp, g = lane / 4, t = lane % 4;
     const int first_row = warp / kWarpsAcross * kDown * kRowStep;
     const int first_column = warp % kWarpsAcross * kAcross * kRowStep;
-    const unsigned char* rows_a = tile.parts + (first_row + lane % 8) * kSingleRowBytes;
-    const unsigned char* rows_b = tile.parts + (kRows + first_column + lane % 8) * kSingleRowBytes;
+    const unsigned char* rows_a = tile.parts + first_row * kSingleRowBytes;
+    const unsigned char* rows_b = tile.parts + (kRows + first_column) * kSingleRowBytes;
     const auto groups_of = [](int64_t count, int first) {
         return static_cast<int>((count - first + kRowStep - 1) / kRowStep);
     };
@@ -384,6 +465,7 @@ cudaError_t launch_match_single(const MatchArgs& m, dim3 grid, cudaStream_t stre
         case DType::kBFloat16:
             return launch_of<BFloat>(m, grid, stream);
         case DType::kFloat32:
+            return launch_of<float>(m, grid, stream);
         case DType::kFloat64:
             break;
     }

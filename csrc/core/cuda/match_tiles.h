@@ -86,7 +86,7 @@ struct Device {
 // The four ways to a plan; see match.cu and choose().
 enum class Form {
     kPlain,   // without tensor cores
-    kSingle,  // one kernel for one head in 16 bits, which tensor cores take as it is
+    kSingle,  // one kernel for one head, of which nothing is staged
     kDirect,  // one kernel, whose blocks stage the rows they need in shared memory
     kStaged,  // one kernel stages rows in the workspace, a second one scores them
 };
@@ -208,12 +208,12 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
 }
 
-// --- one head in 16 bits -------------------------------------------------------------------------
+// --- one head ------------------------------------------------------------------------------------
 
-// Tiles of kRows x kRows pass over the channels in parts of kSingleChannels, 128 bytes a row, of
-// which kParts are in shared memory at a time. Large ones read a row from L2 for every 128 others;
+// Tiles of kLargeRows or kSmallRows of each set pass over the channels in parts of 128 bytes a row,
+// of which some are in shared memory at a time. Large ones read a row from L2 for every 128 others;
 // small ones are there for as many blocks as multiprocessors.
-constexpr int kSingleChannels = 64, kSingleRowBytes = 128;
+constexpr int kSingleRowBytes = 128;
 constexpr int kLargeRows = 128, kLargeParts = 3;
 constexpr int kSmallRows = 64, kSmallParts = 5;
 
@@ -256,9 +256,8 @@ constexpr Tiles choose(int64_t batch, int64_t heads, int64_t num_a, int64_t num_
                        int64_t element_bytes, const Device& device, bool listed = false) {
     // Tensor cores give no double; and a row of very many channels would leave no room for a tile.
     if (element_bytes == 8) return plain(num_a, 8);
-    // Nothing to sum, nothing that float32 products of the elements themselves would lose.
-    if (heads == 1 && element_bytes == 2 &&
-        single_layout(kSmallRows, kSmallParts).total <= device.shared_per_block) {
+    // Nothing to sum, so nothing to gain by staging rows.
+    if (heads == 1 && single_layout(kSmallRows, kSmallParts).total <= device.shared_per_block) {
         return single(batch, num_a, num_b, device);
     }
     if (layout(dim, kRowStep, kRowStep, 1).total > device.shared_per_block) return plain(num_a, 4);
