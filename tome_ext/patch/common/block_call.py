@@ -26,6 +26,7 @@ class BlockCall:
         reduces: whether fewer tokens leave the block than enter it.
         size: (B, M) float32 for proportional attention; None if it is off or all are 1.
         ranks: what the block's plan is made of; None before attention.
+        planned: ranks, and the plan made of them beside attention; None if none was.
         attention: what computed attention, in words; None before.
     """
 
@@ -34,6 +35,7 @@ class BlockCall:
         "amount",
         "attention",
         "method",
+        "planned",
         "ranks",
         "reduces",
         "shown",
@@ -59,6 +61,7 @@ class BlockCall:
         size = tokens.size
         self.size = size if size is None or method.proportional else None
         self.ranks: Ranks | None = None
+        self.planned: tuple[Ranks, MergePlan] | None = None
         # (B, M) float32, 0 where a mask hides a token, or a row is one that an image does not fill.
         self.shown: Tensor | None = None if rules.settings.threshold is None else size
         self.tables = tokens.tables
@@ -227,10 +230,31 @@ class BlockCall:
         if k.shape[1] != q.shape[1]:  # grouped queries
             metric = k if metric is None else metric
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        if self.reduces:
-            by = k if metric is None else metric
-            of = AttentionInputs(q, k, by, self.size, scale, attn_mask)
+        if not self.reduces:
+            return self._attention(q, k, v, attn_mask, scale, dropout_p)
+        by = k if metric is None else metric
+        of = AttentionInputs(q, k, by, self.size, scale, attn_mask)
+        beside = stream_beside(q)
+        if beside is None:
             self.ranks = self.method.rank(of)
+            return self._attention(q, k, v, attn_mask, scale, dropout_p)
+        with torch.cuda.stream(beside):
+            self.ranks = self.method.rank(of)
+            if not self.method.compares_tokens:
+                self.planned = self.ranks, self._plan_by(self.ranks, None, None, None)
+        out = self._attention(q, k, v, attn_mask, scale, dropout_p)
+        torch.cuda.current_stream(q.device).wait_stream(beside)
+        return out
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
         out, reason = attend(q, k, v, self.size, attn_mask, scale, dropout_p)
         self.attention = attention_name(reason)
         return out
@@ -301,13 +325,21 @@ class BlockCall:
         """
         self.check_attended()
         ranks, self.ranks = self.ranks, None
+        planned, self.planned = self.planned, None
         assert ranks is not None
+        if planned is not None and planned[0] is ranks:  # not so where a block has several
+            return planned[1], ranks
+        return self._plan_by(ranks, x, branch, scale), ranks
+
+    def _plan_by(
+        self, ranks: Ranks, x: Tensor | None, branch: Tensor | None, scale: Tensor | None
+    ) -> MergePlan:
         assert self.amount is not None
         rules = self.tokens.rules
         threshold = rules.layers[self.tokens.layer].threshold
         given = Given(x, branch, scale, self.tokens.size, self.shown, threshold)
         plan = self.method.plan(ranks, self.amount, rules.num_prefix_tokens, given)
-        return (plan if threshold is None else _trimmed(plan)), ranks
+        return plan if threshold is None else _trimmed(plan)
 
     def check_attended(self) -> None:
         """Refuse to go on if the attention of an active block did not come here."""
@@ -341,6 +373,25 @@ class BlockCall:
             total,
             carried,
         )
+
+
+def stream_beside(q: Tensor) -> torch.cuda.Stream | None:
+    """A stream for what needs queries and keys alone, to run while attention does.
+
+    Only while a CUDA graph is captured, which then has two branches; else the host's part would take
+    longer than what it saves. The caller waits for it right behind attention, so that neither
+    stream's memory is used again while the other reads it.
+
+    Returns:
+        A stream that waits for the current one; None if what would run on it belongs on that one.
+    """
+    if not q.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    beside = torch.cuda.Stream(q.device)
+    beside.wait_stream(torch.cuda.current_stream(q.device))
+    return beside
 
 
 def _trimmed(plan: MergePlan) -> MergePlan:
