@@ -378,7 +378,7 @@ class BlockCall:
 def stream_beside(q: Tensor) -> torch.cuda.Stream | None:
     """A stream for what needs queries and keys alone, to run while attention does.
 
-    Only while a CUDA graph is captured, which then has two branches; else the host's part would take
+    Only while a CUDA graph is captured, which then has two branches; else the host's part takes
     longer than what it saves. The caller waits for it right behind attention, so that neither
     stream's memory is used again while the other reads it.
 
