@@ -193,11 +193,21 @@ def test_nothing_waits_for_the_gpu(model: Any) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("method", ["tome", "guided", "evit", "topk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_model(model: Any, dtype: torch.dtype) -> None:
+    check_capture(model, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["guided", "evit", "topk"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_captured_model_of_every_method(method: Any, inference: bool) -> None:
+    model = tome_ext.patch.timm(tiny(), r=R, method=method, inference=inference)
+    check_capture(model, torch.bfloat16)
+
+
 @torch.no_grad()
-def test_captured_model(model: Any, dtype: torch.dtype, method: Any) -> None:
-    tome_ext.patch.timm(model, r=model.r, method=method)
+def check_capture(model: Any, dtype: torch.dtype) -> None:
     model.cuda().to(dtype)
     static = images(2, device="cuda", dtype=dtype)
     side = torch.cuda.Stream()
