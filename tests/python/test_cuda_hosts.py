@@ -61,9 +61,9 @@ def test_pruned_as_on_the_cpu(case: Case, method: str) -> None:
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_merging_equal_tokens_changes_nothing_in_float32(case: Case) -> None:
     assert case.equal_tokens is not None
-    model = case.make()
+    model = case.make().cuda()
     inputs = on_gpu(case.equal_tokens(model, case.inputs(2, 0)))
-    expected = run(case, model.cuda(), inputs)
+    expected = run(case, model, inputs)
     r = [(case.num_tokens - case.num_prefix_tokens) // 2]
     tome_ext.patch.auto(model, **{"r": r, **case.options})
     y = run(case, model, inputs)

@@ -292,14 +292,23 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 // Starts a copy of 16 bytes from global to shared memory, both aligned to 16; of 16 zeros instead
 // where `valid` is false (`global` must still be a valid address of 16 bytes). The bytes are there
 // for the copying thread after cp_async_wait, for others after a barrier behind that.
+//   kAhead  brings the 256 bytes around it to L2, for who copies the rest of them next
+template <bool kAhead = false>
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
 #ifdef TOME_EMULATION
     tome_emulation::async_copy_16(shared, global, valid ? 16 : 0);
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = valid ? 16 : 0;  // the rest is filled with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
-                 : "memory");
+    if constexpr (kAhead) {
+        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),
+                     "l"(global), "r"(bytes)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                     "r"(bytes)
+                     : "memory");
+    }
 #else
     *static_cast<uint4*>(shared) =
         valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);

@@ -504,11 +504,11 @@ struct Place {
     int first_group_a, count_a, groups_a;  // of A, in the image and in the block
     int first_tile, past_tile;             // of B
 
-    __device__ explicit Place(const MatchArgs& m) {
+    __device__ explicit Place(const MatchArgs& m, unsigned block = blockIdx.x) {
         const auto per_image = static_cast<unsigned>(m.blocks_per_image);
-        const auto of_image = static_cast<int>(blockIdx.x % per_image);
+        const auto of_image = static_cast<int>(block % per_image);
         const auto splits = static_cast<int>(m.tiles.splits_b);
-        image = blockIdx.x / per_image;
+        image = block / per_image;
         const int64_t begin_a = int64_t{of_image / splits} * m.tiles.rows_a;
         const int64_t left_a = m.sets.num_a - begin_a;
         first_group_a = static_cast<int>(begin_a / kRowStep);

@@ -218,21 +218,22 @@ constexpr int kLargeRows = 128, kLargeParts = 3;
 constexpr int kSmallRows = 64, kSmallParts = 5;
 
 // Shared memory, in bytes from its start:
-//   parts (of A's rows | of B's) | best of A's rows, by each of four columns of warps |
-//   token, 1 / length and scale of every row | squares of the eight lanes of every row
+//   parts (of A's rows | of B's) | best of A's rows, by each of four columns of warps and of all |
+//   token, 1 / length and scale of every row
 struct SingleLayout {
-    int64_t best, tokens, inverse, scale, squares, total;
+    int64_t best, tokens, inverse, scale, total;
 };
 constexpr SingleLayout single_layout(int rows, int parts) {
     const int64_t best = int64_t{parts} * 2 * rows * kSingleRowBytes;
-    const int64_t tokens = best + int64_t{4} * rows * 8;
-    const int64_t each = int64_t{2} * rows * 4, squares = tokens + 3 * each;
-    return {best, tokens, tokens + each, tokens + 2 * each, squares, squares + 8 * each};
+    const int64_t tokens = best + int64_t{5} * rows * 8;
+    const int64_t each = int64_t{2} * rows * 4;
+    return {best, tokens, tokens + each, tokens + 2 * each, tokens + 3 * each};
 }
 
 constexpr Tiles single(int64_t batch, int64_t num_a, int64_t num_b, const Device& device) {
     const int64_t blocks = batch * ceil_div(num_a, kLargeRows) * ceil_div(num_b, kLargeRows);
-    const bool large = blocks >= device.multiprocessors &&
+    const bool large = (num_a > kSmallRows || num_b > kSmallRows) &&
+                       blocks >= device.multiprocessors &&
                        single_layout(kLargeRows, kLargeParts).total <= device.shared_per_block;
     const int most = large ? kLargeRows : kSmallRows, parts = large ? kLargeParts : kSmallParts;
     const int rows_a = even_part(num_a, ceil_div(num_a, most));
