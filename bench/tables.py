@@ -285,6 +285,9 @@ def gpu_models_table(result: dict[str, Any]) -> str:
     )
     if package:  # it is a rival only where it was installed
         titles.append("over the published package")
+    guided = any(gpu_us(result, f"model:{key}", "eager", "guided") for key in GPU_MODELS)
+    if guided:
+        titles.append("guided, speed-up")
     lines = [
         gpu_line(result, "images/s, medians; flash: SDPA held to its flash kernel"),
         "",
@@ -300,7 +303,7 @@ def gpu_models_table(result: dict[str, Any]) -> str:
         ):
             names = (
                 *("unmerged", "unmerged, flash", "ceiling", "tome"),
-                *("published", "published package"),
+                *("published", "published package", "guided"),
             )
             us = {name: gpu_us(result, f"{kind}:{key}", part, name) for name in names}
             ours = us["tome"]
@@ -312,6 +315,8 @@ def gpu_models_table(result: dict[str, Any]) -> str:
             cells += [times(us["ceiling"], ours, "{:.3f}"), times(us["published"], ours)]
             if package:
                 cells.append(times(us["published package"], ours))
+            if guided:
+                cells.append(times(us["unmerged"], us["guided"]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
