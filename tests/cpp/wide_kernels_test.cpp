@@ -32,6 +32,13 @@ std::vector<float> random_values(int64_t count, unsigned seed) {
     return values;
 }
 
+TEST(Isa, BfloatProductsServeWhereTheyAreFast) {
+    for (tome::Isa isa : tome::kIsas) {
+        EXPECT_TRUE(tome::serves(isa, "AuthenticAMD"));
+        EXPECT_EQ(tome::serves(isa, "GenuineIntel"), isa != tome::Isa::kAvx512Bf16);
+    }
+}
+
 TEST(WideKernels, FindTheSameNeighboursAsThePortableOnes) {
     for (int64_t tokens : {3, 26, 50, 131, 400}) {
         for (int64_t dim : {1, 15, 16, 64, 130}) {

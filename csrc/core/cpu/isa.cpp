@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "kernels.h"
 
@@ -38,14 +40,27 @@ bool machine_has(Isa isa) {
 #endif
 }
 
+// As the processor says it: "AuthenticAMD", "GenuineIntel", ...
+std::string machine_vendor() {
+#ifdef TOME_HAS_X86_KERNELS
+    unsigned words[3] = {}, a = 0;
+    if (__get_cpuid(0, &a, &words[0], &words[2], &words[1]) == 0) return {};
+    return {reinterpret_cast<const char*>(words), sizeof(words)};
+#else
+    return {};
+#endif
+}
+
 Isa initial_isa() {
-    const Isa best = best_isa();
     const char* asked = std::getenv("TOME_ISA");
-    if (asked == nullptr) return best;
+    if (asked == nullptr) return best_isa();
     for (Isa isa : kIsas) {
-        if (std::strcmp(asked, isa_name(isa)) == 0 && isa <= best) return isa;
+        if (std::strcmp(asked, isa_name(isa)) == 0) return machine_has(isa) ? isa : best_isa();
     }
-    return best;
+    std::fprintf(stderr, "tome_core: TOME_ISA: expected one of");
+    for (Isa isa : kIsas) std::fprintf(stderr, " %s,", isa_name(isa));
+    std::fprintf(stderr, " got %s; %s is used\n", asked, isa_name(best_isa()));
+    return best_isa();
 }
 
 std::atomic<Isa>& current() {
@@ -66,8 +81,14 @@ const Kernels kAvx512Bf16Kernels = [] {
 }();
 #endif
 
+bool serves(Isa isa, std::string_view vendor) {
+    return isa != Isa::kAvx512Bf16 || vendor != "GenuineIntel";
+}
+
 Isa best_isa() {
-    static const Isa best = *std::find_if(kIsas.rbegin(), kIsas.rend(), machine_has);
+    static const Isa best = *std::find_if(kIsas.rbegin(), kIsas.rend(), [](Isa isa) {
+        return machine_has(isa) && serves(isa, machine_vendor());
+    });
     return best;
 }
 
