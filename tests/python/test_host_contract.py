@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from host_cases import Case, all_cases, cast
 from torch import Tensor, nn
 
 import tome_ext
+from tome_ext.patch.common import block_call
 
 CASES = all_cases()
 MASKED = [case for case in CASES if case.hidden is not None]
@@ -166,6 +169,25 @@ def test_guided_merging(case: Case) -> None:
     assert not torch.equal(model.tome.plan.assign, by_guided)
     patch(case, model, r=0, method="guided")
     assert torch.equal(run(case, model, inputs), plain)
+
+
+@pytest.mark.parametrize("method", ["tome", "guided", "topk", "evit"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plans_made_beside_attention_are_the_same(
+    case: Case, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a CUDA graph, but for the stream."""
+    if method in ("topk", "evit") and not case.class_token:
+        return
+    model = patch(case, case.make(), r=4, method=method)
+    expected = run(case, model, case.inputs(2, 0))
+    joined: list[object] = []
+    stream = SimpleNamespace(wait_stream=joined.append)
+    monkeypatch.setattr(block_call, "stream_beside", lambda q: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    assert torch.equal(run(case, model, case.inputs(2, 0)), expected)
+    assert len(joined) >= case.depth
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.class_token], ids=str)
