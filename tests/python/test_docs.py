@@ -1,4 +1,4 @@
-"""Every Python block of docs/running runs, page by page, from top to bottom."""
+"""Every Python block of the README and of the pages named here runs, page by page, in its order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 RUNNING = Path(__file__).parents[2] / "docs" / "running"
@@ -16,7 +17,8 @@ PAGES = sorted(page.name for page in RUNNING.glob("*.md") if page.name != "READM
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARKS = {"cuda-graphs.md": pytest.mark.cuda, "openvino.md": pytest.mark.openvino}
 BY_TORCHRUN = {"distributed.md"}
-OTHERS = ("../methods.md", "../migration.md", "../tuning.md")  # pages elsewhere
+# Pages elsewhere.
+OTHERS = ("../methods.md", "../migration.md", "../operators.md", "../tuning.md", "../../README.md")
 # What pages change in torch._dynamo.config, as it was before: set back after each.
 CHANGED = ("recompile_limit", "skip_fwd_side_effects_in_bwd_under_checkpoint")
 SETTINGS = {name: getattr(torch._dynamo.config, name) for name in CHANGED}
@@ -40,6 +42,12 @@ def marked(page: str) -> Any:
 @pytest.mark.parametrize("page", [*map(marked, sorted({*PAGES, *OTHERS} - BY_TORCHRUN))])
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # for what the page writes
+    with_weights = timm.create_model
+
+    def create_model(*names: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        return with_weights(*names, **options)  # random ones, as the tests have no network
+
+    monkeypatch.setattr(timm, "create_model", create_model)
     torch.compiler.reset()
     with torch._dynamo.config.patch(SETTINGS):
         exec(compile(code_of(page), str(RUNNING / page), "exec"), {"__name__": "__main__"})
