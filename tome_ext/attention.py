@@ -51,7 +51,7 @@ def unsupported(
     ``kind`` is the type of the device.
     """
     if not sized and kind != "cpu":
-        # There stock attention is flash. On the CPU it is slower: docs/operators.md has the figures.
+        # There stock attention is flash. On the CPU it is slower; docs/operators.md has figures.
         return "without sizes it is the same"
     if dropout_p > 0:
         return f"attention dropout of {dropout_p:g}"
