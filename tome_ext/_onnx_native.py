@@ -138,7 +138,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     by_tokens = _by_tokens(q), _by_tokens(k), _by_tokens(v), size
-    (out,) = _node("Attention", by_tokens, [(q.dtype, by_tokens[0].shape)], scale=scale)
+    (out,) = _node("ProportionalAttention", by_tokens, [(q.dtype, by_tokens[0].shape)], scale=scale)
     # Nothing in a model reads the second output, so that no node is left of its standard form.
     lse = _onnx_standard.attention_forward(q, k, v, size, scale)[1]
     return _by_tokens(out), lse

@@ -296,10 +296,10 @@ void unmerge_run(const Call& call) {
 // Inputs: q, k, v, size.
 std::vector<Shape> attention_shapes(const Call& call) {
     const Shape &q = call.inputs[0].shape, &k = call.inputs[1].shape;
-    expect_rank(call.inputs[0], "tome_ext::Attention: q", 4, "(B, M, H, D)");
-    expect(call.inputs[1], "tome_ext::Attention: k", {q[0], -1, q[2], q[3]});
-    expect(call.inputs[2], "tome_ext::Attention: v", k);
-    expect_if_given(call.inputs[3], "tome_ext::Attention: size", {q[0], k[1]});
+    expect_rank(call.inputs[0], "tome_ext::ProportionalAttention: q", 4, "(B, M, H, D)");
+    expect(call.inputs[1], "tome_ext::ProportionalAttention: k", {q[0], -1, q[2], q[3]});
+    expect(call.inputs[2], "tome_ext::ProportionalAttention: v", k);
+    expect_if_given(call.inputs[3], "tome_ext::ProportionalAttention: size", {q[0], k[1]});
     return {q};
 }
 
@@ -422,7 +422,7 @@ std::vector<Operator> make_operators() {
          any,
          unmerge_shapes,
          unmerge_run},
-        {"Attention",
+        {"ProportionalAttention",
          {{"q", kTokens}, {"k", kTokens}, {"v", kTokens}, {"size", kFloat32, true}},
          {{"out", kTokens}},
          {{"scale", false, kInfinity, -kInfinity, kInfinity}},

@@ -89,7 +89,7 @@ TEST(Engines, MergesSayTheirRows) {
               (std::vector<Shape>{{2, -1, 8}, {2, -1}, {2, -1, 8}}));
     EXPECT_EQ(shapes("Unmerge", {}, {shaped({2, 7, 8}), shaped({2, 10})}),
               (std::vector<Shape>{{2, 10, 8}}));
-    EXPECT_EQ(shapes("Attention", {0}, std::vector<Tensor>(3, shaped({2, 10, 4, 8}))),
+    EXPECT_EQ(shapes("ProportionalAttention", {0}, std::vector<Tensor>(3, shaped({2, 10, 4, 8}))),
               (std::vector<Shape>{{2, 10, 4, 8}}));
     EXPECT_EQ(shapes("ClsAttention", {0}, {shaped({-1, 1, 4, 8}), shaped({2, 10, 4, 8})}),
               (std::vector<Shape>{{-1, 10}}));
@@ -105,9 +105,9 @@ TEST(Engines, WhatDoesNotGoTogetherIsRefusedByName) {
               "(10,)");
     EXPECT_EQ(refusal("Merge", {0}, {shaped({2, 10, 8}), {}, shaped({2, 10}), shaped({2, 0})}),
               "tome_ext::Merge: offsets: expected (B, M + 1), got (2, 0)");
-    EXPECT_EQ(refusal("Attention", {0},
+    EXPECT_EQ(refusal("ProportionalAttention", {0},
                       {shaped({2, 9, 4, 8}), shaped({2, 10, 4, 8}), shaped({-1, 11, 4, 8})}),
-              "tome_ext::Attention: v: expected (2, 10, 4, 8), got (?, 11, 4, 8)");
+              "tome_ext::ProportionalAttention: v: expected (2, 10, 4, 8), got (?, 11, 4, 8)");
     EXPECT_EQ(refusal("ClsAttention", {0}, {shaped({2, 0, 4, 8}), shaped({2, 10, 4, 8})}),
               "tome_ext::ClsAttention: q: expected at least one token and head, got (2, 0, 4, 8)");
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -24,11 +26,13 @@ from onnx_graphs import (
     node,
     to_onnx,
 )
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import tome_ext as tome
-from tome_ext import _onnx_standard, reference
+from tome_ext import _digits, _onnx_standard, reference
 
 NAMES = ("plain", "registers, layer scale", "class token, avg")
 
@@ -205,6 +209,25 @@ def test_native_operators_give_the_bits_of_the_torch_ones(dtype: torch.dtype) ->
         for x, y in zip(found, expected, strict=True):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)
+
+
+def test_a_merged_model_can_be_quantised(tmp_path: Path) -> None:
+    """Its matrix products; merging and attention stay as they are, and the answers nearly so."""
+    digits = _digits.load()
+    model = tome.patch.auto(digits.model, r=4)
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    onnx.save(to_onnx(model, [digits.x[:2]], "native", dynamic_shapes=BATCH), whole)
+    quantize_dynamic(whole, small, weight_type=QuantType.QInt8)
+    proto = onnx.load(small)
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds["MatMulInteger"] == 4 * 6 + 1  # of each block, and the head
+    assert kinds["Match"] == kinds["MergeAddNorm"] == kinds["ProportionalAttention"] == 6
+    (logits,) = session(proto)(digits.x)
+    with torch.no_grad():
+        expected = model(digits.x)
+    assert F.cosine_similarity(logits, expected).mean() > 0.999
+    right = (logits.argmax(1) == digits.y).float().mean()
+    assert right > (expected.argmax(1) == digits.y).float().mean() - 0.01
 
 
 def test_native_operators_refuse_what_does_not_go_together() -> None:
