@@ -19,7 +19,7 @@ namespace {
 using match_tiles::kSingleRowBytes;
 using match_tiles::kThreads;
 
-constexpr int kPieces = kSingleRowBytes / 16;    // of 8 channels, in a row of a part
+constexpr int kPieces = kSingleRowBytes / 16;    // of 16 bytes, in a row of a part
 constexpr int kRowsAtOnce = kThreads / kPieces;  // that a block copies
 constexpr int kWarpsDown = 2, kWarpsAcross = 4;  // over a tile
 constexpr int kWarps = kThreads / device::kWarp;
