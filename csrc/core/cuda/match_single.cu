@@ -8,8 +8,7 @@
 // A product of two 16-bit elements is exact in float32, so one mma says what staged rows need three
 // for; of float32, six products of bfloat16 say it. Shared memory holds a part of the channels at a
 // time, however many there are.
-#include "launch.h"
-#include "match_finish.cuh"
+#include "match_blocks.cuh"
 #include "match_kernels.h"
 #include "match_rows.cuh"
 
@@ -160,8 +159,9 @@ __device__ __forceinline__ void multiply(const unsigned char* rows_a, const unsi
         const int place_b = place_of(row, 2 * step + matrix % 2);
         uint32_t b[kAcross][4];
 #pragma unroll
-        for (int j = 0; j < kAcross; ++j)
+        for (int j = 0; j < kAcross; ++j) {
             device::ldmatrix_x4(b[j], rows_b + j * kGroupBytes + place_b);
+        }
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
             uint32_t a[4];
@@ -480,11 +480,7 @@ cudaError_t launch_tiles(const MatchArgs& given, dim3 grid, cudaStream_t stream)
     m.by_vectors = vectors_serve<In>(m.p);
     const auto kernel = m.listed() ? match_single_kernel<In, kRows, kParts, true>
                                    : match_single_kernel<In, kRows, kParts, false>;
-    const auto bytes = static_cast<size_t>(m.tiles.shared_bytes);
-    // Behind a clear of the workspace, which is no kernel, the ordinary way.
-    return m.blocks_per_image > 1
-               ? device::launch(kernel, grid, dim3(kThreads), bytes, stream, m)
-               : device::launch_overlapping(kernel, grid, dim3(kThreads), bytes, stream, m);
+    return launch_only_kernel(kernel, m, grid, stream);
 }
 
 template <class In>

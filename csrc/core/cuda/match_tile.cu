@@ -1,7 +1,6 @@
 // match on tensor cores, for float32, float16 and bfloat16: from rows, staged here or by
 // match_stage.cu, to the plan.
-#include "launch.h"
-#include "match_finish.cuh"
+#include "match_blocks.cuh"
 #include "match_kernels.h"
 #include "match_rows.cuh"
 
@@ -228,11 +227,7 @@ cudaError_t launch_direct_of(const MatchArgs& m, dim3 grid, cudaStream_t stream)
                                                           : match_direct_kernel<In, true, false>
                         : is_short ? match_direct_kernel<In, false, true>
                                                : match_direct_kernel<In, false, false>;
-    const auto bytes = static_cast<size_t>(m.tiles.shared_bytes);
-    // Behind a clear of the workspace, which is no kernel, the ordinary way.
-    return m.blocks_per_image > 1
-               ? device::launch(kernel, grid, dim3(kThreads), bytes, stream, m)
-               : device::launch_overlapping(kernel, grid, dim3(kThreads), bytes, stream, m);
+    return launch_only_kernel(kernel, m, grid, stream);
 }
 
 }  // namespace

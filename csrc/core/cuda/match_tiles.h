@@ -178,6 +178,12 @@ constexpr Tiles direct(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     return {Form::kDirect, rows_a, rows_b, 1, ceil_div(num_a, rows_a), splits, bytes};
 }
 
+// Into how many shares tiles of B are dealt out, so that every multiprocessor has its blocks: as
+// many as there are places, and tiles, for.
+constexpr int64_t dealt_out(int64_t tiles_b, int64_t places) {
+    return places < 1 ? 1 : places < tiles_b ? places : tiles_b;
+}
+
 constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
                        const Device& device) {
     // Two blocks per multiprocessor.
@@ -200,10 +206,8 @@ constexpr Tiles staged(int64_t batch, int64_t num_a, int64_t num_b, int64_t dim,
     fit(dim, device, num_b, kGoodColumns, rows_a, rows_b);
     const bool two = layout(dim, rows_a, rows_b, 2).total <= device.shared_per_block;
     const int buffers = two ? buffers_for(num_b, rows_b) : 1;
-    // Many tiles of B: deal them out until every multiprocessor has its blocks.
-    const int64_t blocks_a = ceil_div(num_a, rows_a), tiles_b = ceil_div(num_b, rows_b);
-    const int64_t split = wanted / (blocks_a * images);
-    const int64_t splits = split < 1 ? 1 : split < tiles_b ? split : tiles_b;
+    const int64_t blocks_a = ceil_div(num_a, rows_a);
+    const int64_t splits = dealt_out(ceil_div(num_b, rows_b), wanted / (blocks_a * images));
     const int64_t bytes = enough(layout(dim, rows_a, rows_b, buffers).total);
     return {Form::kStaged, rows_a, rows_b, buffers, blocks_a, splits, bytes};
 }
@@ -238,18 +242,12 @@ constexpr Tiles single(int64_t batch, int64_t num_a, int64_t num_b, const Device
     const int most = large ? kLargeRows : kSmallRows, parts = large ? kLargeParts : kSmallParts;
     const int rows_a = even_part(num_a, ceil_div(num_a, most));
     const int rows_b = even_part(num_b, ceil_div(num_b, most));
-    // Two blocks per multiprocessor; tiles of B are dealt out as far as there are places.
-    const int64_t blocks_a = ceil_div(num_a, rows_a), tiles_b = ceil_div(num_b, rows_b);
+    // Two blocks per multiprocessor.
     const int64_t wanted = 2 * int64_t{device.multiprocessors}, images = batch > 0 ? batch : 1;
-    const int64_t split = wanted / (blocks_a * images);
-    const int64_t splits = split < 1 ? 1 : split < tiles_b ? split : tiles_b;
-    return {Form::kSingle,
-            rows_a,
-            rows_b,
-            parts,
-            blocks_a,
-            splits,
-            enough(single_layout(most, parts).total)};
+    const int64_t blocks_a = ceil_div(num_a, rows_a);
+    const int64_t splits = dealt_out(ceil_div(num_b, rows_b), wanted / (blocks_a * images));
+    const int64_t bytes = enough(single_layout(most, parts).total);
+    return {Form::kSingle, rows_a, rows_b, parts, blocks_a, splits, bytes};
 }
 
 // num_a and num_b are 1 or more; `listed`: the sets are, see MatchArgs.
