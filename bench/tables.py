@@ -324,34 +324,38 @@ def gpu_models_table(result: dict[str, Any]) -> str:
 def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, Any]) -> str:
     """The first screen's: what merging gives to whole models, on each kind of machine."""
     lines = [
+        f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')}",
+        "",
         "| speed-up | model | r | B | on | images/s, unmerged | merged |",
         "| ---: | --- | ---: | ---: | --- | ---: | ---: |",
     ]
 
-    def add(model: str, r: int, batch: int, where: str, plain: float, ours: float) -> None:
+    def add(model: str, r: int, batch: int, where: str, *figures: float | None) -> None:
+        speed_up, plain, ours = figures
         name = model.removesuffix("_224").replace("_384", ", 384 px").replace("_patch16", "/16")
-        cells = [f"{ours / plain:.2f}x", name.replace("vit_", "ViT-"), str(r), str(batch), where]
+        cells = [times(speed_up, 1.0), name.replace("vit_", "ViT-"), str(r), str(batch), where]
         lines.append(f"| {' | '.join([*cells, figure(plain), figure(ours)])} |")
 
     gpu = h100["machine"]["device"].removeprefix("NVIDIA ").split()[0]
     for key, (model, r, batch) in GPU_MODELS.items():
         us = [gpu_us(h100, f"model:{key}", "graph", name) for name in ("unmerged", "tome")]
-        if None not in us:
-            plain, ours = (1e6 * batch / x for x in us if x)
-            add(model, r, batch, f"{gpu}, bfloat16, CUDA graph", plain, ours)
+        rates = [None if x is None else 1e6 * batch / x for x in us]
+        speed_up = None if None in us else us[0] / us[1]
+        add(model, r, batch, f"{gpu}, bfloat16, CUDA graph", speed_up, *rates)
     cpu = f"{models['machine']['threads']} cores, AVX-512"
     for row in models["rows"]:
-        wanted = row["model"], row["dtype"], row["batch_size"]
-        if row["r"] == 13 and wanted in (
+        model, dtype, batch = row["model"], row["dtype"], row["batch_size"]
+        if row["r"] == 13 and (model, dtype, batch) in (
             ("vit_small_patch16_224", "bfloat16", 8),
             ("vit_base_patch16_224", "float32", 1),
         ):
-            rates = (row["contenders"][x]["images_per_second"] for x in ("unpatched", "tome_ext"))
-            add(row["model"], 13, row["batch_size"], f"{cpu}, {row['dtype']}, eager", *rates)
+            plain, ours = (row["contenders"][name] for name in ("unpatched", "tome_ext"))
+            rates = [one["images_per_second"] for one in (plain, ours)]
+            add(model, 13, batch, f"{cpu}, {dtype}, eager", ours["speed_up"], *rates)
     for row in ways["rows"]:
         if (row["way"], row["dtype"], row["batch_size"]) == ("openvino", "float32", 8):
-            where = f"{cpu}, float32, OpenVINO"
-            add(row["model"], row["r"], 8, where, row["unmerged"], row["merged"])
+            rates = [row["unmerged"], row["merged"]]
+            add(row["model"], row["r"], 8, f"{cpu}, float32, OpenVINO", row["speed_up"], *rates)
     return "\n".join(lines)
 
 
@@ -497,29 +501,39 @@ TABLES = [
 ]
 
 
+def put_table(document: str, name: str, table: str, source: str) -> bool:
+    """Write a table where the document has its block; under --check say so if it is another.
+
+    ``source`` is what the table is made from, in words. Returns whether it is stale.
+    """
+    path = ROOT / document
+    old = path.read_text()
+    new, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{table}\n{found[2]}",
+        old,
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise SystemExit(f"{document}: expected one block <!-- {name} --> ... <!-- end -->")
+    if new == old:
+        return False
+    if "--check" in sys.argv:
+        print(f"{document}: table {name} is not that of {source}; run this script")
+        return True
+    path.write_text(new)
+    return False
+
+
 def main() -> int:
     stale = False
     for document, name, figures, make in TABLES:
-        path = ROOT / document
-        old = path.read_text()
         names = (figures,) if isinstance(figures, str) else figures
         sources = [ROOT / "bench/results" / source for source in names]
         if any(x.name.startswith("gpu_") and not x.exists() for x in sources):
             continue
         table = make(*(json.loads(source.read_text()) for source in sources))
-        new, count = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
-            old,
-            flags=re.DOTALL,
-        )
-        if count != 1:
-            raise SystemExit(f"{document}: expected one block <!-- {name} --> ... <!-- end -->")
-        if new != old and "--check" in sys.argv:
-            print(f"{document}: table {name} is not that of bench/results/; run this script")
-            stale = True
-        elif new != old:
-            path.write_text(new)
+        stale |= put_table(document, name, table, "bench/results/")
     return int(stale)
 
 
