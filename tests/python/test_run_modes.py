@@ -227,3 +227,5 @@ def check_capture(model: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y, expected)
         # The tokens of the capture are those of the replay.
         assert torch.equal(tokens.plan.assign, model.tome.plan.assign)
+        assert (tokens.size is None) == (model.tome.size is None)
+        assert tokens.size is None or torch.equal(tokens.size, model.tome.size)
