@@ -57,7 +57,7 @@ if load_error is None and torch.version.cuda is not None:
 cuda_loaded = load_error is None and torch.version.cuda is not None and _cuda_error is None
 # What ``_cuda_obstacle`` of csrc/torch/cuda says where plain operators are asked for.
 SWITCHED_OFF = "TOME_CUDA_KERNELS=0"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")  # as isa.h has them
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # as isa.h has them
 switched_off = os.environ.get("TOME_CUDA_KERNELS") == "0"
 _told: set[object] = set()
 

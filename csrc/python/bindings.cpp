@@ -75,7 +75,7 @@ Isa parse_isa(const std::string& name) {
     for (Isa isa : tome::kIsas) {
         if (name == tome::isa_name(isa)) return isa;
     }
-    fail("isa: expected portable, avx2, avx512 or avx512_bf16, got " + name);
+    fail("isa: expected portable, avx2, avx512, avx512_bf16 or amx_bf16, got " + name);
 }
 
 void check_status(const Status& status) {

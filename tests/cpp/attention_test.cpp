@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "amx_kernels.h"
 #include "attention_inputs.h"
 #include "attention_oracle.h"
 #include "tuning.h"
@@ -132,6 +133,24 @@ void expect_all_exact(const Problem& x) {
     if (x.shape.heads > 0 && x.shape.queries > 0) expect_exact_cls(x);
 }
 
+// For every instruction set of this machine; those for matrix units also where it lacks them, from
+// the plain bodies of their instructions and, where a handler can run them, from the instructions.
+template <class F>
+void for_each_set(DType dtype, const F& body) {
+    for_each_isa(body);
+    if (dtype != DType::kBFloat16) return;
+    const auto with = [&](const char* name, const tome::Kernels& kernels) {
+        SCOPED_TRACE(name);
+        tome::use_kernels(&kernels);
+        body();
+        tome::use_kernels(nullptr);
+    };
+    with("amx_bf16, plain bodies", kPlainAmxKernels);
+#ifdef TOME_HAS_X86_KERNELS
+    if (amx_runs_by_signal()) with("amx_bf16, by signal", tome::kAmxBf16Kernels);
+#endif
+}
+
 class AttentionTest : public PerDType {};
 INSTANTIATE_TEST_SUITE_P(DTypes, AttentionTest, ::testing::ValuesIn(kDTypes),
                          [](const auto& info) { return dtype_name(info.param); });
@@ -141,13 +160,13 @@ TEST_P(AttentionTest, AgreesWithTheOracle) {
         {2, 3, 50, 50, 64}, {1, 2, 197, 197, 64}, {1, 1, 5, 70, 72}, {2, 1, 97, 33, 17},
         {1, 2, 1, 40, 96},  {3, 1, 40, 1, 8},     {1, 1, 13, 16, 1}, {1, 1, 30, 31, 128},
     };
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         for (const AttentionShape& s : shapes) expect_all_exact(Problem(GetParam(), s));
     });
 }
 
 TEST_P(AttentionTest, ReadsAnyLayoutInPlace) {
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         for (Layout layout : kLayouts) {
             expect_all_exact(Problem(GetParam(), {2, 2, 20, 37, 24}, layout));
             expect_all_exact(Problem(GetParam(), {2, 2, 20, 37, 19}, layout));
@@ -156,7 +175,7 @@ TEST_P(AttentionTest, ReadsAnyLayoutInPlace) {
 }
 
 TEST_P(AttentionTest, SizesWeighKeysAndHideThem) {
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         for (Sizes sizes : kSizes) {
             expect_all_exact(Problem(GetParam(), {2, 2, 19, 45, 32}, Layout::kHeads, sizes));
         }
@@ -188,7 +207,7 @@ TEST_P(AttentionTest, HiddenKeysGetAndGiveNothing) {
 // More keys than a block holds, so that maxima and sums are carried; and more queries than a part.
 TEST_P(AttentionTest, ManyKeys) {
     const int64_t most = tome::tuning::kMaxBlockKeys;
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         expect_exact_enough(Problem(GetParam(), {1, 1, 30, most + 1, 16}));
         expect_exact_enough(Problem(GetParam(), {1, 1, 30, 3 * most - 5, 8}));
         Problem rising(GetParam(), {1, 1, 20, 2 * most, 4}, Layout::kHeads, Sizes::kNone);
@@ -223,7 +242,7 @@ TEST_P(AttentionTest, HugeLogitsDoNotOverflow) {
 TEST_P(AttentionTest, NaNStaysInItsRowOrReachesAll) {
     Problem x(GetParam(), {1, 1, 8, 20, 16}, Layout::kHeads, Sizes::kNone);
     x.q.memory.set(x.q.index(0, 0, 3, 5), kNaN);
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         const Outputs got = run(x, pool());
         for (int64_t i = 0; i < got.out.count(); ++i) {
             EXPECT_EQ(std::isnan(got.out[i]), i / 16 == 3) << i;
@@ -238,7 +257,7 @@ TEST_P(AttentionTest, NaNStaysInItsRowOrReachesAll) {
 // Padding that was never written. Also of all keys of an image, and of whole blocks of keys.
 TEST_P(AttentionTest, WhatHiddenTokensHoldChangesNothing) {
     const int64_t block = tome::tuning::kMaxBlockKeys;
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         for (Sizes sizes : {Sizes::kWithZeros, Sizes::kImageHidden, Sizes::kZeros}) {
             for (const AttentionShape& s :
                  {AttentionShape{2, 2, 19, 45, 17}, AttentionShape{2, 1, 3, block + 30, 8}}) {
@@ -270,7 +289,7 @@ TEST_P(AttentionTest, DegenerateShapes) {
 }
 
 TEST_P(AttentionTest, TheSameBitsForAnyThreadsAndBatch) {
-    for_each_isa([&] {
+    for_each_set(GetParam(), [&] {
         const Problem x(GetParam(), {1, 2, 140, 60, 32});
         const Outputs want = run(x, Threads::serial());
         const Gradients want_grads = run_backward(x, want, Threads::serial());

@@ -11,7 +11,7 @@ import _tome_core as core
 import numpy as np
 import pytest
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def available() -> list[str]:
@@ -88,7 +88,7 @@ def test_set_isa_refuses_what_is_not_there() -> None:
     for level in LEVELS[len(AVAILABLE) :]:
         with pytest.raises(ValueError, match=f"lacks {level}"):
             core.set_isa(level)
-    expected = "expected portable, avx2, avx512 or avx512_bf16, got sse9"
+    expected = "expected portable, avx2, avx512, avx512_bf16 or amx_bf16, got sse9"
     with pytest.raises(ValueError, match=expected):
         core.set_isa("sse9")
     assert core.active_isa() == before

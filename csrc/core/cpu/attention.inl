@@ -15,26 +15,9 @@
 #ifndef TOME_ATTENTION_INL
 #define TOME_ATTENTION_INL
 
-#include "panels.inl"
+#include "attention_common.inl"
 
 namespace tome::TOME_ISA_NAMESPACE {
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-// bias (padded keys) of one image: log2 of the sizes, -inf behind the last key. Returns whether a
-// size is 0, which hides its key.
-template <class T>
-bool fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
-    constexpr T kHidden = -std::numeric_limits<T>::infinity();
-    bool hides = false;
-    for (int64_t j = 0; j < keys; ++j) {
-        bias[j] = size == nullptr ? T(0) : std::log2(T(size[j]));
-        hides |= bias[j] == kHidden;
-    }
-    std::fill(bias + keys, bias + padded, kHidden);
-    return hides;
-}
 
 // Keys or values (count, dim) as they are packed.
 template <class In>
@@ -98,18 +81,13 @@ TOME_INLINE void score_tile_of(const P* queries, int64_t depth, T factor,
         for (int v = 0; v < kPanelVectors; ++v) {
             const V bias = load(block.bias + j + v * kLanes);
             for (int i = 0; i < kRows; ++i) {
-                using M = typename Vector<T>::Int;
                 const V score = sum[i][v] * factors + bias;
                 store(scores + i * padded + j + v * kLanes, score);
-                peak[i] = select<V>(static_cast<M>(score > peak[i]), score, peak[i]);
+                peak[i] = larger(score, peak[i]);
             }
         }
     }
-    for (int i = 0; i < kRows; ++i) {
-        T lanes[kLanes];
-        store(lanes, peak[i]);
-        top[i] = *std::max_element(lanes, lanes + kLanes);
-    }
+    for (int i = 0; i < kRows; ++i) top[i] = largest(peak[i]);
 }
 
 // kRows queries against one block.

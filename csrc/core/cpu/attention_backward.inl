@@ -140,19 +140,6 @@ void add_key_gradients(const BackwardWork<T>& work, const T* scores, const T* ro
     }
 }
 
-// Rows of sums (keys, padded dim), times `by`, to out.
-template <class In, class T>
-void write_sums(const T* sums, int64_t keys, int64_t padded_dim, int64_t dim, T by, In* out,
-                int64_t out_step) {
-    using V = typename Vector<T>::Type;
-    for (int64_t j = 0; j < keys; ++j) {
-        for (int64_t d = 0; d < dim; d += Vector<T>::kLanes) {
-            store_channels(out + j * out_step, d, dim,
-                           load(sums + j * padded_dim + d) * broadcast<V>(by));
-        }
-    }
-}
-
 //   hides              whether a key of this image is hidden
 //   shown (keys, dim)  working memory, if so
 template <class In>

@@ -47,8 +47,7 @@ struct MultiplyAdd<BFloatPair> {
 
 // kLanes values, rounded to the nearest, from value j of a row of pairs on.
 TOME_INLINE void store_packed(BFloatPair* row, int64_t j, VFloat values) {
-    const auto rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
-    __builtin_memcpy(reinterpret_cast<char*>(row) + 2 * j, &rounded, sizeof(rounded));
+    store(reinterpret_cast<BFloat*>(row) + j, values);
 }
 
 // As that of panels.inl, with pairs along the channels and a 0 behind an odd last one.

@@ -2,7 +2,7 @@
 #ifndef TOME_CLS_ATTENTION_INL
 #define TOME_CLS_ATTENTION_INL
 
-#include "attention.inl"
+#include "attention_common.inl"
 
 namespace tome::TOME_ISA_NAMESPACE {
 
@@ -39,18 +39,7 @@ void cls_attention_head_of(const ClsAttentionParams& p, int64_t image, int64_t h
         store(logits.get() + j, logit);
         for (int64_t i = 0; i < here; ++i) peak = std::max(peak, logits[j + i]);
     }
-    const V shift = broadcast<V>(peak == kNone ? T(0) : peak);
-    V sums{};
-    for (int64_t j = 0; j < p.keys; j += kLanes) {
-        const V weight = exp2_of_nonpositive(load(logits.get() + j) - shift);
-        store(logits.get() + j, weight);
-        sums += weight;
-    }
-    const T sum = total(sums);
-    const V share = broadcast<V>(sum == 0 ? T(0) : T(1) / sum);
-    for (int64_t j = 0; j < p.keys; j += kLanes) {
-        store_channels(weights, j, p.keys, load(logits.get() + j) * share);
-    }
+    softmax_row(logits.get(), p.keys, peak, weights);
 }
 
 void cls_attention_head(const ClsAttentionParams& p, int64_t image, int64_t head, void* weights) {

@@ -12,6 +12,10 @@
 #ifdef TOME_HAS_X86_KERNELS
 #include <cpuid.h>
 #endif
+#if defined(TOME_HAS_X86_KERNELS) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tome {
 namespace {
@@ -24,6 +28,26 @@ bool machine_has_f16c() {
 }
 #endif
 
+// Whether the processor has tiles and their products of bfloat16, and the system lets this process
+// use them: Linux does so only for who asks. Once it has, all threads may.
+bool machine_grants_amx() {
+#if defined(TOME_HAS_X86_KERNELS) && defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kOsxsave = 1u << 27;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsxsave) == 0) return false;
+    unsigned saved = 0, upper = 0;  // of the registers, those that the system saves
+    asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    constexpr unsigned kTileConfig = 1u << 17, kTileData = 1u << 18;
+    if ((saved & kTileConfig) == 0 || (saved & kTileData) == 0) return false;
+    constexpr long kRequestPermission = 0x1023, kTileDataFeature = 18;  // asm/prctl.h
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileDataFeature) == 0;
+#else
+    return false;
+#endif
+}
+
 bool machine_has(Isa isa) {
 #ifdef TOME_HAS_X86_KERNELS
     __builtin_cpu_init();
@@ -33,8 +57,10 @@ bool machine_has(Isa isa) {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    static const bool amx = bf16 && machine_grants_amx();
     return isa == Isa::kPortable || (isa == Isa::kAvx2 && avx2) ||
-           (isa == Isa::kAvx512 && avx512) || (isa == Isa::kAvx512Bf16 && bf16);
+           (isa == Isa::kAvx512 && avx512) || (isa == Isa::kAvx512Bf16 && bf16) ||
+           (isa == Isa::kAmxBf16 && amx);
 #else
     return isa == Isa::kPortable;
 #endif
@@ -68,6 +94,8 @@ std::atomic<Isa>& current() {
     return isa;
 }
 
+std::atomic<const Kernels*> kernels_of_test{nullptr};
+
 }  // namespace
 
 #ifdef TOME_HAS_X86_KERNELS
@@ -77,6 +105,31 @@ std::atomic<Isa>& current() {
 const Kernels kAvx512Bf16Kernels = [] {
     Kernels kernels = kAvx512Kernels;
     kernels.attention_parts = avx512_bf16::attention_parts;
+    return kernels;
+}();
+
+// Attention of bfloat16; all else as under AVX-512. match's metric of bfloat16 is averaged over the
+// heads and normalised in float32, and is not rounded again.
+const Kernels kAmxBf16Kernels = [] {
+    Kernels kernels = kAvx512Kernels;
+    kernels.attention_parts = [](const AttentionParams& p, int64_t parts, int64_t begin,
+                                 int64_t end) {
+        const bool ours = p.dtype == DType::kBFloat16;
+        (ours ? amx_bf16::attention_parts : kAvx512Kernels.attention_parts)(p, parts, begin, end);
+    };
+    kernels.attention_backward_heads = [](const AttentionBackwardParams& p, int64_t begin,
+                                          int64_t end) {
+        const bool ours = p.dtype == DType::kBFloat16;
+        (ours ? amx_bf16::attention_backward_heads : kAvx512Kernels.attention_backward_heads)(
+            p, begin, end);
+    };
+    kernels.cls_attention_head = [](const ClsAttentionParams& p, int64_t image, int64_t head,
+                                    void* weights) {
+        if (p.dtype != DType::kBFloat16) {
+            return kAvx512Kernels.cls_attention_head(p, image, head, weights);
+        }
+        amx_bf16::cls_attention_head(p, image, head, static_cast<float*>(weights));
+    };
     return kernels;
 }();
 #endif
@@ -102,6 +155,8 @@ bool set_isa(Isa isa) {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAmxBf16:
+            return "amx_bf16";
         case Isa::kAvx512Bf16:
             return "avx512_bf16";
         case Isa::kAvx512:
@@ -114,9 +169,17 @@ const char* isa_name(Isa isa) {
     return "portable";
 }
 
+void use_kernels(const Kernels* kernels) {
+    kernels_of_test.store(kernels, std::memory_order_relaxed);
+}
+
 const Kernels& active_kernels() {
+    const Kernels* of_test = kernels_of_test.load(std::memory_order_relaxed);
+    if (of_test != nullptr) return *of_test;
 #ifdef TOME_HAS_X86_KERNELS
     switch (active_isa()) {
+        case Isa::kAmxBf16:
+            return kAmxBf16Kernels;
         case Isa::kAvx512Bf16:
             return kAvx512Bf16Kernels;
         case Isa::kAvx512:

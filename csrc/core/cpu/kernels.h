@@ -55,13 +55,25 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxBf16Kernels;
 namespace avx512_bf16 {
 void attention_parts(const AttentionParams& params, int64_t parts, int64_t begin, int64_t end);
 }
+// Of bfloat16 only.
+namespace amx_bf16 {
+void attention_parts(const AttentionParams& params, int64_t parts, int64_t begin, int64_t end);
+void attention_backward_heads(const AttentionBackwardParams& params, int64_t begin, int64_t end);
+void cls_attention_head(const ClsAttentionParams& params, int64_t image, int64_t head,
+                        float* weights);
+}  // namespace amx_bf16
 #endif
 
 // Those of active_isa().
 const Kernels& active_kernels();
+
+// For tests: `kernels` in their place, which may be of no set that this machine has; nullptr ends
+// it.
+void use_kernels(const Kernels* kernels);
 
 // Whether a set that a machine has is faster than those before it, by the processor's vendor. On
 // two cores of a Sapphire Rapids attention of bfloat16 took twice as long in avx512_bf16 as in

@@ -21,6 +21,7 @@
 #define TOME_VECTOR_BYTES 64
 #define TOME_TILE_ROWS 12
 #define TOME_X86_VECTORS 1
+#define TOME_X86_BF16 1
 
 #include "bfloat_pairs.inl"
 // After the pairs, which it then uses.

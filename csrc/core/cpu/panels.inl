@@ -26,16 +26,45 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-// The sum of a vector's lanes, by halves.
-template <class V>
-TOME_INLINE auto total(V v) {
+// A vector's lanes made one by halves: lane i with lane i + half.
+template <class V, class Join>
+TOME_INLINE auto by_halves(V v, const Join& join) {
     constexpr int kLanes = sizeof(V) / sizeof(v[0]);
     decltype(v[0] + v[0]) lanes[kLanes];
     store(lanes, v);
     for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+        for (int lane = 0; lane < half; ++lane) {
+            lanes[lane] = join(lanes[lane], lanes[lane + half]);
+        }
     }
     return lanes[0];
+}
+
+#ifdef TOME_X86_VECTORS
+// The same in registers.
+template <class Join>
+TOME_INLINE float by_halves(VFloat v, const Join& join) {
+#if TOME_VECTOR_BYTES == 64
+    const auto whole = bit_cast<__m512>(v);
+    const __m256 half = join(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+    const auto half = bit_cast<__m256>(v);
+#endif
+    const __m128 four = join(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = join(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(join(two, _mm_movehdup_ps(two)));
+}
+#endif
+
+template <class V>
+TOME_INLINE auto total(V v) {
+    return by_halves(v, [](auto x, auto y) TOME_INLINE_LAMBDA { return x + y; });
+}
+
+// None of the lanes may be NaN.
+template <class V>
+TOME_INLINE auto largest(V v) {
+    return by_halves(v, [](auto x, auto y) TOME_INLINE_LAMBDA { return x > y ? x : y; });
 }
 
 #if !defined(__clang__)
@@ -227,6 +256,19 @@ TOME_INLINE void with_rows(int64_t rows, const Body& body) {
 
 // 2^x of x <= 0 to within two units in the last place; 0 below 2^-125, NaN for NaN.
 TOME_INLINE VFloat exp2_of_nonpositive(VFloat x) {
+#if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 64
+    // x is its floor and a rest of 0 to 1; vscalef multiplies by 2 to the floor, and knows -inf.
+    const auto rest =
+        bit_cast<VFloat>(_mm512_reduce_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEG_INF));
+    // As below: 1.9e-9 before rounding.
+    VFloat y = rest * 2.1702255e-4f + 1.2439688e-3f;
+    y = y * rest + 9.678841e-3f;
+    y = y * rest + 5.5483341e-2f;
+    y = y * rest + 2.4022983e-1f;
+    y = y * rest + 6.93147e-1f;
+    y = y * rest + 1.0f;
+    return bit_cast<VFloat>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(x)));
+#else
     // Adding 1.5 * 2^23 rounds to a whole number, which lies in the low bits of the sum.
     const VFloat shifted = x + 12582912.0f;
     const VFloat f = x - (shifted - 12582912.0f);  // -0.5 to 0.5
@@ -241,6 +283,7 @@ TOME_INLINE VFloat exp2_of_nonpositive(VFloat x) {
     const VUint tiny = bit_cast<VUint>(x < -125.0f);
     const VFloat flushed = bit_cast<VFloat>(bit_cast<VUint>(scaled) & ~tiny);
     return select<VFloat>(bit_cast<VUint>(x == x), flushed, x);
+#endif
 }
 
 // For gradient checks, not for speed.

@@ -119,12 +119,20 @@ TOME_INLINE VFloat load(const Half* p) {
 TOME_INLINE void store(float* p, VFloat v) { __builtin_memcpy(p, &v, sizeof(v)); }
 TOME_INLINE void store(double* p, VDouble v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-TOME_INLINE void store(BFloat* p, VFloat v) {
+TOME_INLINE VNarrow round_to_bfloat(VFloat v) {
+#if defined(TOME_X86_BF16)
+    // Subnormal values become 0.
+    return bit_cast<VNarrow>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#else
     const VUint bits = bit_cast<VUint>(v);
     const VUint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const VUint is_number = bit_cast<VUint>(v == v);
-    const VUint result = (rounded & is_number) | (0x7fc0u & ~is_number);
-    const VNarrow out = narrow(result);
+    return narrow((rounded & is_number) | (0x7fc0u & ~is_number));
+#endif
+}
+
+TOME_INLINE void store(BFloat* p, VFloat v) {
+    const VNarrow out = round_to_bfloat(v);
     __builtin_memcpy(p, &out, sizeof(out));
 }
 
@@ -189,6 +197,20 @@ TOME_INLINE V lane_numbers() {
 template <class V, class M>
 TOME_INLINE V select(M mask, V yes, V no) {
     return bit_cast<V>((bit_cast<M>(yes) & mask) | (bit_cast<M>(no) & ~mask));
+}
+
+// The larger of each lane's two; `other` where x is not a number.
+TOME_INLINE VFloat larger(VFloat x, VFloat other) {
+#if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 64
+    return bit_cast<VFloat>(_mm512_max_ps(bit_cast<__m512>(x), bit_cast<__m512>(other)));
+#elif defined(TOME_X86_VECTORS)
+    return bit_cast<VFloat>(_mm256_max_ps(bit_cast<__m256>(x), bit_cast<__m256>(other)));
+#else
+    return select<VFloat>(bit_cast<VUint>(x > other), x, other);
+#endif
+}
+TOME_INLINE VDouble larger(VDouble x, VDouble other) {
+    return select<VDouble>(bit_cast<Vector<double>::Int>(x > other), x, other);
 }
 
 }  // namespace tome::TOME_ISA_NAMESPACE
