@@ -100,6 +100,9 @@ Instruction decode(const uint8_t* at, const ucontext_t& context) {
 
 void configure(const uint8_t* config, const uint8_t* at) {
     if (config[0] != 1 || config[1] != 0) give_up(at, "palette 1 and row 0 are what is known");
+    for (int i : {2, 15, 32, 47, 56, 63}) {
+        if (config[i] != 0) give_up(at, "reserved bytes of a configuration that are not 0");
+    }
     tiles = {};
     tiles.configured = true;
     for (int t = 0; t < 8; ++t) {

@@ -2,6 +2,7 @@
 // precision (attention_oracle.h), for every instruction set, layout and kind of sizes.
 
 #include <algorithm>
+#include <cstdio>
 
 #include "amx_kernels.h"
 #include "attention_inputs.h"
@@ -149,6 +150,16 @@ void for_each_set(DType dtype, const F& body) {
 #ifdef TOME_HAS_X86_KERNELS
     if (amx_runs_by_signal()) with("amx_bf16, by signal", tome::kAmxBf16Kernels);
 #endif
+}
+
+TEST(Isa, AttentionIsTestedInTheFastestOfThisMachine) {
+    const std::vector<Isa> sets = isas();
+    std::printf("instruction sets:");
+    for (Isa isa : sets) std::printf(" %s", tome::isa_name(isa));
+    std::printf("; amx_bf16 by plain bodies%s\n", amx_runs_by_signal() ? " and by signal" : "");
+    EXPECT_NE(std::find(sets.begin(), sets.end(), tome::best_isa()), sets.end());
+    const bool has_tiles = sets.back() == Isa::kAmxBf16;
+    EXPECT_EQ(tome::best_isa() == Isa::kAmxBf16, has_tiles);
 }
 
 class AttentionTest : public PerDType {};
