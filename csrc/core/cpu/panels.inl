@@ -254,7 +254,7 @@ TOME_INLINE void with_rows(int64_t rows, const Body& body) {
 
 // --- exponentials ---
 
-// 2^x of x <= 0 to within two units in the last place; 0 below 2^-125, NaN for NaN.
+// 2^x of x <= 0 to within two units in the last place, NaN for NaN; what is below 2^-125 may be 0.
 TOME_INLINE VFloat exp2_of_nonpositive(VFloat x) {
 #if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 64
     // x is its floor and a rest of 0 to 1; vscalef multiplies by 2 to the floor, and knows -inf.
