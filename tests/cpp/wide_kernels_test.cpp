@@ -8,9 +8,7 @@
 #define TOME_VECTOR_BYTES 64
 #define TOME_TILE_ROWS 12
 
-#include "attention.inl"
-#include "attention_backward.inl"
-#include "cls_attention.inl"
+#include "attention_dtypes.inl"
 #include "match.inl"
 #include "merge.inl"
 #include "merge_add_norm.inl"

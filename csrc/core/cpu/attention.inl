@@ -231,19 +231,6 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
     }
 }
 
-void attention_parts(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
-    switch (p.dtype) {
-        case DType::kFloat32:
-            return attention_parts_of<float>(p, parts, begin, end);
-        case DType::kFloat16:
-            return attention_parts_of<Half>(p, parts, begin, end);
-        case DType::kBFloat16:
-            return attention_parts_of<BFloat>(p, parts, begin, end);
-        case DType::kFloat64:
-            return attention_parts_of<double>(p, parts, begin, end);
-    }
-}
-
 }  // namespace tome::TOME_ISA_NAMESPACE
 
 #endif  // TOME_ATTENTION_INL

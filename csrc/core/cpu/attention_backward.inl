@@ -227,19 +227,6 @@ void attention_backward_heads_of(const AttentionBackwardParams& p, int64_t begin
     }
 }
 
-void attention_backward_heads(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-    switch (p.dtype) {
-        case DType::kFloat32:
-            return attention_backward_heads_of<float>(p, begin, end);
-        case DType::kFloat16:
-            return attention_backward_heads_of<Half>(p, begin, end);
-        case DType::kBFloat16:
-            return attention_backward_heads_of<BFloat>(p, begin, end);
-        case DType::kFloat64:
-            return attention_backward_heads_of<double>(p, begin, end);
-    }
-}
-
 }  // namespace tome::TOME_ISA_NAMESPACE
 
 #endif  // TOME_ATTENTION_BACKWARD_INL

@@ -42,19 +42,6 @@ void cls_attention_head_of(const ClsAttentionParams& p, int64_t image, int64_t h
     softmax_row(logits.get(), p.keys, peak, weights);
 }
 
-void cls_attention_head(const ClsAttentionParams& p, int64_t image, int64_t head, void* weights) {
-    switch (p.dtype) {
-        case DType::kFloat32:
-            return cls_attention_head_of<float>(p, image, head, static_cast<float*>(weights));
-        case DType::kFloat16:
-            return cls_attention_head_of<Half>(p, image, head, static_cast<float*>(weights));
-        case DType::kBFloat16:
-            return cls_attention_head_of<BFloat>(p, image, head, static_cast<float*>(weights));
-        case DType::kFloat64:
-            return cls_attention_head_of<double>(p, image, head, static_cast<double*>(weights));
-    }
-}
-
 }  // namespace tome::TOME_ISA_NAMESPACE
 
 #endif  // TOME_CLS_ATTENTION_INL

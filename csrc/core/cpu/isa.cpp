@@ -99,24 +99,26 @@ std::atomic<const Kernels*> kernels_of_test{nullptr};
 }  // namespace
 
 #ifdef TOME_HAS_X86_KERNELS
-// Everything but attention computes in float32, whatever it reads, and is the same as under
-// AVX-512. Made here because this runs on every machine, and the set's own file is compiled for
+// What computes in float32, whatever it reads, is the same as under AVX-512: all but attention of
+// bfloat16. match averages its metric over the heads and normalises it in float32, without another
+// rounding. Made here because this runs on every machine, and the sets' own files are compiled for
 // few.
+using AttentionParts = decltype(Kernels::attention_parts);
+template <AttentionParts kOfBFloat>
+void attention_parts_or(const AttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
+    const bool ours = p.dtype == DType::kBFloat16;
+    (ours ? kOfBFloat : kAvx512Kernels.attention_parts)(p, parts, begin, end);
+}
+
 const Kernels kAvx512Bf16Kernels = [] {
     Kernels kernels = kAvx512Kernels;
-    kernels.attention_parts = avx512_bf16::attention_parts;
+    kernels.attention_parts = attention_parts_or<avx512_bf16::attention_parts>;
     return kernels;
 }();
 
-// Attention of bfloat16; all else as under AVX-512. match's metric of bfloat16 is averaged over the
-// heads and normalised in float32, and is not rounded again.
 const Kernels kAmxBf16Kernels = [] {
     Kernels kernels = kAvx512Kernels;
-    kernels.attention_parts = [](const AttentionParams& p, int64_t parts, int64_t begin,
-                                 int64_t end) {
-        const bool ours = p.dtype == DType::kBFloat16;
-        (ours ? amx_bf16::attention_parts : kAvx512Kernels.attention_parts)(p, parts, begin, end);
-    };
+    kernels.attention_parts = attention_parts_or<amx_bf16::attention_parts>;
     kernels.attention_backward_heads = [](const AttentionBackwardParams& p, int64_t begin,
                                           int64_t end) {
         const bool ours = p.dtype == DType::kBFloat16;

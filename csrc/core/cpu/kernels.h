@@ -56,10 +56,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxBf16Kernels;
+// Of bfloat16 only.
 namespace avx512_bf16 {
 void attention_parts(const AttentionParams& params, int64_t parts, int64_t begin, int64_t end);
 }
-// Of bfloat16 only.
 namespace amx_bf16 {
 void attention_parts(const AttentionParams& params, int64_t parts, int64_t begin, int64_t end);
 void attention_backward_heads(const AttentionBackwardParams& params, int64_t begin, int64_t end);

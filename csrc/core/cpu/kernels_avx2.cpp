@@ -14,9 +14,7 @@
 #define TOME_TILE_ROWS 6
 #define TOME_X86_VECTORS 1
 
-#include "attention.inl"
-#include "attention_backward.inl"
-#include "cls_attention.inl"
+#include "attention_dtypes.inl"
 #include "match.inl"
 #include "merge.inl"
 #include "merge_add_norm.inl"

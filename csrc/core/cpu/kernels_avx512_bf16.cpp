@@ -27,6 +27,11 @@
 // After the pairs, which it then uses.
 #include "attention.inl"
 
+void tome::avx512_bf16::attention_parts(const AttentionParams& p, int64_t parts, int64_t begin,
+                                        int64_t end) {
+    attention_parts_of<BFloat>(p, parts, begin, end);
+}
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -5,9 +5,7 @@
 #define TOME_VECTOR_BYTES 16
 #define TOME_TILE_ROWS 4
 
-#include "attention.inl"
-#include "attention_backward.inl"
-#include "cls_attention.inl"
+#include "attention_dtypes.inl"
 #include "match.inl"
 #include "merge.inl"
 #include "merge_add_norm.inl"
