@@ -219,8 +219,8 @@ def timm(
     """:func:`auto` for a model of timm (vit, deit, dinov2, dinov3, siglip, eva02, naflexvit, ...).
 
     Takes a ``VisionTransformer``, ``VisionTransformerDistilled``, ``Eva``, ``NaFlexVit``, ``Beit``
-    or ``VisionTransformerRelPos`` with the library's own blocks and attentions;
-    :data:`tome_ext.patch.hosts.timm.FAMILIES` has the list.
+    or ``VisionTransformerRelPos`` with the library's own blocks and attentions; docs/models.md and
+    ``tome-ext models`` have the list.
     """
     return auto(model, r, prop_attn, trace_source, host="timm", **settings)
 
@@ -248,8 +248,8 @@ def transformers(
 ) -> Any:
     """:func:`auto` for a model of Hugging Face's Transformers.
 
-    Takes a vision tower (:data:`tome_ext.patch.hosts.transformers.FAMILIES` lists them) by itself,
-    with a head, or inside a larger model. A tower by itself, or under a classifier or a dual
+    Takes a vision tower (docs/models.md and ``tome-ext models`` list them) by itself, with a head,
+    or inside a larger model. A tower by itself, or under a classifier or a dual
     encoder, returns merged tokens and hidden states, each of the length it has at that layer:
     ``model.tome.unmerge(hidden_states[k], k)`` spreads one. Under any other model of Transformers,
     as a backbone, a depth estimator or a language model, both come back at full length, as with
