@@ -1,7 +1,7 @@
 """Sphinx's settings for the site: ``sphinx-build -W -c docs . build/site`` (CONTRIBUTING.md).
 
-The source folder is the whole repository, so that links between its Markdown files are the same here
-as on GitHub. The front page is README.md.
+The source folder is the whole repository, so that links between its Markdown files are the same
+here as on GitHub. The front page is README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 project = "tome_ext"
 author = "The tome_ext developers"
-copyright = f"2026, {author}"  # (Sphinx's name for it)
+project_copyright = f"2026, {author}"
 version = release = tome_ext.__version__
 
 extensions = [

@@ -2,9 +2,10 @@
 Which pixels of a digit merge
 =============================
 
-The small trained ViT that comes with the package has a token for every pixel of a digit. Each group of
-merged pixels is painted in its mean colour, with an outline of its own. The background, which is
-much the same everywhere, goes first; most pixels of a stroke stay by themselves up to ``r = 4``.
+The small trained ViT that comes with the package has a token for every pixel of a digit. Each
+group of merged pixels is painted in its mean colour, with an outline of its own. The background,
+which is much the same everywhere, goes first; most pixels of a stroke stay by themselves up to
+``r = 4``.
 """
 
 import matplotlib.pyplot as plt

@@ -3,9 +3,9 @@ How far each method moves the answers
 =====================================
 
 The small trained ViT again, by each of the four methods: how far its logits are from those of the
-unmerged model (1 - cosine, the mean over 497 digits that it was not trained on), and how many digits it
-still reads right. Another model says something else: docs/fidelity.md has a large one, and
-``tome-ext eval`` measures yours.
+unmerged model (1 - cosine, the mean over 497 digits that it was not trained on), and how many
+digits it still reads right. Another model says something else: docs/fidelity.md has a large one,
+and ``tome-ext eval`` measures yours.
 """
 
 import matplotlib.pyplot as plt

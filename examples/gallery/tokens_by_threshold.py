@@ -2,9 +2,9 @@
 As many tokens as a picture needs
 =================================
 
-With ``threshold`` in place of ``r`` each picture merges what is similar enough, and keeps as many tokens
-as it has that differ. Here is how many the 497 digits keep that the model was not trained on, and those
-that keep the fewest and the most.
+With ``threshold`` in place of ``r`` each picture merges what is similar enough, and keeps as many
+tokens as it has that differ. Here is how many the 497 digits keep that the model was not trained
+on, and those that keep the fewest and the most.
 """
 
 import matplotlib.pyplot as plt
@@ -31,7 +31,9 @@ figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 ax.hist(kept, bins=range(int(kept.min()), int(kept.max()) + 2), color="#4c72b0", align="left")
 ax.set_xlabel("tokens left of 65, after six layers")
 ax.set_ylabel("digits")
-ax.set_title(f"threshold = 0.9: {kept.float().mean():.1f} tokens in the mean, {right:.1%} read right")
+ax.set_title(
+    f"threshold = 0.9: {kept.float().mean():.1f} tokens in the mean, {right:.1%} read right"
+)
 plt.show()
 
 # %%
