@@ -33,7 +33,10 @@ include_patterns = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff",
     "docs/**", "examples/*/README.md",
 ]  # fmt: skip
-exclude_patterns = ["docs/gallery/*.py", "docs/gallery/*.ipynb", "docs/gallery/*.md5"]
+exclude_patterns = [
+    "docs/gallery/*.py", "docs/gallery/*.ipynb", "docs/gallery/*.md5",
+    ".*", "build*", "bench", "csrc", "tests", "tome_ext",  # not searched for pages
+]  # fmt: skip
 
 # Every name in a docstring's role must be known. Types in signatures are not looked up: they are
 # mostly those of torch, whose index is on the network.

@@ -113,8 +113,9 @@ def bipartite_soft_matching(
 
     Returns:
         ``merge`` and ``unmerge``, between N and M = N - r tokens: a :class:`Merge` and an
-        :class:`Unmerge`, or :func:`tome_ext.matching.do_nothing` twice if no token is removed. Without a class token
-        the rows are in the order of :func:`tome_ext.match` too: ascending within each set.
+        :class:`Unmerge`, or :func:`tome_ext.matching.do_nothing` twice if no token is removed.
+        Without a class token the rows are in the order of :func:`tome_ext.match` too: ascending
+        within each set.
 
     Raises:
         ValueError: wrong rank or dtype, r not an integer; or a distillation token without a class

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tome_ext as tome
 from tome_ext import _digits
 
-R = (2, 4, 6, 8)
+R = (2, 4, 8)
 
 digits = _digits.load()
 model = digits.model

@@ -32,7 +32,7 @@ ax.hist(kept, bins=range(int(kept.min()), int(kept.max()) + 2), color="#4c72b0",
 ax.set_xlabel("tokens left of 65, after six layers")
 ax.set_ylabel("digits")
 ax.set_title(
-    f"threshold = 0.9: {kept.float().mean():.1f} tokens in the mean, {right:.1%} read right"
+    f"threshold = 0.9: {kept.float().mean():.1f} tokens on average, {right:.1%} read right"
 )
 plt.show()
 

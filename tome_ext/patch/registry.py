@@ -75,7 +75,7 @@ class Host:
         return tower
 
 
-#: The libraries that :func:`tome_ext.patch.auto` knows, by name; :func:`tome_ext.patch.register` adds.
+#: The libraries that :func:`tome_ext.patch.auto` knows, by name.
 HOSTS: dict[str, Host] = {
     "timm": Host("timm", "timm", "tome_ext.patch.hosts.timm", "timm >= 1.0.20"),
     "torchvision": Host(
