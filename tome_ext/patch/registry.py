@@ -79,7 +79,7 @@ class Host:
 HOSTS: dict[str, Host] = {
     "timm": Host("timm", "timm", "tome_ext.patch.hosts.timm", "timm >= 1.0.20"),
     "torchvision": Host(
-        "torchvision", "torchvision", "tome_ext.patch.hosts.torchvision", "torchvision >= 0.15"
+        "torchvision", "torchvision", "tome_ext.patch.hosts.torchvision", "torchvision >= 0.25"
     ),
     "open_clip": Host(
         "open_clip", "open_clip", "tome_ext.patch.hosts.open_clip", "open_clip_torch >= 3.0"
