@@ -112,10 +112,10 @@ def bipartite_soft_matching(
         distill_token: nor does the second, a distillation token behind the class token.
 
     Returns:
-        ``merge`` and ``unmerge``, between N and M = N - r tokens: a :class:`Merge` and an
-        :class:`Unmerge`, or :func:`tome_ext.matching.do_nothing` twice if no token is removed.
-        Without a class token the rows are in the order of :func:`tome_ext.match` too: ascending
-        within each set.
+        ``merge`` and ``unmerge``, a :class:`Merge` and an :class:`Unmerge` between N and M = N - r
+        tokens, or :func:`tome_ext.matching.do_nothing` twice if no token is removed. Without a
+        class token the rows are in the order of :func:`tome_ext.match` too, ascending within each
+        set.
 
     Raises:
         ValueError: wrong rank or dtype, r not an integer; or a distillation token without a class

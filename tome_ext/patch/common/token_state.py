@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         layer: the layer these tokens go into next.
-        batch_size: B.
+        batch_size: B, how many images.
         num_tokens: M, how many tokens there are now.
         size: (B, M) float32, how many original tokens each stands for; None if all count as one:
             nothing was merged, or the method prunes.
