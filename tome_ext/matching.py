@@ -207,9 +207,9 @@ def merge_wavg(merge: Merging, x: Tensor, size: Tensor | None = None) -> tuple[T
 
     Returns:
         The merged tokens (B, M, C), in x's dtype if that is floating point, and their sizes
-        (B, M, 1), in the dtype of ``size``, or in x's if there is none: code that adds their
-        logarithm to attention stays in its dtype. float16 holds sizes up to 2048 exactly, bfloat16
-        up to 256; :meth:`MergePlan.merge` keeps them in float32.
+        (B, M, 1), in the dtype of ``size``, or in x's if there is none, so that code that adds
+        their logarithm to attention stays in its dtype. float16 holds sizes up to 2048 exactly,
+        bfloat16 up to 256; :meth:`MergePlan.merge` keeps them in float32.
 
     Raises:
         ValueError: shape or device of x or size are not as above.

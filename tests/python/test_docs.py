@@ -158,7 +158,8 @@ def test_the_index_of_ways_names_the_page(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(x.name for x in ROOT.glob("examples/gallery/*.py")))
 def test_programs_of_the_gallery_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plt = pytest.importorskip("matplotlib.pyplot")
+    import matplotlib.pyplot as plt
+
     plt.switch_backend("Agg")
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf().axes))
