@@ -32,7 +32,13 @@ import torch
 import tome_ext as tome
 from tome_ext import MergePlan
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # what is missing falls back
+INSTRUCTION_SETS = (
+    "portable",
+    "avx2",
+    "avx512",
+    "avx512_bf16",
+    "amx_bf16",
+)  # what is missing falls back
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REFUSALS = (ValueError, RuntimeError, TypeError)
 

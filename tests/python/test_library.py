@@ -208,7 +208,10 @@ def test_importing_does_not_start_cuda(run_python: Any) -> None:
 def test_an_instruction_set_that_is_none_is_refused(run_python: Any) -> None:
     done = run_python("import tome_ext", env={**os.environ, "TOME_ISA": "avx512bf16"})
     assert done.returncode == 1
-    assert "TOME_ISA: expected one of portable, avx2, avx512, avx512_bf16, amx_bf16, got" in done.stderr
+    assert (
+        "TOME_ISA: expected one of portable, avx2, avx512, avx512_bf16, amx_bf16, got"
+        in done.stderr
+    )
     lower = run_python("import tome_ext", env={**os.environ, "TOME_ISA": "portable"})
     assert (lower.returncode, lower.stderr) == (0, "")
 
