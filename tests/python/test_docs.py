@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -153,20 +152,6 @@ def test_code_is_python(block: Block) -> None:
 def test_the_index_of_ways_names_the_page(file: Path) -> None:
     if file.name != "README.md":
         assert f"[{file.name}]({file.name})" in (RUNNING / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(x.name for x in ROOT.glob("examples/gallery/*.py")))
-def test_programs_of_the_gallery_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
-    drawn = []
-    monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf().axes))
-    runpy.run_path(str(ROOT / "examples" / "gallery" / name))
-    plt.close("all")
-    assert drawn
-    assert all(drawn)
 
 
 # --- shell --------------------------------------------------------------------------------------
