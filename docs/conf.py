@@ -132,6 +132,7 @@ cpu
 onnx
 openvino
 ../../examples/aoti_cpp/README
+../../examples/onnxruntime_cpp/README
 ../../examples/openvino_cpp/README
 ```
 """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from models import images, tiny
 from onnxscript import opset18
 from torch import Tensor, nn
 
@@ -95,6 +99,35 @@ def node(
     graph = onnx.helper.make_graph([made], "graph", declared, results)
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("tome_ext", 1)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def check_example(engine: Any, settings: Sequence[str], folder: Path) -> None:
+    """Build the program of ``examples/`` for an engine in a folder, and hold its logits against
+    PyTorch's."""
+    name, build = f"{engine}_cpp", folder / "build"
+    options = [*settings, "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
+    subprocess.run(["cmake", "-S", EXAMPLES / name, "-B", build, *options], check=True)
+    subprocess.run(["cmake", "--build", build], check=True)
+    graph, file = folder / "model.onnx", folder / "images.bin"
+    model = tome.patch.timm(tiny(depth=2), r=9).requires_grad_(False)
+    export = runpy.run_path(str(EXAMPLES / "export_onnx.py"))["export"]
+    expected = export(model, images(3), graph, file, engine)
+
+    def run(batch: int, library: str = tome.onnx.library(engine)) -> Any:
+        command = [build / name, graph, library, file, str(batch)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for batch in (3, 1):
+        done = run(batch)
+        assert done.returncode == 0, done.stderr
+        lines = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
+        torch.testing.assert_close(torch.tensor(lines), expected[:batch, :5], atol=1e-4, rtol=1e-4)
+    for failed, message in ((run(9), "images.bin: expected"), (run(3, "no.so"), "no.so")):
+        assert failed.returncode == 1
+        assert message in failed.stderr
 
 
 class EveryOperator(nn.Module):

@@ -23,6 +23,7 @@ from onnx_graphs import (
     TRANSLATIONS,
     EveryArgument,
     EveryOperator,
+    check_example,
     node,
     to_onnx,
 )
@@ -230,6 +231,18 @@ def test_a_merged_model_can_be_quantised(tmp_path: Path) -> None:
     assert F.cosine_similarity(logits, expected).mean() > 0.999
     right = (logits.argmax(1) == digits.y).float().mean()
     assert right > (expected.argmax(1) == digits.y).float().mean() - 0.01
+
+
+@pytest.mark.slow
+def test_the_example_in_c_plus_plus_runs_a_model(tmp_path: Path) -> None:
+    """With the library of ONNX Runtime's Python package, laid out as a release is."""
+    (built,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    (tmp_path / "lib").mkdir()
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / "lib" / name).symlink_to(built)
+    header = Path(__file__).parents[1] / "onnxruntime_header"
+    (tmp_path / "include").symlink_to(header)
+    check_example("onnxruntime", [f"-DORT_ROOT={tmp_path}"], tmp_path)
 
 
 def test_native_operators_refuse_what_does_not_go_together() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from onnx_graphs import (
     TRANSLATIONS,
     EveryArgument,
     EveryOperator,
+    check_example,
     node,
     to_onnx,
 )
@@ -149,22 +148,5 @@ def test_a_library_for_another_release_is_refused(
 
 
 def test_the_example_in_c_plus_plus_runs_a_model(tmp_path: Path) -> None:
-    example = Path(__file__).parents[2] / "examples" / "openvino_cpp"
     cmake = Path(openvino.__path__[0]) / "cmake"
-    settings = [f"-DOpenVINO_DIR={cmake}", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
-    subprocess.run(["cmake", "-S", example, "-B", tmp_path / "build", *settings], check=True)
-    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True)
-    graph, file = tmp_path / "model.onnx", tmp_path / "images.bin"
-    model = tome.patch.timm(tiny(depth=2), r=9).requires_grad_(False)
-    export = runpy.run_path(str(example / "export.py"))["export"]
-    expected = export(model, images(3), graph, file)
-    command = [tmp_path / "build" / "openvino_cpp", graph, tome.onnx.library("openvino"), file]
-    for batch in (3, 1):
-        done = subprocess.run([*command, str(batch)], capture_output=True, text=True, check=True)
-        found = torch.tensor(
-            [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
-        )
-        torch.testing.assert_close(found, expected[:batch, :5], atol=1e-4, rtol=1e-4)
-    failed = subprocess.run([*command, "9"], capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert "images.bin: expected" in failed.stderr
+    check_example("openvino", [f"-DOpenVINO_DIR={cmake}"], tmp_path)
