@@ -16,10 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
 
 __all__ = ["FORMS"]
+
+SHORTEST = 1e-19  # what tokens are that cancel out; its square is still a float32
+
+# What is known of tensors of the graph that is being made, so that fewer nodes do. By a plan's
+# members, the output row of every token, and whether no row is empty. By sizes of which all are
+# positive, their version then: what is changed later is not known any more.
+_rows: WeakTensorKeyDictionary[Tensor, tuple[Tensor, bool]] = WeakTensorKeyDictionary()
+_positive: WeakTensorKeyDictionary[Tensor, int] = WeakTensorKeyDictionary()
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _is_positive(size: Tensor) -> bool:
+    """Whether all sizes are known to be positive."""
+    return size in _positive and _positive[size] == _version(size)
 
 
 def match(
@@ -44,59 +62,110 @@ def match(
         return assign, *plan(assign, num_tokens)
     work = reference.accumulate_dtype(metric.dtype)
     rows = metric.to(work) if metric.dim() == 3 else metric.to(work).mean(1)
-    rows = F.normalize(rows, dim=2, eps=torch.finfo(work).tiny)
+    rows = rows / _length(rows).clamp_min(torch.finfo(work).tiny)
     # The tokens of even index (A) and those of odd index (B) behind the prefix; or the others of
-    # targets, and these.
-    a, b = index[prefix + prefix % 2 :: 2], index[prefix + 1 - prefix % 2 :: 2]
+    # targets, and these. All of them stand in this order: prefix, A, B.
+    a: slice | Tensor = slice(prefix + prefix % 2, None, 2)
+    b: slice | Tensor = slice(prefix + 1 - prefix % 2, None, 2)
     if targets is not None:
         b = targets.to(torch.int64)
         kept = (index.unsqueeze(1) == b).any(1) | (index < prefix)
         a = (kept * num_tokens + index).argsort()[: num_tokens - prefix - b.shape[0]]
-    scores = rows.index_select(1, a) @ rows.index_select(1, b).mT
-    num_a = scores.shape[1]
-    visible = torch.ones_like(rows[..., 0]) > 0 if weight is None else weight != 0
-    sees_a, sees_b = (visible.index_select(1, of) for of in (a, b))
-    scores = torch.where(sees_a.unsqueeze(2) & sees_b.unsqueeze(1), scores, float("-inf"))
-    in_a, in_b = (_count(sees).unsqueeze(1) for sees in (sees_a, sees_b))
-    most = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
-    merged = most.clamp_max(r)
-    if targets is not None:
-        # All targets hidden: what does not fit the rows merges into the first one, which stands.
-        excess = r + in_a + in_b - num_a - b.shape[0]
-        stands = (in_b == 0) & (excess > 0)
-        merged = torch.where(in_b > 0, merged, torch.where(stands, excess + 1, 0))
-        sees_b = sees_b | (stands & (index[: b.shape[0]] == 0))
+    scores = _pick(rows, a) @ _pick(rows, b).mT
+    num_a, num_b = scores.shape[1:]
+    most: Any = torch.sym_min(num_a, num_b) if targets is None else num_a
+    merged: Any = torch.sym_min(most, r)  # both of each image: numbers where all tokens are visible
+    sees = None
+    if weight is not None:
+        sees_a, sees_b = (_pick(weight != 0, side) for side in (a, b))
+        scores = torch.where(sees_a.unsqueeze(2) & sees_b.unsqueeze(1), scores, float("-inf"))
+        in_a, in_b = (_count(sees).unsqueeze(1) for sees in (sees_a, sees_b))
+        most = torch.minimum(in_a, in_b) if targets is None else torch.where(in_b > 0, in_a, 0)
+        merged = most.clamp_max(r)
+        if targets is not None:
+            # All targets hidden: what does not fit the rows merges into the first one, which
+            # stands.
+            excess = r + in_a + in_b - num_a - num_b
+            stands = (in_b == 0) & (excess > 0)
+            merged = torch.where(in_b > 0, merged, torch.where(stands, excess + 1, 0))
+            sees_b = sees_b | (stands & (index[:num_b] == 0))
+        sees = sees_a, sees_b
     nearest = scores.argmax(2)  # ONNX promises the lowest index among equals
-    # Of those that find nothing, hidden ones are last; no similarity is as low as -2.
-    best = scores.amax(2).clamp_min(-2.0)
-    found = best > -2.0
+    best = scores.amax(2)
+    found = None  # all
+    if sees is not None:
+        # Of those that find nothing, hidden ones are last; no similarity is as low as -2.
+        best = best.clamp_min(-2.0)
+        found = best > -2.0
     if size is not None or importance is not None:
         sizes = torch.ones_like(rows[..., 0]) if size is None else size
         cost = reference.merge_cost(
             best,
-            sizes.index_select(1, a),
-            sizes.index_select(1, b).gather(1, nearest),
-            None if importance is None else importance.index_select(1, a),
+            _pick(sizes, a),
+            _pick(sizes, b).gather(1, nearest),
+            None if importance is None else _pick(importance, a),
         )
-        best = torch.where(found, -cost, torch.finfo(work).min)
+        best = -cost if found is None else torch.where(found, -cost, torch.finfo(work).min)
         threshold = None if threshold is None else (threshold - 1) / 2
     if threshold is not None:
-        near = _count(found & (best >= threshold)).unsqueeze(1)
-        merged = torch.maximum(merged, torch.minimum(near, most))
-    best = torch.where(sees_a, best, float("-inf"))
-    mine, other = best.unsqueeze(2), best.unsqueeze(1)
-    earlier = index[:num_a] < index[:num_a].unsqueeze(1)
-    merges = _count((other > mine) | ((other == mine) & earlier)) < merged
-    # Order of the output rows: prefix, the A tokens that stay, then the B tokens.
-    stays = (sees_a & ~merges).to(torch.int64).cumsum(1)
-    rows_of_a = prefix + stays - 1
-    rows_of_b = prefix + stays[:, -1:] + sees_b.to(torch.int64).cumsum(1) - 1
-    rows_of_a = torch.where(merges, rows_of_b.gather(1, nearest), rows_of_a)
-    rows_of_a, rows_of_b = torch.where(sees_a, rows_of_a, -1), torch.where(sees_b, rows_of_b, -1)
-    grouped = torch.cat((index[:prefix].expand(batch, -1), rows_of_a, rows_of_b), 1)
-    place = torch.cat((index[:prefix], a, b)).argsort()
-    assign = grouped.index_select(1, place).to(torch.int32)
-    return assign, *plan(assign, num_tokens - r)
+        similar = best >= threshold if found is None else found & (best >= threshold)
+        merged = _count(similar).unsqueeze(1).clamp_max(most).clamp_min(merged)
+    if sees is not None:
+        best = torch.where(sees[0], best, float("-inf"))
+    stays = _rank(best) >= merged
+    if sees is not None:
+        stays = stays & sees[0]
+    kept_a = num_a - merged if isinstance(merged, int) else None
+    row = _grouped_rows(stays, nearest, num_b, prefix, kept_a, sees)
+    if targets is None:
+        # Where each token stands among prefix, A, B.
+        place = prefix + index % 2 * num_a + (index - prefix) // 2
+        place = torch.where(index < prefix, index, place)
+    else:
+        place = torch.cat((index[:prefix], a, b)).argsort()
+    row = row.index_select(1, place)
+    return row.to(torch.int32), *_plan(row, num_tokens - r, full=kept_a is not None)
+
+
+def _grouped_rows(
+    stays: Tensor,
+    nearest: Tensor,
+    num_b: int,
+    prefix: int,
+    kept_a: int | None,
+    sees: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The output rows of tokens in the order prefix, A, B: (B, N) int64, -1 for hidden ones.
+
+    Rows are in this order too: prefix, the A tokens that stay, the B tokens.
+
+    Args:
+        stays: (B, Na) bool, of A.
+        nearest: (B, Na), which B token each joins if it does not stay.
+        num_b: Nb.
+        prefix: how many tokens are before A.
+        kept_a: how many of A stay, if that is the same number in every image.
+        sees: (B, Na) and (B, Nb) bool, what is visible; None means all.
+    """
+    num_a = stays.shape[1]
+    index = torch.arange(prefix + num_a + num_b, device=stays.device)
+    # Behind the prefix, from 1.
+    row_a = stays.to(torch.int64).cumsum(1)
+    after_a = row_a[:, -1:] if kept_a is None else kept_a
+    if sees is None:
+        row_b = after_a + 1 + index[:num_b]
+        row_a = torch.where(stays, row_a, after_a + 1 + nearest)
+    else:
+        row_b = after_a + sees[1].to(torch.int64).cumsum(1)
+        row_a = torch.where(stays, row_a, row_b.gather(1, nearest))
+        row_a, row_b = (
+            torch.where(seen, row, -prefix) for seen, row in zip(sees, (row_a, row_b), strict=True)
+        )
+    first = torch.cat((index[:prefix], torch.full_like(index[prefix:], prefix - 1)))
+    if row_b.dim() == 1:  # of all images: padding takes fewer nodes than spreading it over them
+        first = first + F.pad(row_b, (prefix + num_a, 0))
+        return F.pad(row_a, (prefix, num_b)) + first
+    return F.pad(torch.cat((row_a, row_b), 1), (prefix, 0)) + first
 
 
 def select(
@@ -107,14 +176,11 @@ def select(
     prefix = min(num_prefix_tokens, num_tokens)
     kept = reference.cut_keep(num_tokens, keep, prefix)
     index = torch.arange(num_tokens, device=scores.device)
-    mine, other = scores.unsqueeze(2), scores.unsqueeze(1)
-    nan, other_nan = mine.isnan(), other.isnan()
-    earlier = index < index.unsqueeze(1)
-    above = (other > mine) | (nan & ~other_nan)
-    alike = (other == mine) | (nan & other_nan)
-    # The prefix counts in no rank.
-    rank = _count((above | (alike & earlier)) & (index >= prefix))
-    stays = (index < prefix) | (rank < kept - prefix)
+    # NaN comes last, behind -infinity; the prefix comes in no order.
+    ranked = scores[:, prefix:].clamp_min(torch.finfo(scores.dtype).min)
+    ranked = torch.where(ranked.isnan(), float("-inf"), ranked)
+    stays = F.pad(_rank(ranked), (prefix, 0)) < kept - prefix
+    stays = stays | (index < prefix)
     fuses = fuse and kept < num_tokens
     rows = stays.to(torch.int64).cumsum(1) - 1
     assign = torch.where(stays, rows, kept if fuses else -1).to(torch.int32)
@@ -123,14 +189,32 @@ def select(
 
 def plan(assign: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """As :func:`tome_ext.reference.plan`."""
-    row = torch.where(assign < 0, num_rows, assign).to(torch.int64)
+    return _plan(assign, num_rows, full=False)
+
+
+def _plan(row: Tensor, num_rows: int, full: bool) -> tuple[Tensor, Tensor]:
+    """Of the output row of every token, (B, N), or -1; ``full`` says that no row is empty."""
+    last = torch.where(row < 0, num_rows, row).to(torch.int64)
     num_tokens = row.shape[1]
     # No two keys are equal, so it does not matter how a runtime's sort breaks ties.
-    keys = row * num_tokens + torch.arange(num_tokens, device=row.device)
-    members = keys.argsort(dim=1)
+    keys = last * num_tokens + torch.arange(num_tokens, device=row.device)
+    members = keys.argsort(dim=1).to(torch.int32)
     bounds = torch.arange(num_rows + 1, device=row.device).unsqueeze(1)
-    offsets = _count(row.unsqueeze(1) < bounds)
-    return members.to(torch.int32), offsets.to(torch.int32)
+    offsets = _count(last.unsqueeze(1) < bounds).to(torch.int32)
+    _rows[members] = row, full
+    return members, offsets
+
+
+def _row_of_token(members: Tensor, offsets: Tensor) -> tuple[Tensor, bool]:
+    """The output row of every token, (B, N), of a dropped one none; and whether no row is empty.
+
+    Of a plan that was made in the same graph, what it was made of: nothing is left of the plan.
+    """
+    if members in _rows:
+        return _rows[members]
+    places = torch.arange(members.shape[1], device=members.device).unsqueeze(1)
+    row = _count(offsets[:, 1:].unsqueeze(1) <= places)
+    return row.gather(1, members.argsort(dim=1)), False
 
 
 def _count(x: Tensor) -> Tensor:
@@ -138,12 +222,22 @@ def _count(x: Tensor) -> Tensor:
     return x.to(torch.int64).sum(-1)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, K, C) of x (B, N, C) by index (B, K), as one Gather over all images."""
-    batch, num_rows, channels = x.shape
-    first = torch.arange(batch, device=x.device).unsqueeze(1) * num_rows
-    flat = (index.to(torch.int64) + first).flatten()
-    return x.reshape(-1, channels).index_select(0, flat).reshape(batch, -1, channels)
+def _rank(scores: Tensor) -> Tensor:
+    """How many of (B, N) scores are higher than each, or equal and earlier."""
+    index = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores.unsqueeze(2), scores.unsqueeze(1)
+    earlier = index < index.unsqueeze(1)
+    return _count((other > mine) | (earlier & (other == mine)))
+
+
+def _pick(x: Tensor, which: slice | Tensor) -> Tensor:
+    """Some tokens of (B, N, ...)."""
+    return x[:, which] if isinstance(which, slice) else x.index_select(1, which)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Of tokens (B, N, C): (B, N, 1)."""
+    return torch.linalg.vector_norm(x, dim=2, keepdim=True)
 
 
 def merge(
@@ -158,21 +252,35 @@ def merge(
             f'reduce: expected "mean" or "sum" in a model exported to ONNX, got {reduce!r}'
         )
     work = reference.accumulate_dtype(x.dtype)
-    places = torch.arange(members.shape[1], device=x.device)
-    begun = offsets.unsqueeze(2) <= places
-    weight = (begun[:, :-1] & ~begun[:, 1:]).to(work)  # (B, M, N): 1 where a row has that place
-    count = total = weight.sum(2, keepdim=True)
+    weight, new_size = _weights(size, members, offsets, work, reduce)
+    return (weight @ x.to(work)).to(x.dtype), new_size
+
+
+def _weights(
+    size: Tensor | None, members: Tensor, offsets: Tensor, work: torch.dtype, reduce: str
+) -> tuple[Tensor, Tensor]:
+    """What each token counts in each row, (B, M, N), and the rows' sizes, (B, M) float32."""
+    row, full = _row_of_token(members, offsets)
+    rows = torch.arange(offsets.shape[1] - 1, device=row.device).unsqueeze(1)
+    is_in = row.unsqueeze(1) == rows
+    weight = is_in.to(work)
     if size is not None:
-        sized = weight * size.to(work).gather(1, members.to(torch.int64)).unsqueeze(1)
-        total = sized.sum(2, keepdim=True)
-        # A mean over sizes that sum to 0 is even.
-        weight = torch.where(total == 0, weight, sized) if reduce == "mean" else sized
-    if reduce == "mean":
-        divisor = torch.where(total == 0, count, total)
-        # Divided first: a row of one token is then a copy. A row without members stays 0.
-        weight = weight / torch.where(divisor == 0, 1.0, divisor)
-    merged = weight @ _take(x, members).to(work)
-    return merged.to(x.dtype), total.squeeze(2).to(torch.float32)
+        weight = torch.where(is_in, size.to(work).unsqueeze(1), 0.0)
+    total = weight.sum(2, keepdim=True)
+    new_size = total.squeeze(2).to(torch.float32)
+    positive = full and (size is None or _is_positive(size))
+    if positive:
+        _positive[new_size] = _version(new_size)
+    if reduce == "sum":
+        return weight, new_size
+    divisor = total
+    if not positive:
+        # A mean over sizes that sum to 0 is even. A row without members stays 0.
+        even = is_in.to(work)
+        weight = torch.where(total == 0, even, weight)
+        divisor = torch.where(total == 0, even.sum(2, keepdim=True).clamp_min(1), total)
+    # Divided first: a row of one token is then a copy.
+    return weight / divisor, new_size
 
 
 def merge_add_norm(
@@ -188,25 +296,24 @@ def merge_add_norm(
     keep_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :meth:`tome_ext.MergePlan.merge_add_norm`, for finite tokens."""
+    work = reference.accumulate_dtype(x.dtype)
     x = x + (branch if scale is None else scale * branch)
+    wide = x.to(work)
+    shares, new_size = _weights(size, members, offsets, work, "mean")
+    merged = shares @ wide
     if keep_norms:
-        work = reference.accumulate_dtype(x.dtype)
-        # One more channel: lengths are merged as tokens are.
-        wide = x.to(work)
-        wide = torch.cat((wide, _length(wide)), 2)
-        merged, new_size = merge(wide, size, members, offsets)
-        merged, length = merged[..., :-1], merged[..., -1:]
-        own = _length(merged)
-        merged = merged * torch.where(own > 0, length / torch.where(own > 0, own, 1.0), 1.0)
-        merged = merged.to(x.dtype)
-    else:
-        merged, new_size = merge(x, size, members, offsets)
+        # Of no length where tokens cancel out, which stays so.
+        merged = merged * ((shares @ _length(wide)) / _length(merged).clamp_min(SHORTEST))
+    merged = merged.to(x.dtype)
     return merged, new_size, F.layer_norm(merged, merged.shape[-1:], weight, bias, eps)
 
 
-def _length(x: Tensor) -> Tensor:
-    """Of tokens (B, N, C): (B, N, 1)."""
-    return x.square().sum(2, keepdim=True).sqrt()
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, K, C) of x (B, N, C) by index (B, K), as one Gather over all images."""
+    batch, num_rows, channels = x.shape
+    first = torch.arange(batch, device=x.device).unsqueeze(1) * num_rows
+    flat = (index.to(torch.int64) + first).flatten()
+    return x.reshape(-1, channels).index_select(0, flat).reshape(batch, -1, channels)
 
 
 def unmerge(x: Tensor, assign: Tensor) -> Tensor:
@@ -218,18 +325,39 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`tome_ext.reference.attention_forward`, with products in the dtype of q."""
+    logits, seen = _logits(q, k, size, scale)
+    out, lse = logits.softmax(3).to(v.dtype) @ v, logits.logsumexp(3)
+    if seen is None:
+        return out, lse
+    return torch.where(seen, out, 0.0), torch.where(seen.squeeze(3), lse, 0.0)
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """As :func:`tome_ext.cls_attention`."""
+    work = reference.accumulate_dtype(q.dtype)
+    logits, seen = _logits(q[:, :, :1].to(work), k.to(work), size, scale)
+    weights = logits.softmax(3)
+    weights = weights if seen is None else torch.where(seen, weights, 0.0)
+    return weights.mean(1).squeeze(1)
+
+
+def _logits(
+    q: Tensor, k: Tensor, size: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """(B, H, M, N) with log(size) added; and which images show a key, (B, 1, 1, 1) or None: all."""
     work = reference.accumulate_dtype(q.dtype)
     scale = reference.default_scale(q) if scale is None else scale
     logits = ((q * scale) @ k.mT).to(work)
-    if size is not None:
-        # Not -inf, of which a row that hides every key would be NaN.
-        bias = torch.where(size > 0, size.to(work).log(), torch.finfo(work).min)
-        logits = logits + bias[:, None, None, :]
-    out, lse = logits.softmax(3).to(v.dtype) @ v, logits.logsumexp(3)
     if size is None:
-        return out, lse
-    seen = (size > 0).any(1)[:, None, None]
-    return torch.where(seen.unsqueeze(3), out, 0.0), torch.where(seen, lse, 0.0)
+        return logits, None
+    bias, seen = size.to(work).log(), None
+    if not _is_positive(size):
+        # Not -inf, of which a row that hides every key would be NaN.
+        bias = torch.where(size > 0, bias, torch.finfo(work).min)
+        seen = (size > 0).any(1).view(-1, 1, 1, 1)
+    return logits + bias.view(-1, 1, 1, bias.shape[1]), seen
 
 
 # By operator, what stands for it in ONNX. The operators of gradients have no place there.
@@ -241,5 +369,5 @@ FORMS: dict[str, Callable[..., Any]] = {
     "merge_add_norm": merge_add_norm,
     "unmerge": unmerge,
     "attention_forward": attention_forward,
-    "cls_attention": reference.cls_attention,
+    "cls_attention": cls_attention,
 }

@@ -140,6 +140,22 @@ def test_every_operator_of_a_forward_pass_goes_to_onnx(operators: str) -> None:
         torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_standard_operators_are_few() -> None:
+    """More nodes for each block than unmerged: docs/running/onnx.md."""
+
+    def nodes(model: Any) -> int:
+        return len(to_onnx(model, (images(2),), dynamic_shapes=BATCH).graph.node)
+
+    plain = nodes(tiny(depth=2))
+    model = tome.patch.timm(tiny(depth=2), r=4)
+    program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    assert nodes(program) <= plain + 2 * 30
+    assert nodes(model) <= plain + 2 * 30
+    tome.patch.timm(model, r=4, method="guided")
+    assert nodes(model) <= plain + 2 * 75
+
+
 class Match(nn.Module):
     def forward(self, metric: Tensor) -> tuple[Tensor, ...]:
         return tuple(tome.match(metric, 6, num_prefix_tokens=1))
@@ -358,16 +374,19 @@ def test_plan_and_merge_forms_equal_the_twins(
     if sizes != "none":
         lowest = 0 if sizes == "with zeros" else 1
         size = torch.randint(lowest, 4, (3, n), generator=generator).float()
-    found, expected = (form.merge(x, size, *plan, reduce) for form in (_onnx_standard, reference))
-    torch.testing.assert_close(found, expected)
+    expected = reference.merge(x, size, *plan, reduce)
+    copies = [part.clone() for part in plan]  # of which it is not known what they were made of
+    for parts in (plan, copies):
+        torch.testing.assert_close(_onnx_standard.merge(x, size, *parts, reduce), expected)
     scale, weight, bias = torch.randn(3, 4, generator=generator).to(dtype)
-    found, expected_all = (
-        form.merge_add_norm(x, x.flip(1), size, *plan, scale, weight, bias, 1e-5)
-        for form in (_onnx_standard, reference)
-    )
-    # In half precision the twin normalises what it has not rounded yet.
-    close = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(found, expected_all, **close)
+    for keeps in (False, True):
+        found, expected_all = (
+            form.merge_add_norm(x, x.flip(1), size, *plan, scale, weight, bias, 1e-5, keeps)
+            for form in (_onnx_standard, reference)
+        )
+        # In half precision the twin normalises what it has not rounded yet.
+        close = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(found, expected_all, **close)
     rows_of_tokens = (form.unmerge(expected[0], assign) for form in (_onnx_standard, reference))
     assert torch.equal(*rows_of_tokens)
 
@@ -386,7 +405,20 @@ def test_a_row_of_one_token_is_a_copy() -> None:
 def test_attention_form_equals_the_twin(sizes: str, scale: float | None) -> None:
     q, k, v = torch.randn(3, 2, 3, 7, 8)
     size = {"none": None, "some": torch.arange(7.0).repeat(2, 1)}.get(sizes, torch.zeros(2, 7))
-    found, expected = (
-        form.attention_forward(q, k, v, size, scale) for form in (_onnx_standard, reference)
-    )
-    torch.testing.assert_close(found, expected)
+    for name, inputs in (("attention_forward", (q, k, v)), ("cls_attention", (q, k))):
+        found, expected = (
+            getattr(form, name)(*inputs, size, scale) for form in (_onnx_standard, reference)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_sizes_that_have_changed_are_not_taken_for_positive() -> None:
+    tokens, q = torch.randn(2, 9, 4), torch.randn(2, 1, 6, 4)
+    _, *plan = _onnx_standard.match(tokens, 3)
+    _, size = _onnx_standard.merge(tokens, None, *plan)
+    for _ in range(2):
+        found, expected = (
+            form.attention_forward(q, q, q, size) for form in (_onnx_standard, reference)
+        )
+        torch.testing.assert_close(found, expected)
+        size[0, 2:] = size[1] = 0
