@@ -142,6 +142,9 @@ def models_table(result: dict[str, Any]) -> str:
 
 WAYS = {
     "eager": "PyTorch, eager",
+    "eager glibc": "PyTorch, eager, glibc keeps memory",
+    "eager jemalloc": "PyTorch, eager, jemalloc",
+    "eager tcmalloc": "PyTorch, eager, tcmalloc",
     "compile": "`torch.compile`",
     "freezing": "`torch.compile`, frozen weights",
     "onnxruntime": "ONNX Runtime, native operators",

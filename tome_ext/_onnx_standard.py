@@ -10,7 +10,7 @@ ties alike in every runtime. All of it is O(N^2) per image, as attention is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ SHORTEST = 1e-19  # what tokens are that cancel out; its square is still a float
 # What is known of tensors of the graph that is being made, so that fewer nodes do. By a plan's
 # members, the output row of every token, and whether no row is empty. By sizes of which all are
 # positive, their version then: what is changed later is not known any more.
-_rows: WeakTensorKeyDictionary[Tensor, tuple[Tensor, bool]] = WeakTensorKeyDictionary()
-_positive: WeakTensorKeyDictionary[Tensor, int] = WeakTensorKeyDictionary()
+_rows: MutableMapping[Tensor, tuple[Tensor, bool]] = WeakTensorKeyDictionary()
+_positive: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 
 def _version(x: Tensor) -> int:
@@ -67,10 +67,12 @@ def match(
     # targets, and these. All of them stand in this order: prefix, A, B.
     a: slice | Tensor = slice(prefix + prefix % 2, None, 2)
     b: slice | Tensor = slice(prefix + 1 - prefix % 2, None, 2)
+    order = None
     if targets is not None:
-        b = targets.to(torch.int64)
-        kept = (index.unsqueeze(1) == b).any(1) | (index < prefix)
-        a = (kept * num_tokens + index).argsort()[: num_tokens - prefix - b.shape[0]]
+        chosen = targets.to(torch.int64)
+        kept = (index.unsqueeze(1) == chosen).any(1) | (index < prefix)
+        others = (kept * num_tokens + index).argsort()[: num_tokens - prefix - chosen.shape[0]]
+        a, b, order = others, chosen, torch.cat((index[:prefix], others, chosen))
     scores = _pick(rows, a) @ _pick(rows, b).mT
     num_a, num_b = scores.shape[1:]
     most: Any = torch.sym_min(num_a, num_b) if targets is None else num_a
@@ -117,12 +119,12 @@ def match(
         stays = stays & sees[0]
     kept_a = num_a - merged if isinstance(merged, int) else None
     row = _grouped_rows(stays, nearest, num_b, prefix, kept_a, sees)
-    if targets is None:
-        # Where each token stands among prefix, A, B.
+    # Where each token stands among prefix, A, B.
+    if order is None:
         place = prefix + index % 2 * num_a + (index - prefix) // 2
         place = torch.where(index < prefix, index, place)
     else:
-        place = torch.cat((index[:prefix], a, b)).argsort()
+        place = order.argsort()
     row = row.index_select(1, place)
     return row.to(torch.int32), *_plan(row, num_tokens - r, full=kept_a is not None)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import onnx
 from .._command import CommandError
 
-__all__ = ["ENGINES", "check_engine", "engine_runner"]
+__all__ = ["ENGINES", "check_engine", "engine_graph", "engine_runner", "graph_runner"]
 
 # By engine, what it needs beside torch.
 ENGINES: dict[str, tuple[str, ...]] = {
@@ -52,21 +52,32 @@ def engine_runner(
 
     In bfloat16, engines are given the float32 model and told to compute in bfloat16.
     """
-    dtype, x = x.dtype, x.float()
-    if dtype != torch.float32:
+    return graph_runner(engine, engine_graph(engine, model, x, operators), x)
+
+
+def engine_graph(engine: Any, model: Any, x: Tensor, operators: onnx.Operators = "native") -> bytes:
+    """The ONNX file of a model for as many images as ``x``, in float32."""
+    if x.dtype != torch.float32:
         model = copy.deepcopy(model).float()
     log = logging.getLogger("onnxscript")  # a warning for every sort that it does not fold
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        program = onnx.export(model, (x,), operators=operators, engine=engine, verbose=False)
+        program = onnx.export(
+            model, (x.float(),), operators=operators, engine=engine, verbose=False
+        )
     finally:
         log.setLevel(level)
-    graph = program.model_proto.SerializeToString()
+    return program.model_proto.SerializeToString()
+
+
+def graph_runner(engine: Any, graph: bytes, x: Tensor) -> Callable[[], object]:
+    """A function that runs a graph on the images ``x`` in an engine, in their dtype."""
     threads = torch.get_num_threads()
     if engine == "onnxruntime":
-        return _in_onnxruntime(graph, x, threads)
-    return _in_openvino(graph, x, threads, "f32" if dtype == torch.float32 else "bf16")
+        return _in_onnxruntime(graph, x.float(), threads)
+    precision = "f32" if x.dtype == torch.float32 else "bf16"
+    return _in_openvino(graph, x.float(), threads, precision)
 
 
 def _in_onnxruntime(graph: bytes, x: Tensor, threads: int) -> Callable[[], object]:
@@ -91,5 +102,5 @@ def _in_openvino(graph: bytes, x: Tensor, threads: int, precision: str) -> Calla
         "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
     }
     request = core.compile_model(core.read_model(graph, b""), "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+    request.set_input_tensor(openvino.Tensor(x.numpy()))  # a copy, which lives as long as it
     return request.infer
