@@ -47,6 +47,16 @@ class World:
         # the error is told.
         dist.destroy_process_group()
 
+    @property
+    def cores(self) -> int:
+        """How many of this machine's cores each process may have, at least one."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1
+        try:
+            usable = len(os.sched_getaffinity(0))
+        except AttributeError:  # not Linux
+            usable = os.cpu_count() or 1
+        return max(1, usable // here)
+
     def device_name(self, name: str) -> str:
         """The device of this process, where ``name`` was asked for."""
         if self.size == 1 or name == "cpu":
