@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ def split(spec: str) -> tuple[Library, str]:
     if library.names is not None and ":" not in name:
         known_names = library.names()
         if name.partition("/")[0].partition(".")[0] not in known_names:
-            near = difflib.get_close_matches(name, known_names, n=3)
+            from ._supported import is_supported  # which needs this module
+
+            alike = difflib.get_close_matches(name, known_names, n=20)
+            near = list(islice((each for each in alike if is_supported(prefix, each)), 3))
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise CommandError(f"{library.prefix} has no model {name!r}{hint}")
     return library, name
@@ -338,7 +342,8 @@ def _timm_classify(
         )
     except Exception as error:
         raise CommandError(f"timm can't make the model {name!r}: {error}") from None
-    timm.models.load_checkpoint(module, str(checkpoint))
+    # Nothing but weights: timm 1.0.20 to 1.0.25 would run code from the file by default.
+    timm.models.load_checkpoint(module, str(checkpoint), weights_only=True)
     return _timm_model(module, img_size, len(classes))
 
 

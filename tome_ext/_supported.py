@@ -24,8 +24,9 @@ from ._command import CommandError, one_line
 from .patch.common.methods import ToMe
 from .patch.registry import HOSTS
 
-__all__ = ["Supported", "run", "suggested_r"]
+__all__ = ["Supported", "expand", "is_supported", "run", "suggested_r"]
 
+SIGNS = "*?["  # what makes a pattern of a name
 SHARE = 0.8  # of the patch tokens that the suggested r removes at most, over all blocks
 
 
@@ -85,8 +86,39 @@ def run(pattern: str | None, as_json: bool) -> list[Supported]:
     return rows
 
 
+def expand(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of models, those with * or ? as all that match and can be patched.
+
+    Raises:
+        CommandError: none matches, or the library's names are not known.
+    """
+    found: list[str] = []
+    for name in names:
+        if not any(sign in name for sign in SIGNS):
+            found.append(name)
+            continue
+        prefix, colon, pattern = name.partition(":")
+        if not colon:
+            prefix, pattern = "timm", name
+        if prefix not in _models.LIBRARIES or prefix == "hf":
+            raise CommandError(
+                f"{name}: expected * and ? in names of timm, torchvision: or open_clip:"
+            )
+        _models.LIBRARIES[prefix].require()
+        matching = [row.name for row in FINDERS[prefix](_matcher(pattern))]
+        if not matching:
+            raise CommandError(f"no supported model matches {name!r}")
+        found += matching
+    return tuple(dict.fromkeys(found))
+
+
+def is_supported(prefix: str, name: str) -> bool:
+    """Whether the library's model of that name can be patched."""
+    return any(True for _ in FINDERS[prefix](lambda each: each == name))
+
+
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    if any(sign in pattern for sign in "*?["):
+    if any(sign in pattern for sign in SIGNS):
         return lambda name: fnmatch.fnmatch(name, pattern)
     return lambda name: pattern.lower() in name.lower()
 

@@ -9,6 +9,7 @@ import torch
 
 from . import _models
 from ._command import CommandError, check_patch, find_device
+from ._files import check_writable
 from ._world import World
 from .evaluate import Share, loader, told_in_a_line
 from .patch.common.methods import MethodName
@@ -31,7 +32,7 @@ def run(
     batch_size: int = 32,
     device_name: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    workers: int = 4,
+    workers: int | None = None,
     checkpoint: Path | None = None,
     img_size: int | None = None,
     output: Path = Path("setting.json"),
@@ -48,10 +49,12 @@ def run(
             used; a picture that can't be read; fewer than eight.
     """
     for path in (output, state):
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"can't write {path}: there is no folder {path.parent}")
+        if path is not None:
+            check_writable(path)
     device = find_device(device_name)
-    share = Share.of(folder, World(0, 0, 1), pictures, labelled=checkpoint is not None)
+    alone = World(0, 0, 1)
+    workers = alone.cores if workers is None else workers
+    share = Share.of(folder, alone, pictures, labelled=checkpoint is not None)
     say(f"loading {model_name} ...")
     if checkpoint is not None:
         model = _models.logits(model_name, share.classes, checkpoint, img_size)

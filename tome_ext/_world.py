@@ -110,3 +110,22 @@ class World:
                 reason = str(error).splitlines()[0]
                 raise CommandError(f"another process is gone before the end: {reason}") from None
             values.copy_(there)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has, in all of them, by rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process, in all; if it fails, all stop.
+
+        Raises:
+            CommandError: in the first process.
+            SystemExit: in the others.
+        """
+        made = self.agree(lambda: make() if self.rank == 0 else None, lambda _: "")
+        first = self.gather(made)[0]
+        assert first is not None  # of the first process
+        return first

@@ -8,7 +8,7 @@ import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,13 +24,24 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # What a command needs besides the library of its model, by import name.
 DEMO_PACKAGES = ("PIL", "numpy", "timm", "tqdm")
 EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
-BENCH_PACKAGES = ("matplotlib", "tqdm")
+CHART_PACKAGES = ("matplotlib",)  # of bench --chart
+BENCH_PACKAGES = ("tqdm",)
 DEFAULT = "(default: %(default)s)"
 MODEL = "timm's NAME, or hf:NAME_OR_FOLDER, torchvision:NAME, open_clip:NAME[/WEIGHTS]"
 METHOD = (
     "tome merges similar tokens; guided spares those that the class token attends to; evit fuses, "
     f"and topk drops, those that it attends to least {DEFAULT}"
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake first, and the usage, which may be long, after it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Tell a mistake and exit with 2."""
+        print(f"{self.prog}: error: {message}\n", file=sys.stderr)
+        self.print_usage(sys.stderr)
+        raise SystemExit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,9 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    top = argparse.ArgumentParser(
-        prog="tome-ext", description="Token merging and pruning for Vision Transformers."
-    )
+    top = Parser(prog="tome-ext", description="Token merging and pruning for Vision Transformers.")
     top.add_argument("--version", action="version", version=f"tome_ext {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = commands.add_parser(
@@ -140,7 +149,17 @@ def add_eval(commands: Any) -> None:
         "--limit", type=at_least_one, metavar="N",
         help="only N pictures, spread evenly over the folder",
     )  # fmt: skip
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    evaluate.add_argument(
+        "--skip-unreadable", action="store_true",
+        help="leave out pictures that can't be read, and name them (default: an error)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every figure here, as they come"
+    )
+    evaluate.add_argument(
+        "--resume", action="store_true",
+        help="go on from what the file of --json has of the same run, if it is there",
+    )  # fmt: skip
 
 
 def add_tune(commands: Any) -> None:
@@ -205,8 +224,8 @@ def add_running(command: Any, batch_size: int) -> None:
         "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
     )
     command.add_argument(
-        "--workers", type=at_least_zero, default=4, metavar="W",
-        help=f"processes that read pictures; 0 reads them between runs {DEFAULT}",
+        "--workers", type=at_least_zero, metavar="W",
+        help="processes that read pictures; 0 reads them between runs (default: one a core)",
     )  # fmt: skip
     command.add_argument(
         "--img-size", type=at_least_one, metavar="PIXELS",
@@ -227,7 +246,7 @@ def add_bench(commands: Any) -> None:
     bench.set_defaults(run=run_bench)
     bench.add_argument(
         "--model", type=names, default="vit_small_patch16_224", metavar="NAME,NAME,...",
-        help=f"{MODEL} {DEFAULT}",
+        help=f"{MODEL}; with * or ? all that match and can be patched {DEFAULT}",
     )  # fmt: skip
     add_reductions(bench)
     bench.add_argument(
@@ -258,6 +277,10 @@ def add_bench(commands: Any) -> None:
         "and returns the patched model; MODULE may be a .py file; may be given several times",
     )  # fmt: skip
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="the same as a table of text")
+    bench.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the printed tables here as Markdown"
+    )
     bench.add_argument(
         "--chart", type=Path, metavar="FILE",
         help="draw speed against r or the keep rate here (.png, .svg or .pdf)",
@@ -458,7 +481,9 @@ def run_eval(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         img_size=arguments.img_size,
         limit=arguments.limit,
+        skip_unreadable=arguments.skip_unreadable,
         json_file=arguments.json,
+        resume=arguments.resume,
     )
 
 
@@ -489,7 +514,8 @@ def run_tune(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Run the benchmark."""
-    check_installed("bench", BENCH_PACKAGES)
+    drawing = () if arguments.chart is None else CHART_PACKAGES
+    check_installed("bench", BENCH_PACKAGES + drawing)
     from . import bench
 
     bench.run(
@@ -504,6 +530,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
             seconds=arguments.seconds,
             peers=tuple(arguments.peer),
             json=arguments.json,
+            csv=arguments.csv,
+            markdown=arguments.markdown,
             chart=arguments.chart,
         )
     )

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from . import _digits, _models
 from ._command import CommandError, Reduction, check_patch, find_device, patched
+from ._files import UnreadableError, check_writable, open_picture
 from .plan import MergePlan
 from .utils import synchronize
 from .vis import make_visualization
@@ -114,24 +115,17 @@ def run(
 
 def open_photo(path: Path) -> Image.Image:
     """Read a picture file as RGB."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as img:
-            photo: Image.Image = ImageOps.exif_transpose(img).convert("RGB")
-            return photo
-    except UnidentifiedImageError:
-        raise CommandError(f"{path} is not a picture that pillow can read") from None
-    except OSError as error:
-        raise CommandError(f"can't read the picture {path}: {error.strerror or error}") from None
+        return open_picture(path, upright=True)
+    except UnreadableError as error:
+        raise CommandError(str(error)) from None
 
 
 def check_output(path: Path) -> None:
     """Refuse a place that the picture can't be written to, before the work is done."""
     from PIL import Image
 
-    if not path.parent.is_dir():
-        raise CommandError(f"can't write {path}: there is no folder {path.parent}")
+    check_writable(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise CommandError(f"can't write {path}: name it .png, .jpg or the like")
 
@@ -256,7 +250,7 @@ def measure(
     merged: dict[Reduction, MergePlan | None] = {}
     start = time.perf_counter()
     # Also the warm-up, and what tells how many timed rounds there is time for.
-    for setting in tqdm(settings, desc="comparing features", leave=False):
+    for setting in tqdm(settings, desc="comparing features", leave=False, disable=None):
         with torch.inference_mode(), patched(model, setting):
             features[setting] = model(x).double()
             if setting is not None:
@@ -265,7 +259,7 @@ def measure(
     rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
     times: dict[Reduction | None, list[float]] = {setting: [] for setting in settings}
     # One after the other in every round, so that a machine that slows down slows all of them.
-    for setting in tqdm(settings * rounds, desc="timing", leave=False):
+    for setting in tqdm(settings * rounds, desc="timing", leave=False, disable=None):
         times[setting].append(timed(model, x, setting))
 
     rows = []

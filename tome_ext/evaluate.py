@@ -10,13 +10,14 @@ Works in one process, or in many under ``torchrun``.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from . import _models
-from ._command import CommandError, Reduction, check_patch, find_device, one_line, patched
+from ._command import CommandError, Reduction, check_patch, find_device, patched
+from ._files import (
+    UnreadableError,
+    check_writable,
+    list_pictures,
+    natural_key,
+    open_picture,
+    read_progress,
+    write_json,
+)
 from ._world import World
 from .patch.common.methods import MethodName
 from .utils import info, synchronize
@@ -40,6 +50,8 @@ PAPER = {
     "vit_large_patch16_224.augreg_in21k_ft_in1k": {0: 85.82, 7: 84.26},
     "vit_large_patch16_384.augreg_in21k_ft_in1k": {0: 86.92, 23: 86.14},
 }
+SPLITS = ("validation", "val", "valid", "eval", "evaluation")  # folders inside FOLDER, by rank
+BETWEEN_WRITES = 10.0  # about how many seconds of pictures a process that is killed may lose
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Row:
     images: int
     top1: float  # per cent
     top5: float  # per cent
+    lost: float  # points of top-1 that the unpatched model has more
+    lost_error: float  # standard error of that: each picture is compared with itself
     images_per_second: float  # of all processes together, in the model: without loading
     paper: float | None  # top-1 in per cent, where the paper has this model and r
 
@@ -76,48 +90,54 @@ def run(
     batch_size: int = 64,
     device_name: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    workers: int = 4,
+    workers: int | None = None,
     checkpoint: Path | None = None,
     img_size: int | None = None,
     limit: int | None = None,
+    skip_unreadable: bool = False,
     json_file: Path | None = None,
+    resume: bool = False,
 ) -> list[Row]:
     """Print a table of accuracy and speed; returns its rows, in every process.
 
     The model without a patch comes first, which the others are compared with and which stands for
     r = 0. Under ``torchrun`` each process takes its share of the pictures, and the
-    first one prints.
+    first one prints. What is counted is printed when the command is interrupted, too.
 
     Args:
         folder: pictures as FOLDER/CLASS/PICTURE, or with a split (FOLDER/val/CLASS/PICTURE).
-            timm's reader lists them: classes are numbered in the order of their names.
+            Classes are numbered in the order of their names.
         model_name: ``[LIBRARY:]NAME``; without a library it is timm's, with or without the tag of
             its weights.
         reductions: how to reduce tokens, a row for each.
         batch_size: pictures a forward pass.
         device_name: under ``torchrun``, "cuda" gives every process of a machine a GPU of its own.
         dtype: the model and its input are cast to it.
-        workers: processes that read pictures, per process that evaluates.
+        workers: processes that read pictures, per process that evaluates; by default as many
+            as it has cores.
         checkpoint: weights to use in place of the pretrained ones, for as many classes as the
             folder has.
         img_size: side of the input in pixels; the model's own by default.
         limit: only so many pictures, spread evenly over the folder.
-        json_file: where to write the rows and what they were measured with.
+        skip_unreadable: leave pictures out that can't be read, and name them, in place of an error.
+        json_file: where to write the rows and what they were measured with, every few seconds.
+        resume: go on from ``json_file``, if it is there.
 
     Raises:
         CommandError: a folder, model, checkpoint, device or file that is not there or can't be
-            used; a picture that can't be read (none is left out); NaN or infinite output.
+            used; a picture that can't be read; NaN or infinite output.
         SystemExit: another process of ``torchrun`` has raised a CommandError before work began.
     """
     with World.join() as world:
 
         def prepare() -> tuple[torch.device, Share, _models.Model]:
-            if json_file is not None and not json_file.parent.is_dir():
-                raise CommandError(
-                    f"can't write {json_file}: there is no folder {json_file.parent}"
-                )
+            if resume and json_file is None:
+                raise CommandError("--resume goes on from a file of results: expected --json FILE")
+            if json_file is not None and world.rank == 0:
+                check_writable(json_file)
             device = find_device(world.device_name(device_name))
             share = Share.of(folder, world, limit)
+            share.skip_unreadable = skip_unreadable
             if world.rank == 0:
                 print(f"loading {model_name} ...", file=sys.stderr, flush=True)
             loaded = load_model(model_name, share, checkpoint, img_size)
@@ -127,60 +147,110 @@ def run(
 
         device, share, loaded = world.agree(prepare, lambda prepared: prepared[1].digest)
         model, name, config = loaded.module, loaded.name, loaded.data
-        report = {
+        reducing = [each for each in reductions if each.reduces]
+        settings = (None, *dict.fromkeys(reducing))
+        run_of = {  # what results must have in common to be added up
             "model": name,
             "weights": "pretrained" if checkpoint is None else str(checkpoint),
+            "weights_sha256": None if json_file is None else digest_of(checkpoint),
             "folder": str(share.root),
             "classes": len(share.classes),
             "pictures": share.total,
+            "pictures_sha256": share.digest,
+            "settings": [None if each is None else asdict(each) for each in settings],
             **config,
             "batch_size": batch_size,
             "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "processes": world.size,
-            "threads": torch.get_num_threads(),
+            "device": device.type,
+            "skip_unreadable": skip_unreadable,
         }
+        report = {**run_of, "processes": world.size, "threads": torch.get_num_threads()}
+        begin = Tally.none(len(settings))
+        if resume and json_file is not None:
+            begin = world.from_first(lambda: Tally.resumed(json_file, run_of, begin))
+        share.skip(begin.done)
         if world.rank == 0:
             print(header(report), flush=True)
-        reducing = [each for each in reductions if each.reduces]
-        settings = (None, *dict.fromkeys(reducing))
-        batches = loader(share, config, batch_size, device, dtype, workers)
-        counts, seconds = count(model, batches, len(share), settings, world.rank == 0)
-        world.reduce(counts, seconds, device)
+            if begin.done:
+                print(f"resumed     after {begin.done} pictures", flush=True)
+        as_published = checkpoint is None and is_imagenet(share) and loaded.own_size
+        paper = PAPER.get(name, {}) if as_published else {}
 
-    as_published = checkpoint is None and is_imagenet(share) and loaded.own_size
-    paper = PAPER.get(name, {}) if as_published else {}
+        def write(tally: Tally) -> None:
+            if json_file is not None and world.rank == 0:
+                rows = rows_of(settings, tally, paper)
+                write_json(json_file, {**report, **tally.content(share), "versions": info(),
+                                       "results": [asdict(row) for row in rows]})  # fmt: skip
+
+        def show(tally: Tally) -> None:
+            if world.rank == 0:
+                print("\n" + table(rows_of(settings, tally, paper)))
+                if tally.unreadable:
+                    print(f"\nleft out, as they can't be read: {len(tally.unreadable)}")
+                    print("\n".join(f"  {path}" for path in tally.unreadable))
+
+        workers = world.cores if workers is None else workers
+        batches = loader(share, config, batch_size, device, dtype, workers)
+        counter = Counter(world, device, share, batch_size, settings, begin)
+        try:
+            counter.count(model, batches, write)
+        except KeyboardInterrupt:
+            seen = counter.seen()
+            if world.rank == 0:
+                again = "; the same command with --resume goes on" if json_file else ""
+                print(f"\nstopped after {seen.done} of {share.total} pictures{again}",
+                      file=sys.stderr)  # fmt: skip
+            if seen.done > len(seen.unreadable):
+                write(seen)
+                show(seen)
+            raise
+        tally = counter.seen()
+        if not tally.counts[0, 0]:
+            raise CommandError(f"none of the {share.total} pictures in {share.root} can be read")
+        show(tally)
+    return rows_of(settings, tally, paper)
+
+
+def digest_of(file: Path | None) -> str | None:
+    """The SHA-256 of a file; None of none."""
+    if file is None:
+        return None
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def rows_of(
+    settings: tuple[Reduction | None, ...], tally: Tally, paper: dict[int, float]
+) -> list[Row]:
+    """The lines of the table; ``tally`` has at least one picture."""
     rows = []
-    for setting, (n, top1, top5), time_taken in zip(
-        settings, counts.tolist(), seconds.tolist(), strict=True
+    for setting, (n, top1, top5, lost, won), time_taken in zip(
+        settings, tally.counts.tolist(), tally.seconds.tolist(), strict=True
     ):
         shown = setting or Reduction()
-        published = paper.get(shown.r) if shown == Reduction(r=shown.r) else None
         rows.append(
             Row(
-                None if setting is None else setting.method,
-                shown.r,
-                shown.keep_rate,
-                shown.threshold,
-                n,
-                100 * top1 / n,
-                100 * top5 / n,
-                n / time_taken,
-                published,
+                method=None if setting is None else setting.method,
+                r=shown.r,
+                keep_rate=shown.keep_rate,
+                threshold=shown.threshold,
+                images=n,
+                top1=100 * top1 / n,
+                top5=100 * top5 / n,
+                lost=100 * (lost - won) / n,
+                # Of a sum of n differences, each -1, 0 or 1.
+                lost_error=100 * math.sqrt(lost + won - (lost - won) ** 2 / n) / n,
+                images_per_second=n / time_taken,
+                paper=paper.get(shown.r) if shown == Reduction(r=shown.r) else None,
             )
         )
-    if world.rank == 0:
-        print("\n" + table(rows))
-        if json_file is not None:
-            write_json(json_file, report, rows)
     return rows
 
 
 # --- pictures -----------------------------------------------------------------------------------
-
-
-class UnreadableError(Exception):
-    """A picture that pillow can't read; raised in the processes that read pictures."""
 
 
 @contextmanager
@@ -191,7 +261,7 @@ def told_in_a_line() -> Iterator[None]:
     except UnreadableError as error:
         # From a worker it comes with a traceback, and the message is the last line of that.
         line = str(error).splitlines()[-1]
-        name = f"{__name__}.{UnreadableError.__qualname__}: "
+        name = f"{UnreadableError.__module__}.{UnreadableError.__qualname__}: "
         raise CommandError(line.removeprefix(name)) from None
 
 
@@ -212,55 +282,65 @@ class Share(Dataset[tuple[Any, int]]):
     """
 
     transform: Callable[[Any], Any]  # set by create_loader
+    skip_unreadable = False  # give black for a picture that can't be read, in place of an error
 
     def __init__(
         self, root: Path, classes: list[str], samples: list[tuple[str, int]], world: World
     ) -> None:
         self.root = root
         self.classes = classes
+        self.world = world
+        self.all = samples
         self.total = len(samples)
-        self.samples = samples[world.rank :: world.size]
         listed = [(os.path.relpath(path, root), target) for path, target in samples]
         self.digest = hashlib.sha256(repr(listed).encode()).hexdigest()
+        self.skip(0)
+
+    def skip(self, done: int) -> None:
+        """Leave out the first ``done`` pictures of all, which are counted already."""
+        self.samples = self.all[done + self.world.rank :: self.world.size]
 
     @classmethod
     def of(cls, folder: Path, world: World, limit: int | None, labelled: bool = True) -> Share:
-        """List a folder with timm's reader; unless ``labelled``, pictures may lie in it itself."""
-        from timm.data import create_dataset
+        """List a folder, or the split in it; unless ``labelled``, pictures may lie in it itself.
 
-        if not folder.is_dir():
-            raise CommandError(f"there is no folder {folder}")
-        try:
-            reader = create_dataset("", str(folder), split="validation").reader
-        except RuntimeError:
+        Its classes are the names of the folders that pictures lie in, numbered as timm does.
+        """
+        root = next((folder / name for name in SPLITS if (folder / name).is_dir()), folder)
+        paths = list_pictures(root)
+        if not paths:
             raise CommandError(
                 f"no pictures in {folder}; expected FOLDER/CLASS/PICTURE, each .png, .jpg or .jpeg"
-            ) from None
-        root = Path(reader.root)
-        if labelled and "" in reader.class_to_idx:
+            )
+        names = [Path(path).parent for path in paths]
+        if labelled and root in names:
             raise CommandError(
                 f"pictures lie in {root} itself; expected them in a folder per class"
             )
-        samples = reader.samples
+        classes = sorted({name.name for name in names}, key=lambda name: (natural_key(name), name))
+        number = {name: i for i, name in enumerate(classes)}
+        samples = [(path, number[name.name]) for path, name in zip(paths, names, strict=True)]
         if limit is not None and limit < len(samples):
             # All classes get their part: the pictures are sorted by class.
             samples = [samples[i * len(samples) // limit] for i in range(limit)]
-        return cls(root, list(reader.class_to_idx), samples, world)
+        return cls(root, classes, samples, world)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
+        """The picture, transformed, and its class; of one that is skipped -1 - index."""
         if get_worker_info() is not None:
             sys.excepthook = _unless_left_alone
         path, target = self.samples[index]
         try:
-            with Image.open(path) as img:
-                rgb = img.convert("RGB")
-        except Exception as error:  # pillow's decoders raise many kinds
-            raise UnreadableError(f"can't read the picture {path}: {one_line(error)}") from None
+            rgb = open_picture(path)
+        except UnreadableError:
+            if not self.skip_unreadable:
+                raise
+            from PIL import Image
+
+            return self.transform(Image.new("RGB", (8, 8))), -1 - index
         return self.transform(rgb), target
 
 
@@ -317,46 +397,177 @@ def load_model(
 # --- counting -----------------------------------------------------------------------------------
 
 
-def count(
-    model: Any,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    number: int,
-    settings: tuple[Reduction | None, ...],
-    show: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run every batch with every setting, one after the other, so each picture is read once.
+@dataclass(frozen=True)
+class Tally:
+    """What is counted of the first ``done`` pictures.
 
-    Returns:
-        counts (len(settings), 3) int64: pictures, and those right in the first and among the first
-        five answers; seconds (len(settings),) float64 in the model.
-
-    Raises:
-        CommandError: a picture that can't be read, or output that is not finite.
+    Attributes:
+        done: pictures, those that can't be read among them.
+        counts: (settings, 5) int64: pictures; right in the first, and among the first five answers;
+            wrong where the unpatched model is right, and the other way round.
+        seconds: (settings,) float64 in the model.
+        unreadable: paths of pictures that were left out.
     """
-    from tqdm import tqdm
 
-    counts = torch.zeros(len(settings), 3, dtype=torch.int64)
-    seconds = torch.zeros(len(settings), dtype=torch.float64)
-    warm = False
-    bar = tqdm(total=number, desc="evaluating", unit="img", disable=not show)
-    with bar as progress, told_in_a_line():
-        for x, target in batches:
-            for i, setting in enumerate(settings):
-                if not warm:
-                    timed(model, x, setting)
-                logits, time_taken = timed(model, x, setting)
-                if not logits.isfinite().all():
-                    raise CommandError(
-                        f"{setting or 'unpatched'}: NaN or infinite output of the model in "
-                        f"{str(x.dtype).removeprefix('torch.')}"
-                    )
-                seconds[i] += time_taken
-                right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-                top1, top5 = right[:, 0].sum().item(), right.sum().item()
-                counts[i] += torch.tensor([len(x), top1, top5])
-            warm = True
-            progress.update(len(x))
-    return counts, seconds
+    done: int
+    counts: Tensor
+    seconds: Tensor
+    unreadable: list[str] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, settings: int) -> Tally:
+        """Nothing yet."""
+        return cls(0, torch.zeros(settings, 5, dtype=torch.int64), torch.zeros(settings).double())
+
+    @classmethod
+    def resumed(cls, file: Path, run_of: dict[str, Any], otherwise: Tally) -> Tally:
+        """What an earlier run has counted, if the file is there."""
+        if not file.exists():
+            return otherwise
+        found = read_progress(file, run_of)
+        try:
+            counts = torch.tensor(found["counts"], dtype=torch.int64)
+            seconds = torch.tensor(found["seconds"], dtype=torch.float64)
+            done, unreadable = int(found["done"]), list(found["unreadable"])
+        except (KeyError, TypeError, ValueError):
+            raise CommandError(f"can't resume from {file}: it holds no counts") from None
+        if counts.shape != otherwise.counts.shape or seconds.shape != otherwise.seconds.shape:
+            raise CommandError(f"can't resume from {file}: it holds counts of other settings")
+        return cls(done, counts, seconds, unreadable)
+
+    def plus(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(
+            self.done + other.done,
+            self.counts + other.counts,
+            self.seconds + other.seconds,
+            self.unreadable + other.unreadable,
+        )
+
+    def content(self, share: Share) -> dict[str, Any]:
+        """For the file of results."""
+        return {
+            "complete": self.done == share.total,
+            "done": self.done,
+            "counts": self.counts.tolist(),
+            "seconds": self.seconds.tolist(),
+            "unreadable": self.unreadable,
+        }
+
+
+class Counter:
+    """Runs pictures with every setting, and counts; processes add up what they have now and then.
+
+    Process i of n takes pictures i, i + n, ... of those left, so after every batch a beginning of
+    the list is done, from which any number of processes can go on.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        device: torch.device,
+        share: Share,
+        batch_size: int,
+        settings: tuple[Reduction | None, ...],
+        begin: Tally,
+    ) -> None:
+        self.world, self.device, self.share = world, device, share
+        self.step = batch_size * world.size  # pictures of all processes in a batch of each
+        self.settings = settings
+        self.begin = begin
+        self.own = Tally.none(len(settings))  # of this process since it began
+        self.agreed = begin  # of all processes, at the last time that they met
+
+    def seen(self) -> Tally:
+        """What is known here to be counted."""
+        return self.begin.plus(self.own) if self.world.size == 1 else self.agreed
+
+    def count(
+        self,
+        model: Any,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        write: Callable[[Tally], None],
+    ) -> None:
+        """Run every batch with every setting, so each picture is read once.
+
+        The settings take turns in a new order for every batch, as in ``tome-ext bench``: readers
+        are busiest just after a batch has come, and should not slow the same one each time.
+
+        Raises:
+            CommandError: a picture that can't be read, or output that is not finite.
+        """
+        from tqdm import tqdm
+
+        left = self.share.total - self.begin.done
+        rounds = -(-left // self.step)
+        order = list(range(len(self.settings)))
+        shuffle = random.Random(0).shuffle
+        own = iter(batches)
+        pace = 1
+        bar = tqdm(
+            total=self.share.total,
+            initial=self.begin.done,
+            desc="evaluating",
+            unit="img",
+            disable=None if self.world.rank == 0 else True,  # None: not into a pipe
+        )
+        with bar as progress, told_in_a_line():
+            for turn in range(1, rounds + 1):
+                batch = next(own, None)  # a process may have one less than others
+                done = min(turn * self.step, left) - self.own.done
+                start = time.perf_counter()
+                if batch is None:
+                    self.own = self.own.plus(Tally(done, *_zeros(self.own)))
+                else:
+                    shuffle(order)
+                    self.own = self.own.plus(self._batch(model, *batch, order, done, turn == 1))
+                if turn == 1:
+                    taken = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+                    self.world.reduce(torch.zeros(1, dtype=torch.int64), taken, self.device)
+                    pace = max(1, round(BETWEEN_WRITES / taken.item()))
+                if turn % pace == 0 or turn == rounds:
+                    self._meet()
+                    write(self.agreed)
+                progress.update(done)
+
+    def _meet(self) -> None:
+        counts, seconds = self.own.counts.clone(), self.own.seconds.clone()
+        self.world.reduce(counts, seconds, self.device)
+        unreadable = [path for paths in self.world.gather(self.own.unreadable) for path in paths]
+        self.agreed = self.begin.plus(Tally(self.own.done, counts, seconds, unreadable))
+
+    def _batch(
+        self, model: Any, x: Tensor, target: Tensor, order: list[int], done: int, warm_up: bool
+    ) -> Tally:
+        counts, seconds = _zeros(self.own)
+        unreadable = [self.share.samples[-1 - i][0] for i in target.tolist() if i < 0]
+        if unreadable:
+            x, target = x[target >= 0], target[target >= 0]
+        if len(x) == 0:
+            return Tally(done, counts, seconds, unreadable)
+        right = torch.zeros(len(self.settings), 2, len(x), dtype=torch.int64)
+        answers: dict[int, Tensor] = {}
+        for i in order:
+            if warm_up:
+                timed(model, x, self.settings[i])
+            answers[i], seconds[i] = timed(model, x, self.settings[i])
+        for i, setting in enumerate(self.settings):
+            if not answers[i].isfinite().all():
+                raise CommandError(
+                    f"{setting or 'unpatched'}: NaN or infinite output of the model in "
+                    f"{str(x.dtype).removeprefix('torch.')}"
+                )
+            hits = answers[i].topk(min(5, answers[i].shape[1])).indices == target[:, None]
+            right[i] = torch.stack([hits[:, 0], hits.any(1)])
+        change = right[0, 0] - right[:, 0]  # 1 where only the unpatched model is right
+        counts[:, 0] = len(x)
+        counts[:, 1:3] = right.sum(2)
+        counts[:, 3], counts[:, 4] = (change > 0).sum(1), (change < 0).sum(1)
+        return Tally(done, counts, seconds, unreadable)
+
+
+def _zeros(like: Tally) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(like.counts), torch.zeros_like(like.seconds)
 
 
 @torch.inference_mode()
@@ -399,24 +610,18 @@ def table(rows: list[Row]) -> str:
     width = max(9, *(len(row.name) for row in rows))
     lines = [
         f"{amounts.pop() if amounts else 'r':>{width}}  {'images':>7}  {'top-1':>6}  {'top-5':>6}"
-        f"  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
+        f"  {'lost':>12}  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
     ]
     for row in rows:
+        lost = "-" if row.method is None else f"{row.lost:.2f} ±{row.lost_error:.2f}"
         line = (
             f"{row.name:>{width}}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
-            f"  {row.images_per_second:>8.1f}"
+            f"  {lost:>12}  {row.images_per_second:>8.1f}"
             f"  {row.images_per_second / rows[0].images_per_second:>7.2f}x"
         )
         lines.append(line + ("" if row.paper is None else f"  {row.paper:>5.2f}"))
+    if len(rows) > 1:
+        lines.append("\nlost: points of top-1 below the unpatched model, ± standard error")
     if with_paper:
         lines.append("\npaper: its top-1 for this model and r (arXiv 2210.09461)")
     return "\n".join(lines)
-
-
-def write_json(path: Path, report: dict[str, Any], rows: list[Row]) -> None:
-    """Write what was measured, with what, and the rows."""
-    content = {**report, "versions": info(), "results": [asdict(row) for row in rows]}
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise CommandError(f"can't write {path}: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -20,8 +21,8 @@ from commands import fails
 from models import DEPTH, GRID, images, tiny
 from PIL import Image
 
-from tome_ext import bench, cli, patch
-from tome_ext._command import Reduction
+from tome_ext import _supported, bench, cli, patch
+from tome_ext._command import CommandError, Reduction
 from tome_ext.bench import _chart, _contenders, _cost, _rows, _run
 from tome_ext.bench.timing import interleave, ratio
 
@@ -60,7 +61,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
         options += ["--peer", f"{name}=some_peers:{name}"]
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         assert cli.main(["bench", *SMALL, *options]) == 0
-    assert "test_vit float32 B=2 r = 2" in err.getvalue()  # progress
+    assert err.getvalue() == ""  # no progress bar into a pipe
     return out.getvalue(), json.loads(figures.read_text()), chart
 
 
@@ -162,6 +163,71 @@ def test_every_combination_is_measured(tmp_path: Path) -> None:
     assert all(row.image_size == (32, 32) for row in rows)
 
 
+def test_tables_for_documents_and_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, document = tmp_path / "x.csv", tmp_path / "x.md"
+    argv = ["bench", *SMALL, "--r", "0,2", "--csv", str(table), "--markdown", str(document)]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "%|" not in err  # no progress bar into a pipe
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = [(line["r"], line["contender"], line["tokens_left"]) for line in lines]
+    names = ("unpatched", "ceiling", "tome_ext")
+    assert found[:3] == [("0", name, str(TOKENS)) for name in names]
+    assert [line[0] for line in found[3:]] == ["2"] * 3
+    text = document.read_text()
+    assert "\ntest_vit, 64 x 64, float32, batch of 2:\n" in text
+    cells = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(cells) == 2 + 6
+    assert len({len(line) for line in cells}) == 1
+    speeds = [line[5].strip() for line in cells[2:]]
+    assert all(speed in out for speed in speeds)
+
+
+def test_a_failed_write_is_a_line_and_destroys_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    argv = ["bench", *SMALL, "--r", "2", "--json", str(file)]
+    assert cli.main(argv) == 0
+    before = file.read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert fails(capsys, *argv).endswith(f"can't write {file}: No space left on device")
+    assert file.read_text() == before
+    assert "can't write /proc/x.csv" in fails(capsys, "bench", *SMALL, "--csv", "/proc/x.csv")
+
+
+def test_memory_that_is_not_there_is_a_line() -> None:
+    class Hungry(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.empty(2**60)
+
+    model = tiny()
+    model.head = Hungry()
+    with pytest.raises(CommandError, match=r"^a batch of \d+ does not fit: .*memory") as told:
+        _run.measure(model, images(), Reduction(r=4), "eager", 0.0, [])
+    assert "\n" not in str(told.value)
+
+
+def test_models_by_wildcard() -> None:
+    assert _supported.expand(("test_vit?", "a", "test_vit2")) == (
+        "test_vit2", "test_vit3", "test_vit4", "a",
+    )  # fmt: skip
+    for name, message in (
+        ("test_res*", "no supported model matches 'test_res.'"),
+        ("hf:*", "expected . and . in names of timm"),
+        ("nothing:*", "expected . and . in names of timm"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            _supported.expand((name,))
+
+
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "timm has no model 'test_vit9'; did you mean" in fails(
         capsys, "bench", "--model", "test_vit9"
@@ -211,6 +277,10 @@ def test_mistakes_in_options(
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(cli, "CHART_PACKAGES", ("no_such_package",))
+    line = fails(capsys, "bench", "--chart", "x.png")
+    assert "no_such_package: pip install 'tome_ext[bench]'" in line
+    assert "no model" in fails(capsys, "bench", "--model", "x")  # without a chart it is not asked
     monkeypatch.setattr(cli, "BENCH_PACKAGES", ("timm", "no_such_package"))
     assert "no_such_package: pip install 'tome_ext[bench]'" in fails(capsys, "bench")
 
@@ -316,6 +386,37 @@ def test_figures_of_known_times() -> None:
     assert _rows.summarize(tenths, dict.fromkeys(times, cost), 1)["ceiling"].p90_ms == 9
 
 
+def test_a_ratio_that_contradicts_its_figures_is_not_printed() -> None:
+    # Medians of 3.87 and 1.17 ms, and 1.05 as the median of the ratios.
+    times = {
+        "unpatched": [1.2, 1.23, 3.87, 3.9, 4.0],
+        "ceiling": [1.2, 1.2, 3.8, 3.9, 4.0],
+        "tome_ext": [1.14, 1.17, 1.1, 3.9, 4.1],
+    }
+    cost = _rows.Cost([9], 100, None)
+    figures = _rows.summarize(times, dict.fromkeys(times, cost), batch_size=1)
+    assert (figures["tome_ext"].median_ms, figures["unpatched"].median_ms) == (1.17, 3.87)
+    assert figures["tome_ext"].speed_up == pytest.approx(1.05, abs=0.01)
+    assert [name for name, each in figures.items() if each.unsteady] == ["tome_ext"]
+    row = _rows.Row("m", (8, 8), "float32", 1, "tome", 1, None, 5, figures, {})
+    assert "1.05" not in "\n".join(_rows.lines(row))
+
+
+def test_times_that_contradict_each_other_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def times_of(runs: dict[str, Any], *_: object) -> dict[str, list[float]]:
+        tries.append(1)
+        odd = [1.0, 1.0, 1.0, 9.0, 9.0] if len(tries) < 3 else [9.0] * 5
+        steady = [1.0, 1.0, 9.0, 9.0, 9.0] if len(tries) < 3 else [9.0] * 5
+        return {name: odd if name == "tome_ext" else steady for name in runs}
+
+    monkeypatch.setattr(_run, "interleave", times_of)
+    figures, _, _ = _run.measure(tiny(), images(), Reduction(r=4), "eager", 0.0, [])
+    assert len(tries) == 3
+    assert not any(each.unsteady for each in figures.values())
+
+
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     shares: list[float] = []
@@ -368,9 +469,9 @@ def test_chart_of_many_panels(tmp_path: Path) -> None:
     assert len(figure.axes) == 4
     for axes in figure.axes:
         lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-        assert lines["unpatched"] == [100, 100]
-        assert lines["ceiling (sliced)"] == [100, 148]
-        assert (lines["tome_ext"], lines["tome"]) == ([100, 140], [90])
+        assert lines["unpatched"] == [1, 1]
+        assert lines["ceiling (sliced)"] == [1, 1.48]  # the speed-ups of the table
+        assert (lines["tome_ext"], lines["tome"]) == ([1, 1.4], [0.9])
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["unpatched", "ceiling (sliced)", "tome_ext", "tome"]
     figure.savefig(tmp_path / "chart.svg")

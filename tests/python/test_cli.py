@@ -54,7 +54,7 @@ def test_demo_prints_the_tables_and_writes_the_picture(
     out, err = capsys.readouterr()
     assert "random weights" in out
     assert "untrained" in out
-    assert "timing" in err  # progress
+    assert "timing" not in err  # no progress bar into a pipe
     depth = 6
     table, digits = tables(out)
     assert [row[0] for row in table] == ["unpatched", "0", "4", "9"]
@@ -160,6 +160,9 @@ def test_mistakes_in_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text.write_text("no picture")
     assert "is not a picture that pillow can read" in fails(capsys, "demo", text)
     assert "can't read the picture" in fails(capsys, "demo", tmp_path)
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 10_000)).save(bomb)
+    assert "more than 178 million pixels" in fails(capsys, "demo", bomb)
     line = fails(capsys, "demo", "--model", "vit_smal_patch16_224")
     assert "timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224" in line
     assert "resnet" in fails(capsys, "demo", "--model", "resnet10t").lower()
@@ -333,6 +336,34 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--dtype",
     ):
         assert word in out
+
+
+def test_the_mistake_comes_before_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--batch-size", "0"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("tome-ext bench: error: argument --batch-size: ")
+    assert lines[1] == ""
+    assert lines[2].startswith("usage: tome-ext bench")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("test_vitt", "did you mean test_vit"),
+        ("torchvision:vit_b_15", "did you mean vit_b_16"),
+        ("resnet5", ""),  # like many that cannot be patched
+        ("torchvision:resnet5", ""),
+    ],
+)
+def test_suggestions_can_be_patched(
+    name: str, suggested: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "demo", "--model", name)
+    assert suggested in line
+    assert "resnet50" not in line
+    if not suggested:
+        assert "did you mean" not in line
 
 
 def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:

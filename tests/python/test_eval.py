@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +123,7 @@ def test_accuracy_is_that_of_a_plain_loop(work: Path, capsys: pytest.CaptureFixt
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     assert "15 pictures, 7 classes" in out
-    assert "15/15" in err  # progress
+    assert "15/15" not in err  # no progress bar into a pipe
     answers = expected(work)
     assert len(set(answers.values())) > 1  # or merging would not matter here
     assert any(0 < top1 < top5 < 15 for top1, top5 in answers.values())
@@ -137,7 +139,13 @@ def test_accuracy_is_that_of_a_plain_loop(work: Path, capsys: pytest.CaptureFixt
         assert row["images_per_second"] > 0
         assert row["paper"] is None
         assert shown[row["r"]][:3] == ["15", f"{100 * top1 / 15:.2f}", f"{100 * top5 / 15:.2f}"]
-    assert shown[0][4] == "1.00x"
+    assert shown[0][5] == "1.00x"
+    for row in written["results"]:
+        lost = written["results"][0]["top1"] - row["top1"]
+        assert row["lost"] == pytest.approx(lost)
+    last = written["results"][-1]
+    assert f"{last['lost']:.2f} ±{last['lost_error']:.2f}" in out
+    assert (written["complete"], written["done"], written["unreadable"]) == (True, 15, [])
     assert "paper" not in out
     assert written["model"] == SMALL
     assert written["weights"] == str(work / "tuned.pth")
@@ -237,6 +245,19 @@ def test_processes_count_each_picture_once(work: Path) -> None:
     assert done.stdout.count("top-1") == 1  # one process prints
     written = json.loads(json_file.read_text())
     assert written["processes"] == 2
+    # From a beginning of the list: two processes go on where one had stopped.
+    begun = ["--limit", "15", "--batch-size", "2", "--checkpoint", str(work / "tuned.pth")]
+    with pytest.MonkeyPatch.context() as patched:
+        interrupted_after(2, patched)
+        patched.chdir(work)
+        first = [command[command.index("eval") + 1], "--model", SMALL, "--workers", "0", *begun]
+        argv = ["eval", *first, "--r", "4,12", "--json", str(json_file)]
+        assert cli.main(argv) == 130
+    assert json.loads(json_file.read_text())["done"] == 4
+    done = torchrun(work, "--nproc-per-node=2", "--no-python", "--", "tome-ext", *argv, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed     after 4 pictures" in done.stdout
+    written = json.loads(json_file.read_text())
     assert [(row["r"], row["images"], row["top1"], row["top5"]) for row in written["results"]] == [
         (r, 15, 100 * top1 / 15, 100 * top5 / 15) for r, (top1, top5) in expected(work).items()
     ]
@@ -269,6 +290,142 @@ def test_devices_of_processes() -> None:
     assert World(0, 0, 1).device_name("cuda:3") == "cuda:3"
     with pytest.raises(CommandError, match="without a number for 2 processes, got 'cuda:1'"):
         World(1, 1, 2).device_name("cuda:1")
+
+
+def test_error_of_a_difference_counts_the_pictures_that_change() -> None:
+    counts = torch.tensor([[200, 100, 150, 0, 0], [200, 94, 150, 10, 4]])
+    tally = evaluate.Tally(200, counts, torch.tensor([2.0, 1.0]).double())
+    _, row = evaluate.rows_of((None, Reduction(r=8)), tally, {})
+    differences = torch.tensor([1.0] * 10 + [-1.0] * 4 + [0.0] * 186).double()
+    assert row.lost == pytest.approx(100 * differences.mean().item())
+    error = differences.std(correction=0).item() / 200**0.5
+    assert row.lost_error == pytest.approx(100 * error)
+
+
+# --- what survives ------------------------------------------------------------------------------
+
+
+def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the midst of the batch after so many."""
+    forward, calls = evaluate.timed, itertools.count()
+    # Three settings, and each of them once more in the first batch.
+    last = 3 * (batches + 1) + 1
+
+    def timed(*arguments: Any) -> Any:
+        if next(calls) == last:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(evaluate, "timed", timed)
+
+
+def test_what_is_counted_survives_and_is_gone_on_from(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = arguments(work, "--r", "4,12", "--batch-size", 4, "--json", tmp_path / "x.json")
+    with monkeypatch.context() as patched:
+        interrupted_after(2, patched)
+        assert cli.main(argv) == 130
+    out, err = capsys.readouterr()
+    assert "stopped after 8 of 15 pictures; the same command with --resume goes on" in err
+    assert {row[0] for row in rows_of(out).values()} == {"8"}
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert (written["complete"], written["done"]) == (False, 8)
+    assert [row["images"] for row in written["results"]] == [8, 8, 8]
+
+    line = fails(capsys, *argv, "--resume", "--dtype", "bfloat16")
+    assert "is of another run; expected dtype = 'bfloat16', got 'float32'" in line
+    assert cli.main([*argv, "--resume"]) == 0
+    assert "resumed     after 8 pictures" in capsys.readouterr().out
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["complete"]
+    assert [(row["images"], row["top1"], row["top5"]) for row in written["results"]] == [
+        (15, 100 * top1 / 15, 100 * top5 / 15) for top1, top5 in expected(work).values()
+    ]
+    assert cli.main([*argv, "--resume"]) == 0  # of what is complete, the table again
+    assert {row[0] for row in rows_of(capsys.readouterr().out).values()} == {"15"}
+
+
+def test_results_are_written_as_they_come(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = evaluate.write_json
+
+    def write_json(path: Path, content: Any) -> None:
+        write(path, content)
+        written.append(json.loads(path.read_text())["done"])
+
+    monkeypatch.setattr(evaluate, "write_json", write_json)
+    monkeypatch.setattr(evaluate, "BETWEEN_WRITES", 0.0)
+    json_file = tmp_path / "x.json"
+    assert cli.main(arguments(work, "--r", 4, "--batch-size", 4, "--json", json_file)) == 0
+    assert written == [4, 8, 12, 15]
+    assert list(tmp_path.iterdir()) == [json_file]
+
+
+def test_mistakes_in_results(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "expected --json FILE" in fails(capsys, *arguments(work, "--resume"))
+    assert "can't write /proc/x.json" in fails(capsys, *arguments(work, "--json", "/proc/x.json"))
+    (tmp_path / "x.json").write_text("{")
+    argv = arguments(work, "--json", tmp_path / "x.json", "--resume")
+    assert "it is not JSON" in fails(capsys, *argv)
+
+
+def test_settings_take_turns(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, order = evaluate.timed, []
+
+    def timed(model: Any, x: Any, setting: Any) -> Any:
+        order.append(0 if setting is None else setting.r)
+        return forward(model, x, setting)
+
+    monkeypatch.setattr(evaluate, "timed", timed)
+    reductions = (Reduction(r=4), Reduction(r=12))
+    evaluate.run(
+        work / "flowers", SMALL, reductions, batch_size=1, workers=0, checkpoint=work / "tuned.pth"
+    )
+    batches = [tuple(order[i : i + 3]) for i in range(6, len(order), 3)]
+    assert len(batches) == 14
+    assert all(set(batch) == set(R_VALUES) for batch in batches)
+    assert len({batch[0] for batch in batches}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_pictures_are_left_out_and_named(
+    workers: int, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "flowers"
+    shutil.copytree(work / "flowers", folder)
+    (folder / "cat" / "a.png").write_text("no picture")
+    os.mkfifo(folder / "dog" / "pipe.png")
+    (folder / "dog" / "up").symlink_to(folder)  # a loop
+    argv = ["eval", folder, "--model", SMALL, "--checkpoint", work / "tuned.pth", "--r", "4,12"]
+    argv += ["--workers", workers, "--batch-size", 1, "--json", tmp_path / "x.json"]
+    assert cli.main([*map(str, argv), "--skip-unreadable"]) == 0
+    out = capsys.readouterr().out
+    left_out = [f"{folder}/cat/a.png", f"{folder}/dog/pipe.png"]
+    assert out.endswith("\n  ".join(["left out, as they can't be read: 2", *left_out]) + "\n")
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert (written["done"], written["unreadable"]) == (17, left_out)
+    assert [(row["images"], row["top1"]) for row in written["results"]] == [
+        (15, 100 * top1 / 15) for top1, _ in expected(work).values()
+    ]
+
+
+def test_nothing_that_can_be_read(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_text("no picture")
+    argv = ["eval", tmp_path, "--model", SMALL, "--checkpoint", work / "tuned.pth"]
+    line = fails(capsys, *argv, "--workers", 0, "--skip-unreadable")
+    assert f"none of the 7 pictures in {tmp_path} can be read" in line
 
 
 # --- the paper's numbers ------------------------------------------------------------------------
@@ -376,6 +533,16 @@ def test_mistakes_in_models(work: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "at least 0, got '-1'" in fails(capsys, *arguments(work, "--workers=-1"))
 
 
+class Code:
+    """What runs code where a file that holds it is loaded without care."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.made,)
+
+
 def test_mistakes_in_checkpoints(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,6 +554,9 @@ def test_mistakes_in_checkpoints(
     assert "there is no checkpoint" in line_for(tmp_path / "missing.pth")
     (tmp_path / "text.pth").write_text("no weights")
     assert re.search(r"text\.pth is no checkpoint of 'test_vit'", line_for(tmp_path / "text.pth"))
+    torch.save({"state_dict": state, "code": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    assert "is no checkpoint of" in line_for(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
     torch.save([1, 2], tmp_path / "list.pth")
     assert "is no checkpoint of" in line_for(tmp_path / "list.pth")
     torch.save({**state, "head.bias": torch.zeros(9)}, tmp_path / "nine.pth")

@@ -5,7 +5,6 @@ A row of panels has one model, dtype and method.
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from ._contenders import CEILING, OURS, UNPATCHED
@@ -20,7 +19,7 @@ INK, FAINT = "#222222", "#666666"
 
 
 def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """Draw images/s of every contender; the scale on the right is the speed-up."""
+    """Draw the speed-up of every contender, as the table has it."""
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys((r.model, r.image_size, r.dtype, r.method) for r in rows))
@@ -64,20 +63,19 @@ def amount(row: Row) -> float:
 
 def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
     """One batch size of one model."""
-    base = statistics.median(row.contenders[UNPATCHED].images_per_second for row in rows)
-    axes.axhline(base, color=colors[UNPATCHED], linestyle="--", linewidth=1.3, label=UNPATCHED)
+    axes.axhline(1, color=colors[UNPATCHED], linestyle="--", linewidth=1.3, label=UNPATCHED)
     for name, color in colors.items():
         points = [
-            (amount(row), row.contenders[name].images_per_second)
+            (amount(row), row.contenders[name].speed_up)
             for row in rows
-            if name in row.contenders and name != UNPATCHED
+            if name in row.contenders and not row.contenders[name].unsteady
         ]
         if name == UNPATCHED:
             continue
         ceiling = name == CEILING
         axes.plot(
             [x for x, _ in points],
-            [speed for _, speed in points],
+            [times for _, times in points],
             color=color,
             label=LABELS.get(name, name),
             linewidth=1.3 if ceiling else 2,
@@ -89,16 +87,14 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
     axes.set_xticks(sorted({amount(row) for row in rows}))
     by_rate = rows[0].keep_rate is not None
     axes.set_xlabel("keep rate" if by_rate else "r, tokens removed in every block", size=9)
-    axes.set_ylabel("images/s", size=9)
+    axes.set_ylabel("speed-up", size=9)
+    axes.yaxis.set_major_formatter("{x:g}x")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.06)
     axes.set_ylim(top=1.08 * axes.dataLim.y1)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
-    times = axes.secondary_yaxis("right", functions=(lambda y: y / base, lambda y: y * base))
-    times.yaxis.set_major_formatter("{x:g}x")
-    times.set_ylabel("speed-up", size=9)
-    for side in (axes, times):
-        side.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
-        side.spines[:].set_color("#bbbbbb")
+    axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
+    axes.spines[:].set_color("#bbbbbb")
+    axes.spines["right"].set_visible(False)
     axes.spines["top"].set_visible(False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from .._command import Reduction
@@ -18,13 +18,17 @@ __all__ = [
     "Cost",
     "Figures",
     "Row",
+    "csv_text",
     "hardware",
     "heading",
     "lines",
+    "markdown",
     "summarize",
     "title",
-    "write_json",
 ]
+
+
+AGREEMENT = 1.15  # at most this times: a ratio of two contenders, and that of their medians
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Figures:
         flops_per_image: see :class:`Cost`.
         extra_memory: see :class:`Cost`.
         tokens_left: after the last merge, prefix tokens included.
+        unsteady: a ratio contradicts the medians that it stands beside, see :data:`AGREEMENT`.
     """
 
     median_ms: float
@@ -66,6 +71,7 @@ class Figures:
     flops_per_image: int
     extra_memory: int | None
     tokens_left: int
+    unsteady: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,27 +99,26 @@ def summarize(
     times: dict[str, list[float]], costs: dict[str, Cost], batch_size: int
 ) -> dict[str, Figures]:
     """The figures of contenders that took turns: milliseconds by name, one entry a round."""
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+
+    def contradicts(name: str, over: str) -> bool:
+        off = ratio(times, over, name) * medians[name] / medians[over]
+        return not 1 / AGREEMENT < off < AGREEMENT
+
     return {
         name: Figures(
-            median_ms=statistics.median(ms),
+            median_ms=medians[name],
             p90_ms=sorted(ms)[-(-9 * len(ms) // 10) - 1],
-            images_per_second=1e3 * batch_size / statistics.median(ms),
+            images_per_second=1e3 * batch_size / medians[name],
             speed_up=ratio(times, UNPATCHED, name),
             of_ceiling=ratio(times, CEILING, name),
             flops_per_image=costs[name].flops_per_image,
             extra_memory=costs[name].extra_memory,
             tokens_left=costs[name].tokens[-1],
+            unsteady=contradicts(name, UNPATCHED) or contradicts(name, CEILING),
         )
         for name, ms in times.items()
     }
-
-
-def write_json(
-    path: Path, machine: dict[str, Any], settings: dict[str, Any], rows: list[Row]
-) -> None:
-    """Every figure, with what it depends on."""
-    content = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -123,8 +128,8 @@ COLUMNS = (
     ("img/s", 8, lambda f: f"{f.images_per_second:.1f}"),
     ("ms", 8, lambda f: f"{f.median_ms:.4g}"),
     ("p90 ms", 8, lambda f: f"{f.p90_ms:.4g}"),
-    ("speed-up", 8, lambda f: f"{f.speed_up:.2f}x"),
-    ("of ceiling", 10, lambda f: f"{f.of_ceiling:.3f}"),
+    ("speed-up", 8, lambda f: "?" if f.unsteady else f"{f.speed_up:.2f}x"),
+    ("of ceiling", 10, lambda f: "?" if f.unsteady else f"{f.of_ceiling:.3f}"),
     ("GFLOP/img", 9, lambda f: f"{f.flops_per_image / 1e9:.2f}"),
     ("MiB", 7, lambda f: "-" if f.extra_memory is None else f"{f.extra_memory / 2**20:.1f}"),
     ("tokens", 6, lambda f: str(f.tokens_left)),
@@ -132,7 +137,8 @@ COLUMNS = (
 LABELS = {CEILING: "ceiling (sliced)", OURS: "tome_ext"}
 NOTE = (
     "img/s, ms: medians, the contenders taking turns; ms and MiB of a whole batch, MiB at the peak "
-    "beyond weights\nand input; ceiling: tokens sliced off instead"
+    "beyond weights\nand input; ceiling: tokens sliced off instead; ?: the ratio contradicted the "
+    "medians each time, as on a busy\nmachine"
 )
 
 
@@ -163,3 +169,48 @@ def lines(row: Row) -> list[str]:
         first = row.reduction.amount if not out else ""
         out.append(f"{first:>4}  {LABELS.get(name, name):16}{cells}")
     return out + [f"      {name}: left out, {reason}" for name, reason in row.left_out.items()]
+
+
+def csv_text(rows: list[Row]) -> str:
+    """A line for every contender of every row, with all of its figures."""
+    lines = [
+        {
+            "model": row.model,
+            "height": row.image_size[0],
+            "width": row.image_size[1],
+            "dtype": row.dtype,
+            "batch_size": row.batch_size,
+            "method": row.method,
+            "r": "" if row.keep_rate is not None else row.r,
+            "keep_rate": "" if row.keep_rate is None else row.keep_rate,
+            "rounds": row.rounds,
+            "contender": name,
+            **asdict(figures),
+        }
+        for row in rows
+        for name, figures in row.contenders.items()
+    ]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def markdown(rows: list[Row], machine: dict[str, Any], mode: str) -> str:
+    """The tables as Markdown, below a line that says where they were measured."""
+    out = [f"{hardware(machine)}; torch {machine['torch']}, {mode}."]
+    amount_name = "r" if rows[0].keep_rate is None else "keep rate"
+    head = [amount_name, "", *(name for name, _, _ in COLUMNS)]
+    for i, row in enumerate(rows):
+        if i == 0 or title(row) != title(rows[i - 1]):
+            ruler = ["---:", "---", *["---:"] * len(COLUMNS)]
+            out += ["", f"{title(row)}:", "", _line(head), _line(ruler)]
+        for name, figures in row.contenders.items():
+            cells = [show(figures) for _, _, show in COLUMNS]
+            out.append(_line([row.reduction.amount, LABELS.get(name, name), *cells]))
+    return "\n".join([*out, "", " ".join(NOTE.split())]) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

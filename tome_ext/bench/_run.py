@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _models
-from .._command import CommandError, Reduction, check_patch, find_device
+from .. import _models, _supported
+from .._command import (
+    CommandError,
+    Reduction,
+    check_patch,
+    find_device,
+    one_line,
+    out_of_memory,
+)
+from .._files import check_writable, replacing, write_json
 from . import _chart, _rows
 from ._contenders import (
     CEILING,
@@ -37,6 +45,7 @@ __all__ = ["Options", "run"]
 
 WARM_UP = 2  # rounds, after the forwards that count tokens and operations
 FEWEST_ROUNDS = 5
+MOST_TRIES = 3  # to find times whose ratios agree with them
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Options:
     """What to measure: every combination of models, dtypes, batch sizes and reductions.
 
     Attributes:
-        models: names, ``[LIBRARY:]NAME``; without a library they are timm's.
+        models: names, ``[LIBRARY:]NAME``; without a library they are timm's. With * or ? all
+            that match and can be patched.
         reductions: how, and how far, tokens are reduced.
         batch_sizes: images a forward.
         dtypes: names of torch dtypes.
@@ -56,6 +66,8 @@ class Options:
         seconds: how long to time each combination, all contenders together; at least five rounds.
         peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each; they take r.
         json: where to write every figure; None for nowhere.
+        csv: where to write a line for every contender of every combination.
+        markdown: where to write the tables, for a document.
         chart: where to draw speed against the amount, as .png, .svg or .pdf; None for nowhere.
     """
 
@@ -69,6 +81,8 @@ class Options:
     seconds: float = 10.0
     peers: tuple[str, ...] = ()
     json: Path | None = None
+    csv: Path | None = None
+    markdown: Path | None = None
     chart: Path | None = None
 
 
@@ -81,6 +95,7 @@ def run(options: Options) -> list[Row]:
     from tqdm import tqdm
 
     device = find_device(options.device)
+    options = replace(options, models=_supported.expand(options.models))
     check(options, device)
     peers = [] if options.mode in ENGINES else find_peers(options.peers)
     machine = describe_machine(device)
@@ -101,6 +116,7 @@ def run(options: Options) -> list[Row]:
         total=len(options.models) * len(options.dtypes) * per_model,
         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
         leave=False,
+        disable=None,  # into a pipe
     )
     with bar, on_device(device):
         for name, dtype in itertools.product(options.models, options.dtypes):
@@ -130,13 +146,29 @@ def run(options: Options) -> list[Row]:
                     bar.write(f"\n{_rows.title(row)}\n{_rows.heading(row)}")
                 bar.write("\n".join(_rows.lines(row)))
                 rows.append(row)
-                if options.json is not None:  # after every row: a long run may be stopped
-                    _rows.write_json(options.json, machine, settings, rows)
+                write(options, machine, settings, rows)  # every row: a long run may be stopped
     print(f"\n{_rows.NOTE}")
     if options.chart is not None:
-        _chart.draw(rows, machine, settings).savefig(options.chart)
+        drawn = _chart.draw(rows, machine, settings)
+        with replacing(options.chart) as part:
+            drawn.savefig(part, format=options.chart.suffix[1:].lower())
         print(f"\nThe chart: {options.chart}")
     return rows
+
+
+def write(
+    options: Options, machine: dict[str, Any], settings: dict[str, Any], rows: list[Row]
+) -> None:
+    """Write what was measured so far to the files that were asked for."""
+    if options.json is not None:
+        content = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
+        write_json(options.json, content)
+    if options.csv is not None:
+        with replacing(options.csv) as part:
+            part.write_text(_rows.csv_text(rows), encoding="utf-8")
+    if options.markdown is not None:
+        with replacing(options.markdown) as part:
+            part.write_text(_rows.markdown(rows, machine, options.mode), encoding="utf-8")
 
 
 def check(options: Options, device: torch.device) -> None:
@@ -147,9 +179,9 @@ def check(options: Options, device: torch.device) -> None:
             raise CommandError(f"--mode {options.mode}: expected no --peer, got {options.peers[0]}")
     if options.mode == "graphs" and device.type != "cuda":
         raise CommandError(f"graphs are CUDA graphs: expected --device cuda, got {device}")
-    for path in (options.json, options.chart):
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"can't write {path}: there is no folder {path.parent}")
+    for path in (options.json, options.csv, options.markdown, options.chart):
+        if path is not None:
+            check_writable(path)
     chart = options.chart
     if chart is not None and chart.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise CommandError(f"can't write {chart}: name it .png, .svg or .pdf")
@@ -228,9 +260,13 @@ def measure(
                 enter(peer.name, peer.patch(share_weights(model), reduction.r))
             except Exception as error:  # a peer that does not know this model may raise anything
                 left_out[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())
-        times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"a batch of {len(x)} does not fit: {reason}") from None
-    figures = _rows.summarize(times, costs, len(x))
+        for _ in range(MOST_TRIES):
+            times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
+            figures = _rows.summarize(times, costs, len(x))
+            if not any(each.unsteady for each in figures.values()):
+                break
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CommandError(f"a batch of {len(x)} does not fit: {one_line(error)}") from None
     return figures, left_out, len(times[OURS])
