@@ -25,6 +25,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 
 try:
     import torch
@@ -325,7 +326,21 @@ def extensions() -> list[Extension]:
     return built
 
 
-class Build(cpp_extension.BuildExtension):
+class Build(build):
+    """setuptools' build, into an empty folder.
+
+    Whatever lies there goes into the wheel: a library of an earlier build with other switches, a
+    module that has been renamed since. Objects lie elsewhere, and are used again.
+    """
+
+    def run(self) -> None:
+        folder = Path(self.build_lib, "tome_ext").resolve()
+        if folder.is_dir() and folder != ROOT / "tome_ext":
+            shutil.rmtree(folder)
+        super().run()
+
+
+class BuildLibraries(cpp_extension.BuildExtension):
     """Torch's builder, for libraries that register operators and are not Python modules."""
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -340,6 +355,6 @@ class Build(cpp_extension.BuildExtension):
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build": Build, "build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

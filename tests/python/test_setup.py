@@ -1,10 +1,12 @@
-"""What setup.py tells nvcc, and what it refuses."""
+"""What setup.py tells nvcc, what it refuses, and what it packs."""
 
 from __future__ import annotations
 
 import runpy
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -73,3 +75,29 @@ def test_a_folder_without_openvino_is_refused(
         monkeypatch.setenv("TOME_OPENVINO", str(wrong))
         with pytest.raises(SystemExit, match="TOME_OPENVINO: expected 0 or the folder of an"):
             runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.filterwarnings("ignore:setup.py install is deprecated")  # pip does not run it so
+def test_a_wheel_holds_nothing_of_earlier_builds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setenv("TOME_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.chdir(tmp_path)
+    Path("tome_ext").mkdir()
+    Path("tome_ext/__init__.py").touch()
+    # As setup.py has it, but for the libraries, which take a minute.
+    of_package = {"name": "tome_ext", "packages": ["tome_ext"], "script_name": "setup.py"}
+    distribution = setuptools.Distribution({**asked, **of_package, "ext_modules": []})
+    build: Any = distribution.get_command_obj("build")
+    build.ensure_finalized()
+    earlier = Path(build.build_lib, "tome_ext")
+    earlier.mkdir(parents=True)
+    for name in ("_openvino.abi3.so", "renamed_since.py"):
+        (earlier / name).touch()
+    distribution.run_command("bdist_wheel")
+    (wheel,) = Path("dist").glob("*.whl")
+    files = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert files == ["tome_ext/__init__.py"]
