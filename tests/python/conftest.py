@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,8 +42,13 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked with what is not here, but for TOME_REQUIRE_CUDA=1 or _OPENVINO=1."""
-    for mark, missing_for in (("cuda", missing_for_cuda), ("openvino", missing_for_openvino)):
+    """Leave out tests marked with what is not here, unless TOME_REQUIRE_<MARK>=1."""
+    marks = {
+        "cuda": missing_for_cuda,
+        "openvino": missing_for_openvino,
+        "compiler": missing_for_compiler,
+    }
+    for mark, missing_for in marks.items():
         missing = missing_for()
         if missing is None:
             continue
@@ -71,6 +77,12 @@ def missing_for_openvino() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def missing_for_compiler() -> str | None:
+    """Why tests that compile C++ cannot run here; None if they can."""
+    wanted = [os.environ.get("CXX", "c++"), "g++", "clang++"]
+    return None if any(map(shutil.which, wanted)) else f"PATH has none of {', '.join(wanted)}"
 
 
 def pytest_report_header() -> str:

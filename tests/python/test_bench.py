@@ -352,6 +352,7 @@ def test_published_package_takes_part_where_it_is_installed(
     assert figures["tome"].tokens_left == 1 + GRID**2 - 4 * DEPTH
 
 
+@pytest.mark.compiler
 def test_compiled() -> None:
     figures, left_out, rounds = _run.measure(
         tiny(depth=1), images(), Reduction(r=4), "compile", 0.0, []

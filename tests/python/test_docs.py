@@ -27,7 +27,12 @@ from tome_ext import cli
 
 ROOT = Path(__file__).parents[2]
 RUNNING = ROOT / "docs" / "running"
-MARKS = {"cuda-graphs.md": pytest.mark.cuda, "openvino.md": pytest.mark.openvino}
+MARKS = {
+    "compile.md": pytest.mark.compiler,
+    "cuda-graphs.md": pytest.mark.cuda,
+    "export.md": pytest.mark.compiler,
+    "openvino.md": pytest.mark.openvino,
+}
 BY_TORCHRUN = {"docs/running/distributed.md"}
 # What pages change in torch._dynamo.config, as it was before: set back after each.
 CHANGED = ("recompile_limit", "skip_fwd_side_effects_in_bwd_under_checkpoint")

@@ -321,6 +321,7 @@ def test_shapes_and_dtypes_under_fake_tensors():
     assert (size.shape, size.dtype) == ((2, 181), torch.float32)
 
 
+@pytest.mark.compiler
 def test_compiles():
     x, branch, scale, weight, bias = (t.requires_grad_() for t in inputs(2, 21, 16, torch.float64))
 

@@ -106,6 +106,7 @@ def test_one_graph_serves_all_batch_sizes(model: Any, how: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_inductor_in_reduce_overhead_mode(name: str) -> None:

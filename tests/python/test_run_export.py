@@ -164,6 +164,7 @@ def packaged(
     return model, folder
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_an_aot_inductor_package_runs_in_python(packaged: tuple[Everything, Path]) -> None:
     model, folder = packaged
@@ -173,6 +174,7 @@ def test_an_aot_inductor_package_runs_in_python(packaged: tuple[Everything, Path
         torch.testing.assert_close(package(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_an_aot_inductor_package_runs_in_cpp(
     packaged: tuple[Everything, Path], cpp_build: tuple[Path, subprocess.Popen]
@@ -193,6 +195,7 @@ def test_an_aot_inductor_package_runs_in_cpp(
     assert len(lines) == 12
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_the_cpp_example_names_a_library_that_does_not_load(
     cpp_build: tuple[Path, subprocess.Popen], tmp_path: Path

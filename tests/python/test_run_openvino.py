@@ -147,6 +147,7 @@ def test_a_library_for_another_release_is_refused(
         tome.onnx.library("openvino")
 
 
+@pytest.mark.compiler
 def test_the_example_in_c_plus_plus_runs_a_model(tmp_path: Path) -> None:
     cmake = Path(openvino.__path__[0]) / "cmake"
     check_example("openvino", [f"-DOpenVINO_DIR={cmake}"], tmp_path)

@@ -220,6 +220,7 @@ def test_compiled_step_gives_the_gradients_of_plain_tome(name: str) -> None:
             torch.testing.assert_close(got[key], want[key], rtol=1e-9, atol=1e-9, msg=key)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_step_compiled_by_inductor() -> None:
     torch.compiler.reset()

@@ -183,6 +183,13 @@ def test_metadata() -> None:
     assert commands == ["tome_ext.cli:main"]
 
 
+def test_errors_name_extras_that_there_are() -> None:
+    extras = set(distribution("tome_ext").metadata.get_all("Provides-Extra") or [])
+    sources = [path.read_text(encoding="utf-8") for path in FOLDER.glob("**/*.py")]
+    named = set(re.findall(r"tome_ext\[(\w+)\]", "\n".join(sources)))
+    assert {"bench", "demo", "eval"} <= named <= extras
+
+
 # --- a missing or broken library ----------------------------------------------------------------
 
 SCRIPT = """
