@@ -537,11 +537,16 @@ def _words(classes: list[str]) -> list[str]:
 
 
 class _Output(nn.Module):
-    """A model of Transformers that takes pictures and returns features or logits."""
+    """A model of Transformers that takes pictures and returns features or logits.
 
-    def __init__(self, model: Any, class_token: bool) -> None:
+    ``projection`` is that of a model of pictures and texts, from the pooled output to features that
+    both share.
+    """
+
+    def __init__(self, model: Any, class_token: bool, projection: nn.Module | None) -> None:
         super().__init__()
         self.model = model
+        self.projection = projection
         self.class_token = class_token
         self.kind = model.config.model_type
 
@@ -555,7 +560,7 @@ class _Output(nn.Module):
         for name in ("logits", "image_embeds", "pooler_output"):
             found: Tensor | None = getattr(out, name, None)
             if found is not None:
-                return found
+                return found if self.projection is None else self.projection(found)
         x = out.last_hidden_state
         if self.class_token:
             return x[:, 0]
@@ -652,12 +657,14 @@ def _hf_model(module: Any, name: str, config: Any, classes: int = 0) -> Model:
         tower = find_tower(module)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    projection = None
     if not classes and hasattr(config, "vision_config"):
+        projection = getattr(module, "visual_projection", None)
         module = tower.module  # what is beside it takes text
     shape = _hf_shape(config)
     patch = getattr(_vision(config), "patch_size", 1)
     height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    wrapped = _Output(module, tower.class_token)
+    wrapped = _Output(module, tower.class_token, projection)
     return Model("", wrapped, shape, (height, width), _hf_data(name, shape), classes)
 
 
@@ -667,9 +674,12 @@ def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> M
 
     config = _hf_config(name, img_size)
     auto: Any = transformers.AutoModel
-    # AutoModel lacks some vision towers that are there alone; their class is in the config.
-    known = type(config) in transformers.MODEL_MAPPING or not config.architectures
-    cls = auto if known else getattr(transformers, config.architectures[0])
+    # AutoModel lacks some vision towers that are there alone, and the projection of others; their
+    # class is in the config.
+    own = (config.architectures or ("",))[0]
+    mapped = type(config) in transformers.MODEL_MAPPING and not own.endswith("WithProjection")
+    known = mapped or not own
+    cls = auto if known else getattr(transformers, own)
     if pretrained:
         offline = constants.HF_HUB_OFFLINE
         module = cls.from_pretrained(name, config=config, local_files_only=offline)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # What a command needs besides the library of its model, by import name.
 DEMO_PACKAGES = ("PIL", "numpy", "timm", "tqdm")
 EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
+EMBED_PACKAGES = (*EVAL_PACKAGES, "pyarrow")
 CHART_PACKAGES = ("matplotlib",)  # of bench --chart
 BENCH_PACKAGES = ("tqdm",)
 DEFAULT = "(default: %(default)s)"
@@ -76,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     about.set_defaults(run=run_info)
     add_demo(commands)
     add_eval(commands)
+    add_embed(commands)
     add_bench(commands)
     add_tune(commands)
     add_models(commands)
@@ -162,6 +165,49 @@ def add_eval(commands: Any) -> None:
     )  # fmt: skip
 
 
+def add_embed(commands: Any) -> None:
+    """The options of ``tome-ext embed``."""
+    embed = commands.add_parser(
+        "embed",
+        help="write the features of a folder of pictures into a Parquet file",
+        description="Write the features of every picture of a folder into a Parquet file, with "
+        "merging. The same command goes on where a run was stopped. Runs under torchrun too. "
+        "Needs: pip install 'tome_ext[embed]'",
+    )
+    embed.set_defaults(run=run_embed)
+    embed.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="pictures, in it or in folders of it"
+    )
+    embed.add_argument("--model", required=True, metavar="NAME", help=MODEL)
+    embed.add_argument("--method", choices=list(METHODS), default="tome", help=METHOD)
+    amount = embed.add_mutually_exclusive_group(required=True)
+    amount.add_argument(
+        "--r", type=at_least_zero, metavar="R", help="tokens to remove in every block; 0 for none"
+    )
+    amount.add_argument(
+        "--keep-rate", type=only(keep_rates), metavar="RATE",
+        help="instead of --r: the share of patch tokens to keep in the layers after a quarter, a "
+        "half and three quarters of the model (4, 7 and 10 of 12)",
+    )  # fmt: skip
+    amount.add_argument(
+        "--threshold", type=only(similarities), metavar="SIMILARITY",
+        help="instead of --r, with --method tome or guided: the cosine similarity from which on "
+        "tokens merge",
+    )  # fmt: skip
+    amount.add_argument(
+        "--setting", type=Path, metavar="FILE",
+        help="instead of --r and --method: what tome-ext tune has found",
+    )  # fmt: skip
+    embed.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the Parquet file to write"
+    )
+    add_running(embed, batch_size=64, checkpoint=False)
+    embed.add_argument(
+        "--skip-unreadable", action="store_true",
+        help="leave out pictures that can't be read, and name them, in place of an error",
+    )  # fmt: skip
+
+
 def add_tune(commands: Any) -> None:
     """The options of ``tome-ext tune``."""
     tune = commands.add_parser(
@@ -209,12 +255,13 @@ def add_tune(commands: Any) -> None:
     add_running(tune, batch_size=32)
 
 
-def add_running(command: Any, batch_size: int) -> None:
+def add_running(command: Any, batch_size: int, checkpoint: bool = True) -> None:
     """The options of commands that run a model on a folder of pictures."""
-    command.add_argument(
-        "--checkpoint", type=Path, metavar="FILE",
-        help="weights for as many classes as the folder has (default: pretrained ones)",
-    )  # fmt: skip
+    if checkpoint:
+        command.add_argument(
+            "--checkpoint", type=Path, metavar="FILE",
+            help="weights for as many classes as the folder has (default: pretrained ones)",
+        )  # fmt: skip
     command.add_argument(
         "--batch-size", type=at_least_one, default=batch_size, metavar="B",
         help=f"images a run {DEFAULT}",
@@ -360,6 +407,18 @@ def similarities(text: str) -> tuple[float, ...]:
     return values
 
 
+def only(parse: Callable[[str], tuple[float, ...]]) -> Callable[[str], float]:
+    """A parser of one number, of one that parses several."""
+
+    def parse_one(text: str) -> float:
+        values = parse(text)
+        if len(values) != 1:
+            raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
+        return values[0]
+
+    return parse_one
+
+
 def r_list(text: str) -> tuple[int, ...]:
     """Parse "0,4,8" for argparse; numbers given twice count once."""
     try:
@@ -484,6 +543,28 @@ def run_eval(arguments: argparse.Namespace) -> None:
         skip_unreadable=arguments.skip_unreadable,
         json_file=arguments.json,
         resume=arguments.resume,
+    )
+
+
+def run_embed(arguments: argparse.Namespace) -> None:
+    """Write the features."""
+    check_installed("embed", EMBED_PACKAGES)
+    from . import embed
+
+    reduction = Reduction(
+        arguments.method, arguments.r or 0, arguments.keep_rate, arguments.threshold
+    )
+    embed.run(
+        arguments.folder,
+        arguments.model,
+        arguments.setting or reduction,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        device_name=arguments.device,
+        dtype=DTYPES[arguments.dtype],
+        workers=arguments.workers,
+        img_size=arguments.img_size,
+        skip_unreadable=arguments.skip_unreadable,
     )
 
 
