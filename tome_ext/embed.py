@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _models, patch
-from ._command import CommandError, Reduction, find_device
+from ._command import CommandError, Reduction, find_device, one_line
 from ._version import __version__
 from ._world import World
 from .evaluate import Share, UnreadableError, loader, told_in_a_line
-from .setting import Setting, write_text
+from .setting import Setting
 from .utils import synchronize
 
 __all__ = ["Summary", "run"]
@@ -126,10 +126,11 @@ def run(
 
         job = world.agree(prepare, Job.digest)
         if world.rank == 0:
-            write_text(job.parts / PLAN, json.dumps(job.plan, indent=2) + "\n")
             done = job.count - len(job.left)
-            say(f"{len(job.share)} pictures" + (f", {done} of {job.count} parts done" * bool(done)))
+            before = f", {done} of {job.count} parts done" if done else ""
+            say(f"{len(job.share)} pictures{before}")
         try:
+            write_plan(job)
             with told_in_a_line():
                 counts, seconds = embed(job, world, workers, skip_unreadable)
             world.reduce(counts, seconds, job.device)
@@ -137,7 +138,7 @@ def run(
                 return None
             rows, width, unreadable = join(job, out)
         except OSError as error:
-            raise CommandError(f"can't write {error.filename or out}: {error}") from None
+            raise CommandError(f"can't write {error.filename or out}: {one_line(error)}") from None
         except KeyboardInterrupt:
             if world.rank == 0:
                 say(f"\nstopped; the same command goes on from {job.parts}")
@@ -239,17 +240,18 @@ def patch_model(model: nn.Module, reduction: Reduction | Path) -> str:
 
 
 def folder_of_parts(out: Path) -> Path:
-    """A folder beside the file, which can be written to."""
+    """The folder beside the file, where there is none yet, and where one can be made."""
+    parts = out.with_name(out.name + ".parts")
     if not out.parent.is_dir():
         raise CommandError(f"can't write {out}: there is no folder {out.parent}")
     if out.exists():
         raise CommandError(f"{out} is there already; remove it, or name another file with --out")
-    parts = out.with_name(out.name + ".parts")
+    if parts.exists() and not parts.is_dir():
+        raise CommandError(f"can't write into {parts}: it is no folder")
     try:
-        parts.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=parts).close()
+        tempfile.TemporaryFile(dir=parts if parts.exists() else out.parent).close()
     except OSError as error:
-        raise CommandError(f"can't write to {parts}: {error.strerror or error}") from None
+        raise CommandError(f"can't write {out}: {error.strerror or error}") from None
     return parts
 
 
@@ -341,6 +343,14 @@ def forward(model: _models.Model, x: Tensor) -> tuple[Tensor, float]:
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+def write_plan(job: Job) -> None:
+    """Make the folder of the parts, in every process, and write down what they are of."""
+    job.parts.mkdir(exist_ok=True)
+    unfinished = job.parts / f"{PLAN}.{os.getpid()}"
+    unfinished.write_text(json.dumps(job.plan, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(job.parts / PLAN)
 
 
 def write_part(job: Job, part: int, features: Tensor, readable: list[bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -440,7 +441,12 @@ def test_paths_that_are_no_text(work: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "features.parquet")[0] == [r"caf\xe9.png"]
 
 
-def test_mistakes_in_files(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_files(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     line = fails(capsys, *arguments(work, tmp_path / "no" / "x.parquet", "--r", 8))
     assert f"can't write {tmp_path}/no/x.parquet: there is no folder {tmp_path}/no" in line
     there = tmp_path / "there.parquet"
@@ -450,13 +456,20 @@ def test_mistakes_in_files(work: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert there.read_text() == "precious"
     (tmp_path / "x.parquet.parts").write_text("no folder")
     line = fails(capsys, *arguments(work, tmp_path / "x.parquet", "--r", 8))
-    assert f"can't write to {tmp_path}/x.parquet.parts: File exists" in line
+    assert f"can't write into {tmp_path}/x.parquet.parts: it is no folder" in line
     argv = arguments(work, tmp_path / "y.parquet", "--r", 8)
     argv[1] = "nowhere"
     assert "there is no folder nowhere" in fails(capsys, *argv)
     line = fails(capsys, *arguments(work, tmp_path / "y.parquet", "--setting", tmp_path / "no"))
     assert f"can't read {tmp_path}/no: No such file" in line
-    assert not (tmp_path / "y.parquet").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.parquet", "x.parquet.parts"]
+
+    def write_table(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", write_table)
+    line = fails(capsys, *arguments(work, tmp_path / "z.parquet", "--r", 8))
+    assert f"can't write {tmp_path}/z.parquet: [Errno 28] No space left on device" in line
 
 
 def test_mistakes_in_models_and_amounts(
