@@ -179,7 +179,7 @@ def add_embed(commands: Any) -> None:
         "folder", type=Path, metavar="FOLDER", help="pictures, in it or in folders of it"
     )
     embed.add_argument("--model", required=True, metavar="NAME", help=MODEL)
-    embed.add_argument("--method", choices=list(METHODS), default="tome", help=METHOD)
+    embed.add_argument("--method", choices=list(METHODS), help=METHOD % {"default": "tome"})
     amount = embed.add_mutually_exclusive_group(required=True)
     amount.add_argument(
         "--r", type=at_least_zero, metavar="R", help="tokens to remove in every block; 0 for none"
@@ -551,8 +551,10 @@ def run_embed(arguments: argparse.Namespace) -> None:
     check_installed("embed", EMBED_PACKAGES)
     from . import embed
 
+    if arguments.setting is not None and arguments.method is not None:
+        raise CommandError("--setting: the file says which method; expected no --method beside it")
     reduction = Reduction(
-        arguments.method, arguments.r or 0, arguments.keep_rate, arguments.threshold
+        arguments.method or "tome", arguments.r or 0, arguments.keep_rate, arguments.threshold
     )
     embed.run(
         arguments.folder,

@@ -489,6 +489,8 @@ def test_mistakes_in_models_and_amounts(
     )
     line = fails(capsys, *arguments(work, out, "--method", "topk", "--threshold", "0.9"))
     assert "threshold" in line
+    line = fails(capsys, *arguments(work, out, "--method", "tome", "--setting", "found.json"))
+    assert "--setting: the file says which method; expected no --method beside it" in line
     monkeypatch.setattr(cli, "EMBED_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, *arguments(work, out, "--r", 8))
     assert "the embed needs no_such_package: pip install 'tome_ext[embed]'" in line
