@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from . import _models, patch
 from ._command import CommandError, Reduction, find_device, one_line
+from ._files import (
+    UnreadableError,
+    check_writable,
+    list_pictures,
+    open_picture,
+    read_progress,
+    replacing,
+    write_json,
+)
 from ._version import __version__
 from ._world import World
-from .evaluate import Share, UnreadableError, loader, told_in_a_line
+from .evaluate import Share, _unless_left_alone, loader
 from .setting import Setting
 from .utils import synchronize
 
@@ -37,7 +46,6 @@ __all__ = ["Summary", "run"]
 PART = 16  # batches
 ROWS = 16384  # of a row group of the file, at least
 PLAN = "plan.json"
-SHOWN = 20  # names of pictures that could not be read
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,11 @@ def run(
 ) -> Summary | None:
     """Write a row for every picture: ``path`` in the folder, and ``feature``, C numbers of float32.
 
-    Rows are in the order of the paths' folders and names. A run that was stopped goes on. The
-    schema's metadata say under ``tome_ext`` what made the file.
+    Rows are in the order of the paths, numbers in them by value. The schema's metadata say under
+    ``tome_ext`` what made the file. A run that was stopped goes on.
 
     Args:
-        folder: pictures in it or in folders of it, .png, .jpg or .jpeg; timm's reader lists them.
+        folder: pictures in it or in folders of it, .png, .jpg or .jpeg.
         model_name: ``[LIBRARY:]NAME``, with pretrained weights, or a folder of weights:
             ``hf:FOLDER``, ``local-dir:FOLDER`` for timm.
         reduction: how to reduce tokens, or the file of a :class:`tome_ext.Setting`.
@@ -105,7 +113,7 @@ def run(
 
         def prepare() -> Job:
             device = find_device(world.device_name(device_name))
-            share = Share.of(folder, World(0, 0, 1), None, labelled=False)
+            share = all_of(folder)
             parts = folder_of_parts(out)
             if world.rank == 0:
                 say(f"loading {model_name} ...")
@@ -130,9 +138,10 @@ def run(
             before = f", {done} of {job.count} parts done" if done else ""
             say(f"{len(job.share)} pictures{before}")
         try:
-            write_plan(job)
-            with told_in_a_line():
-                counts, seconds = embed(job, world, workers, skip_unreadable)
+            job.parts.mkdir(exist_ok=True)
+            if world.rank == 0:
+                write_json(job.parts / PLAN, job.plan)
+            counts, seconds = embed(job, world, workers, skip_unreadable)
             world.reduce(counts, seconds, job.device)
             if world.rank > 0:
                 return None
@@ -194,6 +203,16 @@ class Job:
         return file_of(self.parts, part)
 
 
+def all_of(folder: Path) -> Share:
+    """All pictures in a folder and below it."""
+    paths = list_pictures(folder)
+    if not paths:
+        raise CommandError(
+            f"no pictures in {folder}; expected .png, .jpg or .jpeg in it or in folders of it"
+        )
+    return Share(folder, [], [(path, 0) for path in paths], World(0, 0, 1))
+
+
 def file_of(parts: Path, part: int) -> Path:
     """The file of a part."""
     return parts / f"{part:07}.parquet"
@@ -241,17 +260,12 @@ def patch_model(model: nn.Module, reduction: Reduction | Path) -> str:
 
 def folder_of_parts(out: Path) -> Path:
     """The folder beside the file, where there is none yet, and where one can be made."""
-    parts = out.with_name(out.name + ".parts")
-    if not out.parent.is_dir():
-        raise CommandError(f"can't write {out}: there is no folder {out.parent}")
     if out.exists():
         raise CommandError(f"{out} is there already; remove it, or name another file with --out")
+    check_writable(out)
+    parts = out.with_name(out.name + ".parts")
     if parts.exists() and not parts.is_dir():
         raise CommandError(f"can't write into {parts}: it is no folder")
-    try:
-        tempfile.TemporaryFile(dir=parts if parts.exists() else out.parent).close()
-    except OSError as error:
-        raise CommandError(f"can't write {out}: {error.strerror or error}") from None
     return parts
 
 
@@ -262,13 +276,7 @@ def left_of(parts: Path, plan: dict[str, Any]) -> list[int]:
     file = parts / PLAN
     if len(left) == count or not file.exists():
         return list(range(count))
-    begun = json.loads(file.read_text(encoding="utf-8"))
-    if begun != plan:
-        other = sorted(key for key in plan if begun.get(key) != plan[key])
-        raise CommandError(
-            f"{parts} is of a run with another {', '.join(other)}; go on with what it was begun "
-            "with, or remove it"
-        )
+    read_progress(file, plan)
     return left
 
 
@@ -276,21 +284,33 @@ def left_of(parts: Path, plan: dict[str, Any]) -> list[int]:
 
 
 class Pictures(Share):
-    """Some pictures of a share. Of one that can't be read and may be skipped, the class is -1."""
+    """Some pictures of a share. The class of one that can't be read is -1, that of others 0.
 
-    def __init__(self, share: Share, samples: list[tuple[str, int]], skip: bool) -> None:
+    Which errors end a run is for the process to say that runs the model.
+    """
+
+    def __init__(self, share: Share, samples: list[tuple[str, int]]) -> None:
         super().__init__(share.root, share.classes, samples, World(0, 0, 1))
-        self.skip = skip
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
+        if get_worker_info() is not None:
+            sys.excepthook = _unless_left_alone
+        path, _ = self.samples[index]
         try:
-            return super().__getitem__(index)
+            return self.transform(open_picture(path)), 0
         except UnreadableError:
-            if not self.skip:
-                raise
-        return self.transform(Image.new("RGB", (64, 64))), -1
+            return self.transform(Image.new("RGB", (64, 64))), -1
+
+
+def why_unreadable(path: str) -> str:
+    """Why a picture can't be read, found out by trying again."""
+    try:
+        open_picture(path)
+    except UnreadableError as error:
+        return str(error)
+    return f"can't read the picture {path}: it could not be read at first, and then could"
 
 
 def embed(job: Job, world: World, workers: int, skip: bool) -> tuple[Tensor, Tensor]:
@@ -304,7 +324,7 @@ def embed(job: Job, world: World, workers: int, skip: bool) -> tuple[Tensor, Ten
     mine = job.left[world.rank :: world.size]
     samples = [sample for part in mine for sample in job.samples(part)]
     dtype = getattr(torch, job.plan["dtype"])
-    pictures = Pictures(job.share, samples, skip)
+    pictures = Pictures(job.share, samples)
     size = job.plan["batch_size"]
     batches = iter(loader(pictures, job.model.data, size, job.device, dtype, workers))
     begin, in_model = time.perf_counter(), 0.0
@@ -315,6 +335,11 @@ def embed(job: Job, world: World, workers: int, skip: bool) -> tuple[Tensor, Ten
             readable: list[bool] = []
             while len(readable) < len(job.samples(part)):
                 x, classes = next(batches)
+                for i in (classes < 0).nonzero().flatten().tolist():
+                    reason = why_unreadable(job.samples(part)[len(readable) + i][0])
+                    if not skip:
+                        raise CommandError(reason)
+                    tqdm.write(f"skipped: {reason}", file=sys.stderr)
                 found, seconds = forward(job.model, x)
                 features.append(found)
                 readable += (classes >= 0).tolist()
@@ -345,14 +370,6 @@ def forward(model: _models.Model, x: Tensor) -> tuple[Tensor, float]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def write_plan(job: Job) -> None:
-    """Make the folder of the parts, in every process, and write down what they are of."""
-    job.parts.mkdir(exist_ok=True)
-    unfinished = job.parts / f"{PLAN}.{os.getpid()}"
-    unfinished.write_text(json.dumps(job.plan, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(job.parts / PLAN)
-
-
 def write_part(job: Job, part: int, features: Tensor, readable: list[bool]) -> None:
     """Write the features (n, C) of a part's n pictures, those that were readable."""
     import pyarrow as pa
@@ -365,9 +382,8 @@ def write_part(job: Job, part: int, features: Tensor, readable: list[bool]) -> N
     numbers = features[torch.tensor(readable)].flatten().numpy()
     rows = pa.FixedSizeListArray.from_arrays(pa.array(numbers), width)
     schema = schema_of(width, {"unreadable": json.dumps(lost)})
-    unfinished = job.parts / f"{part:07}.{os.getpid()}"
-    parquet.write_table(pa.table([kept, rows], schema), unfinished, use_dictionary=False)
-    unfinished.replace(job.file(part))
+    with replacing(job.file(part)) as unfinished:
+        parquet.write_table(pa.table([kept, rows], schema), unfinished, use_dictionary=False)
 
 
 def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
@@ -385,20 +401,18 @@ def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
     unreadable = [name for each in schemas for name in json.loads(each.metadata[b"unreadable"])]
     width = schemas[0].field("feature").type.list_size
     schema = schema_of(width, {"tome_ext": json.dumps({**job.plan, "unreadable": unreadable})})
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}")
     rows, waiting = 0, []
-    try:
-        with parquet.ParquetWriter(unfinished, schema, use_dictionary=False) as writer:
-            for file in files:
-                waiting.append(parquet.ParquetFile(file).read().replace_schema_metadata())
-                if file is files[-1] or sum(map(len, waiting)) >= ROWS:
-                    table = concat_tables(waiting).combine_chunks()
-                    writer.write_table(table.cast(schema), row_group_size=len(table) or None)
-                    rows += len(table)
-                    waiting.clear()
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        replacing(out) as unfinished,
+        parquet.ParquetWriter(unfinished, schema, use_dictionary=False) as writer,
+    ):
+        for file in files:
+            waiting.append(parquet.ParquetFile(file).read().replace_schema_metadata())
+            if file is files[-1] or sum(map(len, waiting)) >= ROWS:
+                table = concat_tables(waiting).combine_chunks()
+                writer.write_table(table.cast(schema), row_group_size=len(table) or None)
+                rows += len(table)
+                waiting.clear()
     shutil.rmtree(job.parts)
     return rows, width, unreadable
 
@@ -418,7 +432,6 @@ def name_of(path: str, root: Path) -> str:
 
 def tell(summary: Summary, out: Path) -> None:
     """Print what was done."""
-    names = summary.unreadable
     print(f"{out}: {summary.rows} features of {summary.width} numbers")
     if summary.embedded:
         print(
@@ -426,9 +439,10 @@ def tell(summary: Summary, out: Path) -> None:
             f"{summary.embedded / summary.seconds:.1f} images/s; "
             f"{summary.embedded / summary.model_seconds:.1f} in the model alone"
         )
-    if names:
-        print(f"{len(names)} could not be read, and have no row (the file's metadata name all):")
-        print("\n".join(f"    {name}" for name in names[:SHOWN]))
+    if summary.unreadable:
+        print(
+            f"{len(summary.unreadable)} could not be read and have no row; the metadata name them"
+        )
 
 
 def say(text: str) -> None:
