@@ -78,7 +78,7 @@ def run(
     batch_size: int = 64,
     device_name: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    workers: int = 4,
+    workers: int | None = None,
     img_size: int | None = None,
     skip_unreadable: bool = False,
 ) -> Summary | None:
@@ -96,7 +96,7 @@ def run(
         batch_size: pictures a forward pass.
         device_name: under ``torchrun``, "cuda" gives every process of a machine a GPU of its own.
         dtype: the model and its input are cast to it.
-        workers: processes that read pictures, per process that embeds.
+        workers: processes that read pictures, per process that embeds; one a core by default.
         img_size: side of the input in pixels; the model's own by default.
         skip_unreadable: leave out pictures that can't be read, in place of an error.
 
@@ -141,7 +141,8 @@ def run(
             job.parts.mkdir(exist_ok=True)
             if world.rank == 0:
                 write_json(job.parts / PLAN, job.plan)
-            counts, seconds = embed(job, world, workers, skip_unreadable)
+            readers = world.cores if workers is None else workers
+            counts, seconds = embed(job, world, readers, skip_unreadable)
             world.reduce(counts, seconds, job.device)
             if world.rank > 0:
                 return None

@@ -47,8 +47,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse.resize((150 + 5 * i, 260 - 3 * i)).save(folder / f"{i}.png")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        timm.models.save_for_hf(timm.create_model(SMALL), work / "weights")
+        save(timm.create_model(SMALL), work / "weights")
     return work
+
+
+def save(model: Any, folder: Path) -> None:
+    """A folder that timm takes as local-dir:FOLDER.
+
+    As timm's ``save_for_hf`` writes it, which of timm 1.0.20 needs an older huggingface_hub.
+    """
+    folder.mkdir()
+    names = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "classifier")
+    data = {name: model.pretrained_cfg[name] for name in names}
+    config = {"architecture": SMALL, "num_classes": model.num_classes, "pretrained_cfg": data}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
 def arguments(work: Path, out: Path, *more: object) -> list[str]:
@@ -513,6 +526,6 @@ def test_features_that_are_not_finite(
     model = timm.create_model(f"local-dir:{work / 'weights'}", pretrained=True)
     with torch.no_grad():
         model.norm.bias.fill_(float("nan"))
-    timm.models.save_for_hf(model, tmp_path / "nan")
+    save(model, tmp_path / "nan")
     argv = arguments(work, tmp_path / "x.parquet", "--r", 8, "--model", f"local-dir:{tmp_path}/nan")
     assert "NaN or infinite features of" in fails(capsys, *argv)
