@@ -1,7 +1,8 @@
-"""What setup.py tells nvcc, what it refuses, and what it packs."""
+"""What setup.py tells nvcc, what it refuses, and what it packs; one version in all files."""
 
 from __future__ import annotations
 
+import re
 import runpy
 import zipfile
 from collections.abc import Callable
@@ -101,3 +102,11 @@ def test_a_wheel_holds_nothing_of_earlier_builds(
     (wheel,) = Path("dist").glob("*.whl")
     files = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert files == ["tome_ext/__init__.py"]
+
+
+def test_all_files_name_one_version() -> None:
+    version = runpy.run_path(str(ROOT / "tome_ext" / "_version.py"))["__version__"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (released,) = re.findall(r"^date-released: (.+)$", citation, re.MULTILINE)
+    assert f"\nversion: {version}\n" in citation
+    assert f"\n## [{version}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
