@@ -74,11 +74,11 @@ class Reduction:
         """The amount, and the method unless it is "tome"."""
         return self.amount if self.method == "tome" else f"{self.method} {self.amount}"
 
-    def patch(self, model: Any) -> Any:
-        """Patch a model so, for inference; see :func:`tome_ext.patch.auto` for what it raises."""
+    def patch(self, model: Any, inference: bool = True) -> Any:
+        """Patch a model so; see :func:`tome_ext.patch.auto` for what it raises."""
         return patch.auto(
             model, self.r, method=self.method, keep_rate=self.keep_rate, threshold=self.threshold,
-            inference=True,
+            inference=inference,
         )  # fmt: skip
 
 

@@ -311,6 +311,10 @@ def add_bench(commands: Any) -> None:
         f"or everyone in an inference engine on the CPU {DEFAULT}",
     )  # fmt: skip
     bench.add_argument(
+        "--train", action="store_true",
+        help="time forward and backward of a model that trains, with --mode eager or compile",
+    )  # fmt: skip
+    bench.add_argument(
         "--img-size", type=at_least_one, metavar="PIXELS",
         help="side of the images (default: what the model was made for)",
     )  # fmt: skip
@@ -609,6 +613,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
             dtypes=arguments.dtype,
             device=arguments.device,
             mode=arguments.mode,
+            train=arguments.train,
             image_size=arguments.img_size,
             seconds=arguments.seconds,
             peers=tuple(arguments.peer),

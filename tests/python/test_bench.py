@@ -163,6 +163,28 @@ def test_every_combination_is_measured(tmp_path: Path) -> None:
     assert all(row.image_size == (32, 32) for row in rows)
 
 
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    gradients = _contenders._gradients
+
+    def watched(model: Any, x: Any) -> Any:
+        found = gradients(model, x)
+        seen.append((model.training, [each is not None for each in found]))
+        return found
+
+    monkeypatch.setattr(_contenders, "_gradients", watched)
+    file = tmp_path / "figures.json"
+    assert cli.main(["bench", *SMALL, "--r", "2", "--train", "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert content["settings"]["train"] is True
+    (row,) = content["rows"]
+    assert list(row["contenders"]) == ["unpatched", "ceiling", "tome_ext"]
+    assert len(seen) >= 3 * row["rounds"]
+    assert all(training and all(has) for training, has in seen)
+    ours, plain = (row["contenders"][name] for name in ("tome_ext", "unpatched"))
+    assert 0 < ours["extra_memory"] < plain["extra_memory"]  # fewer activations are kept
+
+
 def test_tables_for_documents_and_for_programs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +257,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "resnet" in fails(capsys, "bench", "--model", "test_vit,resnet10t").lower()
     assert "graphs are CUDA graphs" in fails(capsys, "bench", *SMALL, "--mode", "graphs")
     engine = ("bench", *SMALL, "--mode", "onnxruntime")
+    assert "expected --mode eager or compile, got onnxruntime" in fails(capsys, *engine, "--train")
     assert "expected --dtype float32, got float16" in fails(capsys, *engine, "--dtype", "float16")
     assert "expected --device cpu, got meta" in fails(capsys, *engine, "--device", "meta")
     assert "expected no --peer" in fails(capsys, *engine, "--peer", "math:sqrt")

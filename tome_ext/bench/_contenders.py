@@ -353,15 +353,25 @@ def _leaves(found: list[int]) -> Callable[[Any, Any, Any], None]:
     return lambda _, inputs, out: found.append((out[0] if isinstance(out, tuple) else out).shape[1])
 
 
-def runner(model: Any, x: Tensor, mode: str) -> Callable[[], object]:
-    """A function that runs the model on the images ``x`` in a mode, as Options names them."""
+def runner(model: Any, x: Tensor, mode: str, train: bool = False) -> Callable[[], object]:
+    """A function that runs the model on the images ``x`` in a mode, as Options names them.
+
+    To ``train``, it returns the gradients of all weights that the answer depends on.
+    """
     if mode in ENGINES:
         return engine_runner(mode, model, x)
     if mode == "compile":
         model = torch.compile(model, fullgraph=True, dynamic=False)
     if mode == "graphs":
         return _capture(model, x)
+    if train:
+        return lambda: _gradients(model, x)
     return lambda: model(x)
+
+
+def _gradients(model: Any, x: Tensor) -> object:
+    loss = model(x).float().square().mean()
+    return torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
 
 
 def _capture(model: Any, x: Tensor) -> Callable[[], object]:

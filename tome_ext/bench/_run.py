@@ -62,6 +62,8 @@ class Options:
         mode: "eager"; "compile", ``torch.compile(model, fullgraph=True)``; "graphs", one CUDA
             graph of the whole forward; or an engine, "onnxruntime" or "openvino", in which
             everyone runs.
+        train: time a forward in training mode and the gradients of all weights, of a loss of all
+            outputs, without an optimizer; "eager" and "compile" can. Operations are the forward's.
         image_size: pixels a side; None means what each model was made for.
         seconds: how long to time each combination, all contenders together; at least five rounds.
         peers: further implementations, ``[NAME=]MODULE:FUNCTION`` each; they take r.
@@ -77,6 +79,7 @@ class Options:
     dtypes: tuple[str, ...] = ("float32",)
     device: str = "cpu"
     mode: str = "eager"
+    train: bool = False
     image_size: int | None = None
     seconds: float = 10.0
     peers: tuple[str, ...] = ()
@@ -102,12 +105,13 @@ def run(options: Options) -> list[Row]:
     settings = {
         "device": str(device),
         "mode": options.mode,
+        "train": options.train,
         "seconds": options.seconds,
         "weights": "random",
         "peers": list(options.peers),
     }
     print(f"running on  {_rows.hardware(machine)}")
-    print(f"mode        {options.mode}")
+    print(f"mode        {options.mode}{', forward and backward' if options.train else ''}")
     print("weights     random; speed does not depend on them", flush=True)
 
     rows: list[Row] = []
@@ -137,7 +141,14 @@ def run(options: Options) -> list[Row]:
 
                 x = model.images(batch_size)
                 figures, left_out, rounds = measure(
-                    model.module, x, reduction, options.mode, options.seconds, peers, show
+                    model.module,
+                    x,
+                    reduction,
+                    options.mode,
+                    options.seconds,
+                    peers,
+                    show,
+                    options.train,
                 )
                 amount = reduction.method, reduction.r, reduction.keep_rate
                 size = model.shape[-2], model.shape[-1]
@@ -168,7 +179,8 @@ def write(
             part.write_text(_rows.csv_text(rows), encoding="utf-8")
     if options.markdown is not None:
         with replacing(options.markdown) as part:
-            part.write_text(_rows.markdown(rows, machine, options.mode), encoding="utf-8")
+            mode = options.mode + (", forward and backward" if options.train else "")
+            part.write_text(_rows.markdown(rows, machine, mode), encoding="utf-8")
 
 
 def check(options: Options, device: torch.device) -> None:
@@ -177,6 +189,8 @@ def check(options: Options, device: torch.device) -> None:
         check_engine(options.mode, device, options.dtypes)
         if options.peers:
             raise CommandError(f"--mode {options.mode}: expected no --peer, got {options.peers[0]}")
+    if options.train and options.mode not in ("eager", "compile"):
+        raise CommandError(f"--train: expected --mode eager or compile, got {options.mode}")
     if options.mode == "graphs" and device.type != "cuda":
         raise CommandError(f"graphs are CUDA graphs: expected --device cuda, got {device}")
     for path in (options.json, options.csv, options.markdown, options.chart):
@@ -203,7 +217,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@torch.inference_mode()
 def measure(
     model: Any,
     x: Tensor,
@@ -212,8 +225,9 @@ def measure(
     seconds: float,
     peers: list[Peer],
     on_progress: Callable[[float], object] | None = None,
+    train: bool = False,
 ) -> tuple[dict[str, _rows.Figures], dict[str, str], int]:
-    """Time all contenders on the images ``x``.
+    """Time all contenders on the images ``x``, forward or, to ``train``, backward too.
 
     Returns:
         The figures by contender; by name why a peer was left out; the number of rounds.
@@ -228,6 +242,7 @@ def measure(
     costs: dict[str, Cost] = {}
     left_out: dict[str, str] = {}
     places = counted_in(model)
+    model = share_weights(model).train(train).requires_grad_(train)
 
     seen = mode in ("eager", "graphs")  # what lives between operators
 
@@ -239,32 +254,33 @@ def measure(
                 f"got {tokens} in {name}"
             )
         flops = count_flops(lambda: contender(x)) // len(x)
-        run = runner(contender, x, mode) if made is None else made
+        run = runner(contender, x, mode, train) if made is None else made
         run()  # what fails, fails here; and it compiles
-        measured = (lambda: contender(x)) if seen else run
+        measured = runner(contender, x, "eager", train) if seen else run
         memory = extra_memory(measured, x.device, compiled=not seen)
         runs[name], costs[name] = run, Cost(tokens, flops, memory)
 
     try:
-        enter(UNPATCHED, share_weights(model))
-        enter(CEILING, ceiling(model, reduction, x))
-        ours = reduction.patch(share_weights(model))
-        enter(OURS, ours)
-        if mode in ENGINES:
-            enter(STANDARD, ours, engine_runner(mode, ours, x, "standard"))
-        for peer in peers:
-            if reduction.keep_rate is not None:
-                left_out[peer.name] = "it takes r, not a keep rate"
-                continue
-            try:
-                enter(peer.name, peer.patch(share_weights(model), reduction.r))
-            except Exception as error:  # a peer that does not know this model may raise anything
-                left_out[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())
-        for _ in range(MOST_TRIES):
-            times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
-            figures = _rows.summarize(times, costs, len(x))
-            if not any(each.unsteady for each in figures.values()):
-                break
+        with torch.enable_grad() if train else torch.inference_mode():
+            enter(UNPATCHED, share_weights(model))
+            enter(CEILING, ceiling(model, reduction, x))
+            ours = reduction.patch(share_weights(model), inference=not train)
+            enter(OURS, ours)
+            if mode in ENGINES:
+                enter(STANDARD, ours, engine_runner(mode, ours, x, "standard"))
+            for peer in peers:
+                if reduction.keep_rate is not None:
+                    left_out[peer.name] = "it takes r, not a keep rate"
+                    continue
+                try:
+                    enter(peer.name, peer.patch(share_weights(model), reduction.r))
+                except Exception as error:  # one that does not know this model may raise any
+                    left_out[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())
+            for _ in range(MOST_TRIES):
+                times = interleave(runs, seconds, x.device, WARM_UP, FEWEST_ROUNDS, on_progress)
+                figures = _rows.summarize(times, costs, len(x))
+                if not any(each.unsteady for each in figures.values()):
+                    break
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
