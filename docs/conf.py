@@ -87,6 +87,7 @@ docs/methods
 docs/running/README
 docs/tuning
 docs/evaluation
+docs/embedding
 docs/cpp
 docs/migration
 ```

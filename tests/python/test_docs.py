@@ -213,6 +213,8 @@ def check_pip(words: list[str], page: str) -> None:
         requirement = re.fullmatch(r"(\.|[a-z_]+)(?:\[(\w+)\])?(>=\d+)?", word)
         if requirement is None:
             assert word in ("--no-build-isolation", "--no-deps"), word
+        elif f'"{word}"' in known:  # another package's extra
+            continue
         elif requirement[2] is not None:
             assert re.search(rf"^{requirement[2]} = \[", known, re.MULTILINE), word
         else:
@@ -248,12 +250,18 @@ def check_script(words: list[str], page: str) -> None:
         assert not word.startswith("-") or f'"{word}"' in source, f"{script}: {word}"
 
 
+def check_export(words: list[str], page: str) -> None:
+    source = read("bench/cpu_ways.py")  # which measures what these give
+    assert all(f'"{word.split("=")[0]}"' in source for word in words)
+
+
 CHECKS: dict[str, tuple[Callable[[list[str], str], None], str]] = {
     "tome-ext": (check_tome_ext, "downloads weights, needs pictures: by its own parser"),
     "torchrun": (check_torchrun, "the same, by the parsers of both"),
     "pip": (check_pip, "takes minutes and the network: extras and packages are known"),
     "apt-get": (check_apt, "changes the machine: packages are those of .ci/run"),
     "cmake": (check_cmake, "takes minutes; .ci/run core builds it: options are known"),
+    "export": (check_export, "changes the shell: variables are known"),
     "python": (check_script, "takes minutes or a GPU: the script has these options"),
     "bench/gpu.sh": (check_script, "needs a GPU; .ci/run gpu-kit runs it dry: as above"),
 }
