@@ -6,6 +6,7 @@ or logits. Libraries are imported when a model of theirs is asked for.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Callable
@@ -185,6 +186,21 @@ def logits(
             "give weights of your own with --checkpoint FILE"
         ) from None
     return _named(spec, model)
+
+
+def smaller(
+    model: Model, spec: str, classes: list[str], checkpoint: Path | None, img_size: int
+) -> Any:
+    """A classifier as :func:`logits` made it, for pictures of another size: its module.
+
+    Raises:
+        CommandError: its position embeddings can't be resized.
+    """
+    if not hasattr(model.module, "set_input_size"):
+        return logits(spec, classes, checkpoint, img_size).module
+    module = copy.deepcopy(model.module)
+    module.set_input_size(img_size=img_size)
+    return module
 
 
 def _random(make: Callable[..., Model], *arguments: Any) -> Model:

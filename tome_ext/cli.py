@@ -157,6 +157,11 @@ def add_eval(commands: Any) -> None:
         help="leave out pictures that can't be read, and name them (default: an error)",
     )  # fmt: skip
     evaluate.add_argument(
+        "--smaller-pictures", action="store_true",
+        help="for every r and keep rate also the model without a patch, on pictures so "
+        "much smaller that it costs as much",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--json", type=Path, metavar="FILE", help="write every figure here, as they come"
     )
     evaluate.add_argument(
@@ -545,6 +550,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         img_size=arguments.img_size,
         limit=arguments.limit,
         skip_unreadable=arguments.skip_unreadable,
+        smaller_pictures=arguments.smaller_pictures,
         json_file=arguments.json,
         resume=arguments.resume,
     )

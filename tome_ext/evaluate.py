@@ -9,6 +9,8 @@ Works in one process, or in many under ``torchrun``.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import math
 import os
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from . import _models
@@ -37,6 +40,7 @@ from ._files import (
     write_json,
 )
 from ._world import World
+from .bench._cost import count_flops
 from .patch.common.methods import MethodName
 from .utils import info, synchronize
 
@@ -55,6 +59,19 @@ BETWEEN_WRITES = 10.0  # about how many seconds of pictures a process that is ki
 
 
 @dataclass(frozen=True)
+class SmallerPicture:
+    """The model without a patch, on pictures of so many pixels a side."""
+
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.side} px"
+
+
+Setting = Reduction | SmallerPicture | None  # None is the model without a patch
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table, over the pictures of all processes."""
 
@@ -69,6 +86,7 @@ class Row:
     lost_error: float  # standard error of that: each picture is compared with itself
     images_per_second: float  # of all processes together, in the model: without loading
     paper: float | None  # top-1 in per cent, where the paper has this model and r
+    side: int | None = None  # of smaller pictures, in pixels
 
     @property
     def reduction(self) -> Reduction:
@@ -79,6 +97,8 @@ class Row:
     @property
     def name(self) -> str:
         """What the line begins with."""
+        if self.side is not None:
+            return str(SmallerPicture(self.side))
         return "unpatched" if self.method is None else self.reduction.row_name
 
 
@@ -95,6 +115,7 @@ def run(
     img_size: int | None = None,
     limit: int | None = None,
     skip_unreadable: bool = False,
+    smaller_pictures: bool = False,
     json_file: Path | None = None,
     resume: bool = False,
 ) -> list[Row]:
@@ -120,6 +141,8 @@ def run(
         img_size: side of the input in pixels; the model's own by default.
         limit: only so many pictures, spread evenly over the folder.
         skip_unreadable: leave pictures out that can't be read, and name them, in place of an error.
+        smaller_pictures: also, for every r and keep rate, the model without a patch on pictures of
+            the size at which its operations are nearest.
         json_file: where to write the rows and what they were measured with, every few seconds.
         resume: go on from ``json_file``, if it is there.
 
@@ -130,7 +153,7 @@ def run(
     """
     with World.join() as world:
 
-        def prepare() -> tuple[torch.device, Share, _models.Model]:
+        def prepare() -> tuple[torch.device, Share, _models.Model, dict[Setting, Any]]:
             if resume and json_file is None:
                 raise CommandError("--resume goes on from a file of results: expected --json FILE")
             if json_file is not None and world.rank == 0:
@@ -142,13 +165,14 @@ def run(
                 print(f"loading {model_name} ...", file=sys.stderr, flush=True)
             loaded = load_model(model_name, share, checkpoint, img_size)
             check_patch(loaded.module, reductions)
-            loaded.module.to(device, dtype)
-            return device, share, loaded
+            model = loaded.module.to(device, dtype)
+            models = dict.fromkeys([None, *(each for each in reductions if each.reduces)], model)
+            if smaller_pictures:
+                models |= as_costly(loaded, models, model_name, share.classes, checkpoint)
+            return device, share, loaded, models
 
-        device, share, loaded = world.agree(prepare, lambda prepared: prepared[1].digest)
-        model, name, config = loaded.module, loaded.name, loaded.data
-        reducing = [each for each in reductions if each.reduces]
-        settings = (None, *dict.fromkeys(reducing))
+        device, share, loaded, models = world.agree(prepare, lambda prepared: prepared[1].digest)
+        name, config, settings = loaded.name, loaded.data, tuple(models)
         run_of = {  # what results must have in common to be added up
             "model": name,
             "weights": "pretrained" if checkpoint is None else str(checkpoint),
@@ -193,7 +217,7 @@ def run(
         batches = loader(share, config, batch_size, device, dtype, workers)
         counter = Counter(world, device, share, batch_size, settings, begin)
         try:
-            counter.count(model, batches, write)
+            counter.count(models, batches, write)
         except KeyboardInterrupt:
             seen = counter.seen()
             if world.rank == 0:
@@ -211,6 +235,45 @@ def run(
     return rows_of(settings, tally, paper)
 
 
+def as_costly(
+    loaded: _models.Model,
+    settings: Iterable[Setting],
+    spec: str,
+    classes: list[str],
+    checkpoint: Path | None,
+) -> dict[Setting, Any]:
+    """For every r and keep rate the size of picture that costs the model as much, and the model."""
+    _, height, width = loaded.shape
+    if height != width:
+        raise CommandError(
+            f"--smaller-pictures: expected a model of square pictures, got {height} x {width}"
+        )
+    weight = next(loaded.module.parameters())
+    known = {height: loaded.module}
+
+    @torch.inference_mode()
+    def operations(side: int, reduction: Reduction | None = None) -> int:
+        if side not in known:
+            known[side] = _models.smaller(loaded, spec, classes, checkpoint, side).to(weight)
+        x = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+        with patched(known[side], reduction):
+            return count_flops(lambda: known[side](x))
+
+    cost = functools.cache(operations)
+    sides = range(loaded.patch[0], height + 1, loaded.patch[0])
+    found: dict[Setting, Any] = {}
+    for setting in settings:
+        if isinstance(setting, Reduction) and setting.threshold is None:
+            goal = operations(height, setting)
+            # The first that costs as much, or the one before it.
+            place = bisect.bisect_left(sides, goal, key=cost)
+            near = sides[max(0, place - 1) : place + 1]
+            side = min(near, key=lambda side: abs(cost(side) - goal))
+            if side < height:
+                found[SmallerPicture(side)] = known[side]
+    return found
+
+
 def digest_of(file: Path | None) -> str | None:
     """The SHA-256 of a file; None of none."""
     if file is None:
@@ -222,18 +285,19 @@ def digest_of(file: Path | None) -> str | None:
     return digest.hexdigest()
 
 
-def rows_of(
-    settings: tuple[Reduction | None, ...], tally: Tally, paper: dict[int, float]
-) -> list[Row]:
+def rows_of(settings: tuple[Setting, ...], tally: Tally, paper: dict[int, float]) -> list[Row]:
     """The lines of the table; ``tally`` has at least one picture."""
     rows = []
     for setting, (n, top1, top5, lost, won), time_taken in zip(
         settings, tally.counts.tolist(), tally.seconds.tolist(), strict=True
     ):
-        shown = setting or Reduction()
+        reduction = setting if isinstance(setting, Reduction) else None
+        side = setting.side if isinstance(setting, SmallerPicture) else None
+        shown = reduction or Reduction()
+        published = paper.get(shown.r) if side is None and shown == Reduction(r=shown.r) else None
         rows.append(
             Row(
-                method=None if setting is None else setting.method,
+                method=None if reduction is None else reduction.method,
                 r=shown.r,
                 keep_rate=shown.keep_rate,
                 threshold=shown.threshold,
@@ -244,7 +308,8 @@ def rows_of(
                 # Of a sum of n differences, each -1, 0 or 1.
                 lost_error=100 * math.sqrt(lost + won - (lost - won) ** 2 / n) / n,
                 images_per_second=n / time_taken,
-                paper=paper.get(shown.r) if shown == Reduction(r=shown.r) else None,
+                paper=published,
+                side=side,
             )
         )
     return rows
@@ -468,7 +533,7 @@ class Counter:
         device: torch.device,
         share: Share,
         batch_size: int,
-        settings: tuple[Reduction | None, ...],
+        settings: tuple[Setting, ...],
         begin: Tally,
     ) -> None:
         self.world, self.device, self.share = world, device, share
@@ -484,7 +549,7 @@ class Counter:
 
     def count(
         self,
-        model: Any,
+        models: dict[Setting, Any],
         batches: Iterable[tuple[Tensor, Tensor]],
         write: Callable[[Tally], None],
     ) -> None:
@@ -520,7 +585,7 @@ class Counter:
                     self.own = self.own.plus(Tally(done, *_zeros(self.own)))
                 else:
                     shuffle(order)
-                    self.own = self.own.plus(self._batch(model, *batch, order, done, turn == 1))
+                    self.own = self.own.plus(self._batch(models, *batch, order, done, turn == 1))
                 if turn == 1:
                     taken = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
                     self.world.reduce(torch.zeros(1, dtype=torch.int64), taken, self.device)
@@ -537,7 +602,13 @@ class Counter:
         self.agreed = self.begin.plus(Tally(self.own.done, counts, seconds, unreadable))
 
     def _batch(
-        self, model: Any, x: Tensor, target: Tensor, order: list[int], done: int, warm_up: bool
+        self,
+        models: dict[Setting, Any],
+        x: Tensor,
+        target: Tensor,
+        order: list[int],
+        done: int,
+        warm_up: bool,
     ) -> Tally:
         counts, seconds = _zeros(self.own)
         unreadable = [self.share.samples[-1 - i][0] for i in target.tolist() if i < 0]
@@ -548,9 +619,9 @@ class Counter:
         right = torch.zeros(len(self.settings), 2, len(x), dtype=torch.int64)
         answers: dict[int, Tensor] = {}
         for i in order:
-            if warm_up:
-                timed(model, x, self.settings[i])
-            answers[i], seconds[i] = timed(model, x, self.settings[i])
+            setting = self.settings[i]
+            for _ in range(2 if warm_up else 1):
+                answers[i], seconds[i] = timed(models[setting], x, setting)
         for i, setting in enumerate(self.settings):
             if not answers[i].isfinite().all():
                 raise CommandError(
@@ -571,9 +642,12 @@ def _zeros(like: Tally) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def timed(model: Any, x: Tensor, reduction: Reduction | None) -> tuple[Tensor, float]:
-    """The logits (B, classes), and the seconds it took; None is the model without a patch."""
-    with patched(model, reduction):
+def timed(model: Any, x: Tensor, setting: Setting) -> tuple[Tensor, float]:
+    """The logits (B, classes), and the seconds it took, without making pictures smaller."""
+    if isinstance(setting, SmallerPicture):
+        size = setting.side, setting.side
+        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).to(x.dtype)
+    with patched(model, setting if isinstance(setting, Reduction) else None):
         synchronize(x.device)
         start = time.perf_counter()
         logits = model(x)
@@ -613,7 +687,7 @@ def table(rows: list[Row]) -> str:
         f"  {'lost':>12}  {'images/s':>8}  {'speed-up':>8}" + ("  paper" if with_paper else "")
     ]
     for row in rows:
-        lost = "-" if row.method is None else f"{row.lost:.2f} ±{row.lost_error:.2f}"
+        lost = "-" if row is rows[0] else f"{row.lost:.2f} ±{row.lost_error:.2f}"
         line = (
             f"{row.name:>{width}}  {row.images:>7}  {row.top1:>6.2f}  {row.top5:>6.2f}"
             f"  {lost:>12}  {row.images_per_second:>8.1f}"

@@ -25,6 +25,7 @@ import tome_ext
 from tome_ext import cli, evaluate
 from tome_ext._command import CommandError, Reduction
 from tome_ext._world import World
+from tome_ext.bench._cost import count_flops
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16
 DOC = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -79,6 +80,43 @@ def expected(work: Path) -> dict[int, tuple[int, int]]:
                 top5 += target in order[:5]
         answers[r] = top1, top5
     return answers
+
+
+def test_smaller_pictures_that_cost_as_much(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    options = ["--r", "0,2,12,20", "--smaller-pictures", "--json", file]
+    assert cli.main(arguments(work, *options)) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(file.read_text())["results"]
+
+    def operations(side: int, r: int = 0) -> int:
+        model = tome_ext.patch.timm(timm.create_model(SMALL, img_size=side).eval(), r=r)
+        return count_flops(lambda: model(torch.zeros(1, 3, side, side)))
+
+    nearest = []
+    for r in (2, 12, 20):
+        off = {side: abs(operations(side) - operations(160, r)) for side in range(32, 161, 16)}
+        nearest.append(min(off, key=lambda side: off[side]))
+    assert nearest == [160, 128, 112]  # the first is the unpatched model's row
+    assert [row["side"] for row in rows] == [None, None, None, None, 128, 112]
+    assert [row["r"] for row in rows] == [0, 2, 12, 20, 0, 0]
+
+    model = timm.create_model(SMALL, num_classes=len(CLASSES)).eval()
+    model.load_state_dict(torch.load(work / "tuned.pth"))
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    model.set_input_size(img_size=112)
+    right = 0
+    for target, name in enumerate(CLASSES):
+        for path in (work / "flowers" / name).iterdir():
+            with Image.open(path) as img, torch.no_grad():
+                x = transform(img.convert("RGB"))[None]
+            small = torch.nn.functional.interpolate(x, (112, 112), mode="bicubic", antialias=True)
+            right += int(model(small).argmax()) == target
+    assert rows[5]["top1"] == pytest.approx(100 * right / 15)
+    assert re.search(r"^ +112 px +15 ", out, re.MULTILINE)
 
 
 def rows_of(out: str) -> dict[int, list[str]]:
