@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ __all__ = [
     "out_of_memory",
     "patched",
     "prefer_cache_without_network",
+    "say",
 ]
 
 HUB_WAIT = 5.0  # seconds the hub gets to answer before a command goes on without it
@@ -107,6 +109,11 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise CommandError(f"can't use the device {name!r}: {reason}") from None
     return device
+
+
+def say(text: str) -> None:
+    """A line about what is being done, on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def one_line(error: Exception) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 
 from . import _models
-from ._command import CommandError, check_patch, find_device
+from ._command import CommandError, check_patch, find_device, say
 from ._files import check_writable
 from ._world import World
 from .evaluate import Share, loader, told_in_a_line
@@ -99,11 +98,6 @@ def run(
     print(f"\nTo use {output}:\n\n    import tome_ext")
     print(f'    tome_ext.patch.auto(model, setting="{output}")')
     return setting
-
-
-def say(text: str) -> None:
-    """A line about what is being done, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def table(setting: Setting) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _digits, _models
-from ._command import CommandError, Reduction, check_patch, find_device, patched
+from ._command import CommandError, Reduction, check_patch, find_device, patched, say
 from ._files import UnreadableError, check_writable, open_picture
 from .plan import MergePlan
 from .utils import synchronize
@@ -136,7 +135,7 @@ def check_output(path: Path) -> None:
 def load_model(name: str) -> _models.Model:
     """A model that returns pooled features, pretrained if its weights can be had."""
     _models.split(name)  # a wrong name is told before anything is loaded
-    print(f"loading {name} ...", file=sys.stderr, flush=True)
+    say(f"loading {name} ...")
     return _models.features(name, pretrained=True)
 
 

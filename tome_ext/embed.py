@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from . import _models, patch
-from ._command import CommandError, Reduction, find_device, one_line
+from ._command import CommandError, Reduction, find_device, one_line, say
 from ._files import (
     UnreadableError,
     check_writable,
@@ -444,8 +444,3 @@ def tell(summary: Summary, out: Path) -> None:
         print(
             f"{len(summary.unreadable)} could not be read and have no row; the metadata name them"
         )
-
-
-def say(text: str) -> None:
-    """A line about what is being done, on stderr."""
-    print(text, file=sys.stderr, flush=True)

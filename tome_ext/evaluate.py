@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from . import _models
-from ._command import CommandError, Reduction, check_patch, find_device, patched
+from ._command import CommandError, Reduction, check_patch, find_device, patched, say
 from ._files import (
     UnreadableError,
     check_writable,
@@ -162,7 +162,7 @@ def run(
             share = Share.of(folder, world, limit)
             share.skip_unreadable = skip_unreadable
             if world.rank == 0:
-                print(f"loading {model_name} ...", file=sys.stderr, flush=True)
+                say(f"loading {model_name} ...")
             loaded = load_model(model_name, share, checkpoint, img_size)
             check_patch(loaded.module, reductions)
             model = loaded.module.to(device, dtype)
@@ -222,8 +222,7 @@ def run(
             seen = counter.seen()
             if world.rank == 0:
                 again = "; the same command with --resume goes on" if json_file else ""
-                print(f"\nstopped after {seen.done} of {share.total} pictures{again}",
-                      file=sys.stderr)  # fmt: skip
+                say(f"\nstopped after {seen.done} of {share.total} pictures{again}")
             if seen.done > len(seen.unreadable):
                 write(seen)
                 show(seen)
