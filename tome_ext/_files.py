@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     place = path.resolve()  # where a link leads, or the link would be replaced
     direct = place.exists() and not place.is_file()
     part = place if direct else place.with_name(place.name + ".part")
+    _check_not_output(path)
     try:
         yield part
         if not direct:
@@ -78,12 +80,24 @@ def check_writable(path: Path) -> None:
     place = path.resolve()
     if place.exists() and not place.is_file():
         return
+    _check_not_output(path)
     part = place.with_name(place.name + ".part")
     try:
         part.touch()
         part.unlink()
     except OSError as error:
         raise CommandError(f"can't write {path}: {error.strerror or error}") from None
+
+
+def _check_not_output(path: Path) -> None:
+    """Refuse the file that a shell sends the command's own output to."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            same = path.is_file() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+        except (OSError, ValueError, AttributeError):  # none, or of no file
+            continue
+        if same:
+            raise CommandError(f"can't write {path}: the output of this command goes there")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -102,6 +116,9 @@ def read_progress(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CommandError: it can't be read, or is of another run; says what differs.
     """
+    # A pipe would be waited for, a device read without end.
+    if path.exists() and not path.is_file():
+        raise CommandError(f"can't resume from {path}: it is not a regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -113,8 +130,8 @@ def read_progress(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     for name, value in json.loads(json.dumps(expected)).items():
         if content.get(name) != value:
             raise CommandError(
-                f"can't resume from {path}: it is of another run; expected {name} = {value!r}, "
-                f"got {content.get(name)!r}"
+                f"can't resume from {path}: it was begun with {name} = {content.get(name)!r}, and "
+                f"this command has {value!r}; give the same options, or remove it"
             )
     return content
 
@@ -175,7 +192,7 @@ def open_picture(path: str | Path, upright: bool = False) -> Image.Image:
 
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
-            reason = "it is no file" if os.path.exists(path) else "there is no such file"
+            reason = "it is not a regular file" if os.path.exists(path) else "there is no such file"
             raise UnreadableError(f"can't read the picture {path}: {reason}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the one limit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -217,7 +218,20 @@ def _random(make: Callable[..., Model], *arguments: Any) -> Model:
 
 
 def _named(spec: str, model: Model) -> Model:
+    for side, pixels in zip(model.shape[-2:], model.patch, strict=True):
+        if side % pixels:
+            raise CommandError(f"--img-size: {spec} needs a multiple of {pixels}, got {side}")
     return model if model.name else replace(model, name=spec)
+
+
+def digest_of(module: nn.Module) -> str:
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _load_state(module: nn.Module, checkpoint: Path) -> None:

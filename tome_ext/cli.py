@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import math
 import sys
@@ -48,6 +49,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 for a mistake, told in a line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -121,7 +125,11 @@ def add_demo(commands: Any) -> None:
     )
     add_reductions(demo)
     demo.add_argument(
-        "--batch-size", type=at_least_one, default=8, metavar="B", help=f"images a run {DEFAULT}"
+        "--batch-size",
+        type=at_least_one,
+        default=8,
+        metavar="B",
+        help=f"images in a forward pass {DEFAULT}",
     )
     demo.add_argument(
         "--output", type=Path, default="tome_demo.png", metavar="FILE",
@@ -269,7 +277,7 @@ def add_running(command: Any, batch_size: int, checkpoint: bool = True) -> None:
         )  # fmt: skip
     command.add_argument(
         "--batch-size", type=at_least_one, default=batch_size, metavar="B",
-        help=f"images a run {DEFAULT}",
+        help=f"images in a forward pass {DEFAULT}",
     )  # fmt: skip
     command.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
     command.add_argument(
@@ -303,7 +311,7 @@ def add_bench(commands: Any) -> None:
     add_reductions(bench)
     bench.add_argument(
         "--batch-size", type=batch_sizes, default="8", metavar="B,B,...",
-        help=f"images a run {DEFAULT}",
+        help=f"images in a forward pass {DEFAULT}",
     )  # fmt: skip
     bench.add_argument(
         "--dtype", type=dtypes, default="float32", metavar="DTYPE,...",
@@ -333,7 +341,9 @@ def add_bench(commands: Any) -> None:
         "and returns the patched model; MODULE may be a .py file; may be given several times",
     )  # fmt: skip
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
-    bench.add_argument("--csv", type=Path, metavar="FILE", help="the same as a table of text")
+    bench.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write a line of figures for every contender here"
+    )
     bench.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the printed tables here as Markdown"
     )
@@ -513,7 +523,8 @@ def check_installed(command: str, packages: tuple[str, ...], extra: str | None =
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"the {command} needs {', '.join(missing)}: pip install 'tome_ext[{extra or command}]'"
+            f"tome-ext {command} needs {', '.join(missing)}: "
+            f"pip install 'tome_ext[{extra or command}]'"
         )
 
 

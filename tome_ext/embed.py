@@ -10,7 +10,7 @@ processes. In the end the parts become one file, the same as if it had not been 
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import os
 import shutil
@@ -46,6 +46,7 @@ __all__ = ["Summary", "run"]
 PART = 16  # batches
 ROWS = 16384  # of a row group of the file, at least
 PLAN = "plan.json"
+PARQUET = b"PAR1"  # with which such a file begins and ends
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def run(
             plan = {
                 "tome_ext": __version__,
                 "model": loaded.name,
-                "weights": digest_of(loaded.module),
                 **json.loads(json.dumps(loaded.data)),  # as they are read again: lists, not tuples
+                "weights": _models.digest_of(loaded.module),
                 "reduction": patch_model(loaded.module, reduction),
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
@@ -232,16 +233,6 @@ def load_model(name: str, img_size: int | None) -> _models.Model:
     return model
 
 
-def digest_of(module: nn.Module) -> str:
-    """A hash of all weights."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def patch_model(model: nn.Module, reduction: Reduction | Path) -> str:
     """Patch a model for good; returns how, in words."""
     try:
@@ -270,10 +261,22 @@ def folder_of_parts(out: Path) -> Path:
     return parts
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a file is there to its end, which a machine that lost power may not have written."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        content.seek(0, os.SEEK_END)
+        if content.tell() < len(PARQUET):
+            return False
+        content.seek(-len(PARQUET), os.SEEK_END)
+        return content.read() == PARQUET
+
+
 def left_of(parts: Path, plan: dict[str, Any]) -> list[int]:
     """The parts that are not done, if those that are done are of the same plan."""
     count = -(-plan["pictures"] // (PART * plan["batch_size"]))
-    left = [part for part in range(count) if not file_of(parts, part).exists()]
+    left = [part for part in range(count) if not is_whole(file_of(parts, part))]
     file = parts / PLAN
     if len(left) == count or not file.exists():
         return list(range(count))
@@ -383,8 +386,9 @@ def write_part(job: Job, part: int, features: Tensor, readable: list[bool]) -> N
     numbers = features[torch.tensor(readable)].flatten().numpy()
     rows = pa.FixedSizeListArray.from_arrays(pa.array(numbers), width)
     schema = schema_of(width, {"unreadable": json.dumps(lost)})
-    with replacing(job.file(part)) as unfinished:
-        parquet.write_table(pa.table([kept, rows], schema), unfinished, use_dictionary=False)
+    # Opened here: pyarrow takes no name that is not UTF-8.
+    with replacing(job.file(part)) as unfinished, unfinished.open("wb") as sink:
+        parquet.write_table(pa.table([kept, rows], schema), sink, use_dictionary=False)
 
 
 def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
@@ -398,17 +402,20 @@ def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
             f"{missing} of {job.count} parts are not in {job.parts}; expected all processes to "
             "write to the same folder"
         )
-    schemas = [parquet.read_schema(file) for file in files]
+    schemas = [parquet.read_schema(io.BytesIO(file.read_bytes())) for file in files]
     unreadable = [name for each in schemas for name in json.loads(each.metadata[b"unreadable"])]
     width = schemas[0].field("feature").type.list_size
     schema = schema_of(width, {"tome_ext": json.dumps({**job.plan, "unreadable": unreadable})})
     rows, waiting = 0, []
     with (
         replacing(out) as unfinished,
-        parquet.ParquetWriter(unfinished, schema, use_dictionary=False) as writer,
+        unfinished.open("wb") as sink,
+        parquet.ParquetWriter(sink, schema, use_dictionary=False) as writer,
     ):
         for file in files:
-            waiting.append(parquet.ParquetFile(file).read().replace_schema_metadata())
+            waiting.append(
+                parquet.ParquetFile(io.BytesIO(file.read_bytes())).read().replace_schema_metadata()
+            )
             if file is files[-1] or sum(map(len, waiting)) >= ROWS:
                 table = concat_tables(waiting).combine_chunks()
                 writer.write_table(table.cast(schema), row_group_size=len(table) or None)

@@ -60,12 +60,18 @@ BETWEEN_WRITES = 10.0  # about how many seconds of pictures a process that is ki
 
 @dataclass(frozen=True)
 class SmallerPicture:
-    """The model without a patch, on pictures of so many pixels a side."""
+    """The model without a patch, on pictures of so many pixels a side.
+
+    Attributes:
+        side: pixels.
+        like: names of the rows that cost as much, as nearly as whole patches allow.
+    """
 
     side: int
+    like: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.side} px"
+        return f"{self.side} px, as {', '.join(self.like)}"
 
 
 Setting = Reduction | SmallerPicture | None  # None is the model without a patch
@@ -86,7 +92,7 @@ class Row:
     lost_error: float  # standard error of that: each picture is compared with itself
     images_per_second: float  # of all processes together, in the model: without loading
     paper: float | None  # top-1 in per cent, where the paper has this model and r
-    side: int | None = None  # of smaller pictures, in pixels
+    smaller: SmallerPicture | None = None
 
     @property
     def reduction(self) -> Reduction:
@@ -97,8 +103,8 @@ class Row:
     @property
     def name(self) -> str:
         """What the line begins with."""
-        if self.side is not None:
-            return str(SmallerPicture(self.side))
+        if self.smaller is not None:
+            return str(self.smaller)
         return "unpatched" if self.method is None else self.reduction.row_name
 
 
@@ -176,7 +182,6 @@ def run(
         run_of = {  # what results must have in common to be added up
             "model": name,
             "weights": "pretrained" if checkpoint is None else str(checkpoint),
-            "weights_sha256": None if json_file is None else digest_of(checkpoint),
             "folder": str(share.root),
             "classes": len(share.classes),
             "pictures": share.total,
@@ -187,6 +192,7 @@ def run(
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
             "skip_unreadable": skip_unreadable,
+            "weights_sha256": None if json_file is None else _models.digest_of(loaded.module),
         }
         report = {**run_of, "processes": world.size, "threads": torch.get_num_threads()}
         begin = Tally.none(len(settings))
@@ -260,7 +266,7 @@ def as_costly(
 
     cost = functools.cache(operations)
     sides = range(loaded.patch[0], height + 1, loaded.patch[0])
-    found: dict[Setting, Any] = {}
+    like: dict[int, list[str]] = {}
     for setting in settings:
         if isinstance(setting, Reduction) and setting.threshold is None:
             goal = operations(height, setting)
@@ -268,20 +274,11 @@ def as_costly(
             place = bisect.bisect_left(sides, goal, key=cost)
             near = sides[max(0, place - 1) : place + 1]
             side = min(near, key=lambda side: abs(cost(side) - goal))
-            if side < height:
-                found[SmallerPicture(side)] = known[side]
-    return found
-
-
-def digest_of(file: Path | None) -> str | None:
-    """The SHA-256 of a file; None of none."""
-    if file is None:
-        return None
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while part := content.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+            like.setdefault(side, []).append(setting.row_name)
+    whole = like.pop(height, None)
+    if whole is not None:
+        say(f"no smaller picture is as near to the operations of {', '.join(whole)} as the whole")
+    return {SmallerPicture(side, tuple(names)): known[side] for side, names in like.items()}
 
 
 def rows_of(settings: tuple[Setting, ...], tally: Tally, paper: dict[int, float]) -> list[Row]:
@@ -291,9 +288,9 @@ def rows_of(settings: tuple[Setting, ...], tally: Tally, paper: dict[int, float]
         settings, tally.counts.tolist(), tally.seconds.tolist(), strict=True
     ):
         reduction = setting if isinstance(setting, Reduction) else None
-        side = setting.side if isinstance(setting, SmallerPicture) else None
+        smaller = setting if isinstance(setting, SmallerPicture) else None
         shown = reduction or Reduction()
-        published = paper.get(shown.r) if side is None and shown == Reduction(r=shown.r) else None
+        listed = smaller is None and shown == Reduction(r=shown.r)
         rows.append(
             Row(
                 method=None if reduction is None else reduction.method,
@@ -307,8 +304,8 @@ def rows_of(settings: tuple[Setting, ...], tally: Tally, paper: dict[int, float]
                 # Of a sum of n differences, each -1, 0 or 1.
                 lost_error=100 * math.sqrt(lost + won - (lost - won) ** 2 / n) / n,
                 images_per_second=n / time_taken,
-                paper=published,
-                side=side,
+                paper=paper.get(shown.r) if listed else None,
+                smaller=smaller,
             )
         )
     return rows

@@ -298,7 +298,7 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setattr(cli, "DEMO_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, "demo")
-    assert "the demo needs no_such_package: pip install 'tome_ext[demo]'" in line
+    assert "tome-ext demo needs no_such_package: pip install 'tome_ext[demo]'" in line
 
 
 def test_missing_library_is_told_without_a_traceback(

@@ -88,7 +88,7 @@ def test_smaller_pictures_that_cost_as_much(
     file = tmp_path / "figures.json"
     options = ["--r", "0,2,12,20", "--smaller-pictures", "--json", file]
     assert cli.main(arguments(work, *options)) == 0
-    out = capsys.readouterr().out
+    told = capsys.readouterr()
     rows = json.loads(file.read_text())["results"]
 
     def operations(side: int, r: int = 0) -> int:
@@ -100,7 +100,10 @@ def test_smaller_pictures_that_cost_as_much(
         off = {side: abs(operations(side) - operations(160, r)) for side in range(32, 161, 16)}
         nearest.append(min(off, key=lambda side: off[side]))
     assert nearest == [160, 128, 112]  # the first is the unpatched model's row
-    assert [row["side"] for row in rows] == [None, None, None, None, 128, 112]
+    smaller = [row["smaller"] for row in rows]
+    assert smaller[:4] == [None] * 4
+    assert smaller[4:] == [{"side": 128, "like": ["12"]}, {"side": 112, "like": ["20"]}]
+    assert "no smaller picture is as near to the operations of 2 as" in told.err
     assert [row["r"] for row in rows] == [0, 2, 12, 20, 0, 0]
 
     model = timm.create_model(SMALL, num_classes=len(CLASSES)).eval()
@@ -116,7 +119,7 @@ def test_smaller_pictures_that_cost_as_much(
             small = torch.nn.functional.interpolate(x, (112, 112), mode="bicubic", antialias=True)
             right += int(model(small).argmax()) == target
     assert rows[5]["top1"] == pytest.approx(100 * right / 15)
-    assert re.search(r"^ +112 px +15 ", out, re.MULTILINE)
+    assert re.search(r"^ *112 px, as 20 +15 ", told.out, re.MULTILINE)
 
 
 def rows_of(out: str) -> dict[int, list[str]]:
@@ -374,8 +377,17 @@ def test_what_is_counted_survives_and_is_gone_on_from(
     assert (written["complete"], written["done"]) == (False, 8)
     assert [row["images"] for row in written["results"]] == [8, 8, 8]
 
+    changed = work / "changed.pth"
+    state = torch.load(work / "tuned.pth")
+    torch.save({name: value + 1 for name, value in state.items()}, changed)
+    other = ["--checkpoint", changed, "--resume"]
+    assert "begun with weights = " in fails(capsys, *argv, *other)
+    kept = (work / "tuned.pth").read_bytes()
+    (work / "tuned.pth").write_bytes(changed.read_bytes())
+    assert "begun with weights_sha256 = " in fails(capsys, *argv, "--resume")
+    (work / "tuned.pth").write_bytes(kept)
     line = fails(capsys, *argv, "--resume", "--dtype", "bfloat16")
-    assert "is of another run; expected dtype = 'bfloat16', got 'float32'" in line
+    assert "was begun with dtype = 'float32', and this command has 'bfloat16'" in line
     assert cli.main([*argv, "--resume"]) == 0
     assert "resumed     after 8 pictures" in capsys.readouterr().out
     written = json.loads((tmp_path / "x.json").read_text())
@@ -646,4 +658,4 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setattr(cli, "EVAL_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, *arguments(work))
-    assert "the eval needs no_such_package: pip install 'tome_ext[eval]'" in line
+    assert "tome-ext eval needs no_such_package: pip install 'tome_ext[eval]'" in line

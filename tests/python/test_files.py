@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +62,31 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
             _files.check_writable(path)
 
 
+def test_the_file_of_the_own_output_is_not_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    program = "from pathlib import Path; from tome_ext import _files; print('kept', flush=True); "
+    program += "_files.write_json(Path({!r}), [1])"
+    for place in ("/dev/stdout", str(log)):
+        with log.open("w") as out:
+            command = [sys.executable, "-c", program.format(place)]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        assert f"can't write {place}: the output of this command goes there" in done.stderr
+        assert log.read_text() == "kept\n"
+    command = [sys.executable, "-c", program.format("/dev/stdout")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["kept", "[", "1", "]"]  # a pipe is written to
+
+
 def test_progress_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     _files.write_json(file, {"model": "a", "size": [1, 2], "done": 3})
     assert _files.read_progress(file, {"model": "a", "size": (1, 2)})["done"] == 3
-    with pytest.raises(CommandError, match="another run; expected model = 'b', got 'a'"):
+    with pytest.raises(CommandError, match="begun with model = 'a', and this command has 'b'"):
         _files.read_progress(file, {"model": "b"})
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CommandError, match=r"can't resume from .*: it is not a regular file"):
+        _files.read_progress(pipe, {})
     with pytest.raises(CommandError, match=r"can't resume from .*: No such file"):
         _files.read_progress(tmp_path / "none.json", {})
     for text, reason in (("{", "it is not JSON"), ("[]", "it holds no results")):
@@ -111,8 +132,8 @@ def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
         (cut, "truncated|cut short|broken"),
         (text, "it is not a picture that pillow can read"),
         (bomb, "it has more than 178 million pixels"),
-        (pipe, "it is no file"),
-        (tmp_path, "it is no file"),
+        (pipe, "it is not a regular file"),
+        (tmp_path, "it is not a regular file"),
         (tmp_path / "none.png", "there is no such file"),
     ):
         with pytest.raises(

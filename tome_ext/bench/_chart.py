@@ -47,8 +47,9 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
         *panels[0][0].get_legend_handles_labels(),
         loc="outside upper center", ncols=len(colors), frameon=False, fontsize=9.5,
     )  # fmt: skip
+    training = ", forward and backward" if settings.get("train") else ""
     note = (
-        f"{hardware(machine)}, {settings['mode']}, torch {machine['torch']}, "
+        f"{hardware(machine)}, {settings['mode']}{training}, torch {machine['torch']}, "
         f"tome_ext {machine['tome_ext']}\n"
         "Medians, the contenders taking turns. Ceiling: tokens sliced off instead."
     )

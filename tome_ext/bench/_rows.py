@@ -171,8 +171,8 @@ def lines(row: Row) -> list[str]:
     return out + [f"      {name}: left out, {reason}" for name, reason in row.left_out.items()]
 
 
-def csv_text(rows: list[Row]) -> str:
-    """A line for every contender of every row, with all of its figures."""
+def csv_text(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> str:
+    """A line for every contender of every row, with all of its figures and what they are of."""
     lines = [
         {
             "model": row.model,
@@ -184,6 +184,11 @@ def csv_text(rows: list[Row]) -> str:
             "r": "" if row.keep_rate is not None else row.r,
             "keep_rate": "" if row.keep_rate is None else row.keep_rate,
             "rounds": row.rounds,
+            "mode": settings["mode"],
+            "train": settings["train"],
+            "device": settings["device"],
+            "machine": hardware(machine),
+            "torch": machine["torch"],
             "contender": name,
             **asdict(figures),
         }

@@ -176,7 +176,7 @@ def write(
         write_json(options.json, content)
     if options.csv is not None:
         with replacing(options.csv) as part:
-            part.write_text(_rows.csv_text(rows), encoding="utf-8")
+            part.write_text(_rows.csv_text(rows, machine, settings), encoding="utf-8")
     if options.markdown is not None:
         with replacing(options.markdown) as part:
             mode = options.mode + (", forward and backward" if options.train else "")
@@ -204,11 +204,6 @@ def check(options: Options, device: torch.device) -> None:
     for name in options.models:
         model = _models.features(name, img_size=options.image_size, head=True)
         check_patch(model.module, options.reductions)
-        sides = model.shape[-2:]
-        if any(side % pixels for side, pixels in zip(sides, model.patch, strict=True)):
-            raise CommandError(
-                f"--img-size: {name} needs a multiple of {model.patch[0]}, got {sides[0]}"
-            )
         _models.layout(model)
 
 
