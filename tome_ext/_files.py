@@ -53,8 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
         CommandError: it can't be written.
     """
     place = path.resolve()  # where a link leads, or the link would be replaced
-    direct = place.exists() and not place.is_file()
-    part = place if direct else place.with_name(place.name + ".part")
+    direct = path.exists() and not path.is_file()  # by its own name: a pipe has none to resolve
+    part = path if direct else place.with_name(place.name + ".part")
     _check_not_output(path)
     try:
         yield part
@@ -77,10 +77,10 @@ def check_writable(path: Path) -> None:
         raise CommandError(f"can't write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise CommandError(f"can't write {path}: it is a folder")
-    place = path.resolve()
-    if place.exists() and not place.is_file():
+    if path.exists() and not path.is_file():
         return
     _check_not_output(path)
+    place = path.resolve()
     part = place.with_name(place.name + ".part")
     try:
         part.touch()
