@@ -151,10 +151,14 @@ def main() -> None:
     arguments.add_argument("--show", type=Path, metavar="FILE", help="only say what this one holds")
     asked = arguments.parse_args()
     if asked.show is not None:
+        if not asked.show.is_file():
+            arguments.error(f"there is no file {asked.show}")
         show(asked.show)
         return
     if not set(asked.parts) <= set(PARTS):
         arguments.error(f"expected some of {', '.join(PARTS)}, got {' '.join(asked.parts)}")
+    if asked.parts and "tests" in asked.parts and not {"cpu", "cuda"} & set(asked.parts):
+        arguments.error("tests are of a wheel: expected cpu or cuda beside it")
     parts = asked.parts or [part for part in PARTS if part != "cuda" or shutil.which("nvcc")]
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

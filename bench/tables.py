@@ -326,8 +326,10 @@ def gpu_models_table(result: dict[str, Any]) -> str:
 
 def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, Any]) -> str:
     """The first screen's: what merging gives to whole models, on each kind of machine."""
+    other = ways["machine"]
     lines = [
-        f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')}",
+        f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')} "
+        f"OpenVINO {other['openvino'].split('-')[0]}: beside torch {other['torch']}.",
         "",
         "| speed-up | model | r | B | on | images/s, unmerged | merged |",
         "| ---: | --- | ---: | ---: | --- | ---: | ---: |",

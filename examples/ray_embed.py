@@ -3,9 +3,9 @@
     pip install 'ray[data]' pillow
     python ray_embed.py PICTURES OUT --model vit_base_patch16_224 --r 8 [--workers 2] [--gpus 1]
 
-OUT becomes a folder of Parquet files with the columns ``path`` and ``feature``, as those of
-``tome-ext embed`` are. Weights are timm's pretrained ones, or of a folder: ``--model
-local-dir:FOLDER``.
+OUT becomes a folder of Parquet files with the columns ``path``, the whole one, and ``feature``, as
+those of ``tome-ext embed``, whose paths begin in PICTURES. Weights are timm's pretrained ones, or
+of a folder: ``--model local-dir:FOLDER``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``tome-ext bench``: how fast a timm model runs, with and without merging.
+"""``tome-ext bench``: how fast a model runs, with and without merging.
 
 Beside the unpatched model stands the ceiling, the same model with tokens sliced off where others
 are merged: what merging would give if it were free. ``docs/benchmarking.md`` says how to read it.
