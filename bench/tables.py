@@ -172,6 +172,23 @@ def ways_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def more_ways_table(result: dict[str, Any]) -> str:
+    """Of a shorter run: eager with other allocators, standard operators, and int8."""
+    lines = [
+        machine_line(result, f"{result['rows'][0]['model']}; images/s, medians of few rounds"),
+        "",
+        "| dtype | B | way | unmerged | merged | speed-up |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for entry in result["rows"]:
+        shown = "eager" in entry["way"] or "standard" in entry["way"] or entry["dtype"] == "int8"
+        if shown:
+            cells = [entry["dtype"], str(entry["batch_size"]), WAYS[entry["way"]]]
+            cells += [f"{entry[name]:.3g}" for name in ("unmerged", "merged")]
+            lines.append(f"| {' | '.join([*cells, times(entry['speed_up'], 1.0)])} |")
+    return "\n".join(lines)
+
+
 # --- GPUs: what bench/gpu_report.py --json wrote -------------------------------------------------
 
 GPU_LAYERS = {"vit_b": "B=256 N=197 C=768", "vit_l384": "B=64 N=577 C=1024", "single": "B=1 N=197"}
@@ -496,6 +513,7 @@ TABLES = [
     ("docs/operators.md", "ops_cpu", "ops_cpu.json", ops_table),
     ("docs/operators.md", "attention_cpu", "attention_cpu.json", attention_table),
     ("docs/running/cpu.md", "cpu_ways", "cpu_ways.json", ways_table),
+    ("docs/running/cpu.md", "cpu_ways_more", "cpu_ways_more.json", more_ways_table),
     ("docs/benchmarking.md", "models_cpu_compile", "models_cpu_compile.json", models_table),
     ("docs/benchmarking.md", "models_cpu_avx2", "models_cpu_avx2.json", models_table),
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
