@@ -285,6 +285,22 @@ TEST_P(AttentionTest, WhatHiddenTokensHoldChangesNothing) {
     });
 }
 
+// However many queries a kernel takes at a time: those that are not there give no gradient.
+TEST_P(AttentionTest, AKeyThatIsInfinitelyFarHasNoGradient) {
+    for_each_set(GetParam(), [&] {
+        for (int64_t queries : {5, 31, 32}) {
+            Problem x(GetParam(), {1, 1, queries, 20, 16}, Layout::kHeads, Sizes::kNone);
+            for (int64_t i = 0; i < queries * 16; ++i) x.q.memory.set(i, 1.0);
+            x.k.memory.set(x.k.index(0, 0, 3, 0), -kInf);
+            const Gradients grads = run_backward(x, run(x, pool()), pool());
+            for (int64_t d = 0; d < 16; ++d) {
+                ASSERT_EQ(grads.k[3 * 16 + d], 0.0) << queries;
+                ASSERT_EQ(grads.v[3 * 16 + d], 0.0) << queries;
+            }
+        }
+    });
+}
+
 TEST_P(AttentionTest, DegenerateShapes) {
     for (int64_t batch : {0, 1}) {
         for (int64_t heads : {0, 2}) {

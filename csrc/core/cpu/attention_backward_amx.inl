@@ -67,6 +67,12 @@ TOME_INLINE void weigh_keys(const UnitBackwardWork& work, const float* scores, c
                             int64_t key, int64_t query, float factor) {
     const VFloat factors = broadcast<VFloat>(factor);
     const VFloat lse = load(work.lse.get() + query), delta = load(work.delta.get() + query);
+    // Behind the last query all is 0, where keys and values are infinite, too.
+    const VUint real =
+        bit_cast<VUint>(lse < broadcast<VFloat>(std::numeric_limits<float>::infinity()));
+    const auto of_real = [&](VFloat x) TOME_INLINE_LAMBDA {
+        return bit_cast<VFloat>(bit_cast<VUint>(x) & real);
+    };
     char* pairs = work.grad_pairs.get() +
                   (query / kUnitRows * work.key_steps + key / kUnitDepth) * kUnitBytes;
     const int64_t at = key * kBackwardQueries + query;
@@ -75,9 +81,10 @@ TOME_INLINE void weigh_keys(const UnitBackwardWork& work, const float* scores, c
         for (int i = 0; i < 2; ++i) {
             const VFloat score = load(scores + (j + i) * kQueries);
             const VFloat bias = broadcast<VFloat>(work.bias[key + j + i]);
-            const VFloat weight = exp2_of_nonpositive((score * factors + bias) - lse);
+            const VFloat weight = of_real(exp2_of_nonpositive((score * factors + bias) - lse));
             store(work.weight.get() + at + (j + i) * kBackwardQueries, weight);
-            rounded[i] = round_to_bfloat(weight * (load(grads + (j + i) * kQueries) - delta));
+            const VFloat grad = of_real(load(grads + (j + i) * kQueries) - delta);
+            rounded[i] = round_to_bfloat(weight * grad);
             __builtin_memcpy(work.grad_score.get() + at + (j + i) * kBackwardQueries, &rounded[i],
                              sizeof(rounded[i]));
         }
