@@ -249,7 +249,8 @@ from tome_ext.cli import main
 def write_table(table, file, **options):
     whole(table, file, **options)
     if len(seen) == 1:
-        with open(file, "r+b") as half:
+        file.flush()
+        with open(file.name, "r+b") as half:
             half.truncate(1000)
         print("half", flush=True)
         time.sleep(600)
