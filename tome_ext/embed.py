@@ -10,7 +10,6 @@ processes. In the end the parts become one file, the same as if it had not been 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
 
 from . import _models, patch
 from ._command import CommandError, Reduction, find_device, one_line, say
@@ -37,7 +35,7 @@ from ._files import (
 )
 from ._version import __version__
 from ._world import World
-from .evaluate import Share, _unless_left_alone, loader
+from .evaluate import Share, loader
 from .setting import Setting
 from .utils import synchronize
 
@@ -287,27 +285,6 @@ def left_of(parts: Path, plan: dict[str, Any]) -> list[int]:
 # --- doing it -----------------------------------------------------------------------------------
 
 
-class Pictures(Share):
-    """Some pictures of a share. The class of one that can't be read is -1, that of others 0.
-
-    Which errors end a run is for the process to say that runs the model.
-    """
-
-    def __init__(self, share: Share, samples: list[tuple[str, int]]) -> None:
-        super().__init__(share.root, share.classes, samples, World(0, 0, 1))
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
-        if get_worker_info() is not None:
-            sys.excepthook = _unless_left_alone
-        path, _ = self.samples[index]
-        try:
-            return self.transform(open_picture(path)), 0
-        except UnreadableError:
-            return self.transform(Image.new("RGB", (64, 64))), -1
-
-
 def why_unreadable(path: str) -> str:
     """Why a picture can't be read, found out by trying again."""
     try:
@@ -328,11 +305,12 @@ def embed(job: Job, world: World, workers: int, skip: bool) -> tuple[Tensor, Ten
     mine = job.left[world.rank :: world.size]
     samples = [sample for part in mine for sample in job.samples(part)]
     dtype = getattr(torch, job.plan["dtype"])
-    pictures = Pictures(job.share, samples)
+    pictures = Share(job.share.root, job.share.classes, samples, World(0, 0, 1))
+    pictures.skip_unreadable = True  # which errors end a run is said here, not by a reader
     size = job.plan["batch_size"]
     batches = iter(loader(pictures, job.model.data, size, job.device, dtype, workers))
     begin, in_model = time.perf_counter(), 0.0
-    hidden = world.rank > 0 or not sys.stderr.isatty()
+    hidden = None if world.rank == 0 else True  # None: not into a pipe
     with tqdm(total=len(samples), desc="embedding", unit="img", disable=hidden) as progress:
         for part in mine:
             features: list[Tensor] = []
@@ -402,7 +380,10 @@ def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
             f"{missing} of {job.count} parts are not in {job.parts}; expected all processes to "
             "write to the same folder"
         )
-    schemas = [parquet.read_schema(io.BytesIO(file.read_bytes())) for file in files]
+    schemas = []
+    for file in files:
+        with file.open("rb") as source:
+            schemas.append(parquet.read_schema(source))
     unreadable = [name for each in schemas for name in json.loads(each.metadata[b"unreadable"])]
     width = schemas[0].field("feature").type.list_size
     schema = schema_of(width, {"tome_ext": json.dumps({**job.plan, "unreadable": unreadable})})
@@ -413,9 +394,8 @@ def join(job: Job, out: Path) -> tuple[int, int, list[str]]:
         parquet.ParquetWriter(sink, schema, use_dictionary=False) as writer,
     ):
         for file in files:
-            waiting.append(
-                parquet.ParquetFile(io.BytesIO(file.read_bytes())).read().replace_schema_metadata()
-            )
+            with file.open("rb") as source:
+                waiting.append(parquet.ParquetFile(source).read().replace_schema_metadata())
             if file is files[-1] or sum(map(len, waiting)) >= ROWS:
                 table = concat_tables(waiting).combine_chunks()
                 writer.write_table(table.cast(schema), row_group_size=len(table) or None)

@@ -29,7 +29,6 @@ struct PlainTile {
     alignas(64) char bytes[kUnitBytes];
 };
 inline thread_local PlainTile plain_tiles[8];
-inline thread_local bool plain_tiles_are_ready = false;
 #endif
 
 // While there is one, this thread's tile registers are those of the figure, whole. Without one, an
@@ -51,8 +50,7 @@ class UseTiles {
     }
     ~UseTiles() { asm volatile("tilerelease" ::: "memory"); }
 #else
-    UseTiles() { plain_tiles_are_ready = true; }
-    ~UseTiles() { plain_tiles_are_ready = false; }
+    UseTiles() {}
 #endif
     UseTiles(const UseTiles&) = delete;
     UseTiles& operator=(const UseTiles&) = delete;
