@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import _models
 from ._command import CommandError, one_line
@@ -198,6 +199,25 @@ class _Asked(Exception):  # noqa: N818  (no error)
     pass
 
 
+class _RatesOnCpu(TorchFunctionMode):
+    """On the meta device, ``torch.linspace`` without a device is made on the CPU.
+
+    timm up to 1.0.20 reads the rates of its stochastic depth from one, number by number.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
+
+
 def _timm_short(name: str, **options: Any) -> tuple[Any, int | None]:
     """A timm model on the meta device with one block, and how many it should have.
 
@@ -205,7 +225,7 @@ def _timm_short(name: str, **options: Any) -> tuple[Any, int | None]:
     """
     import timm
 
-    with torch.device("meta"):
+    with torch.device("meta"), _RatesOnCpu():
         try:
             module: Any = timm.create_model(name, depth=1, **options)
         except Exception:  # one that is not made like that
