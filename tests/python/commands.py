@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tome_ext import cli
+import tome_ext_cli
 
 __all__ = ["fails"]
 
@@ -12,7 +12,7 @@ __all__ = ["fails"]
 def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """Run a command that must fail; returns its one line."""
     try:
-        code = cli.main([str(a) for a in argv])
+        code = tome_ext_cli.main([str(a) for a in argv])
     except SystemExit as stop:  # of argparse
         code = stop.code  # type: ignore[assignment]
     assert code == 2

@@ -22,10 +22,11 @@ from commands import fails
 from models import DEPTH, GRID, images, tiny
 from PIL import Image
 
-from tome_ext import _supported, bench, cli, patch
+from tome_ext import _supported, bench, patch
 from tome_ext._command import CommandError, Reduction
 from tome_ext.bench import _chart, _contenders, _cost, _rows, _run
 from tome_ext.bench.timing import interleave, ratio
+from tome_ext_cli import commands, main
 
 SMALL = ["--model", "test_vit", "--img-size", "64", "--batch-size", "2", "--seconds", "0"]
 BLOCKS, TOKENS, CHANNELS, HIDDEN = 6, 17, 64, 192  # of timm's test_vit at 64 x 64 pixels
@@ -61,7 +62,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
     for name in ("good", "idle", "broken"):
         options += ["--peer", f"{name}=some_peers:{name}"]
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        assert cli.main(["bench", *SMALL, *options]) == 0
+        assert main(["bench", *SMALL, *options]) == 0
     assert err.getvalue() == ""  # no progress bar into a pipe
     return out.getvalue(), json.loads(figures.read_text()), chart
 
@@ -134,7 +135,7 @@ def test_methods_by_keep_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     figures, chart = tmp_path / "x.json", tmp_path / "x.svg"
     argv = ["bench", *SMALL, "--method", "tome,evit,topk", "--keep-rate", "0.5,1"]
     argv += ["--peer", "some_peers:good", "--json", str(figures), "--chart", str(chart)]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     out = capsys.readouterr().out
     assert "test_vit, 64 x 64, float32, batch of 2, evit\nkeep " in out
     assert out.count("some_peers: left out, it takes r, not a keep rate") == 6
@@ -175,7 +176,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_contenders, "_gradients", watched)
     file = tmp_path / "figures.json"
-    assert cli.main(["bench", *SMALL, "--r", "2", "--train", "--json", str(file)]) == 0
+    assert main(["bench", *SMALL, "--r", "2", "--train", "--json", str(file)]) == 0
     content = json.loads(file.read_text())
     assert content["settings"]["train"] is True
     (row,) = content["rows"]
@@ -191,7 +192,7 @@ def test_tables_for_documents_and_for_programs(
 ) -> None:
     table, document = tmp_path / "x.csv", tmp_path / "x.md"
     argv = ["bench", *SMALL, "--r", "0,2", "--csv", str(table), "--markdown", str(document)]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     out, err = capsys.readouterr()
     assert "%|" not in err  # no progress bar into a pipe
     with table.open(newline="") as file:
@@ -214,7 +215,7 @@ def test_a_failed_write_is_a_line_and_destroys_nothing(
 ) -> None:
     file = tmp_path / "x.json"
     argv = ["bench", *SMALL, "--r", "2", "--json", str(file)]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     before = file.read_text()
 
     def full(*_: object, **__: object) -> None:
@@ -301,11 +302,11 @@ def test_mistakes_in_options(
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "CHART_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(commands, "CHART_PACKAGES", ("no_such_package",))
     line = fails(capsys, "bench", "--chart", "x.png")
     assert "no_such_package: pip install 'tome_ext[bench]'" in line
     assert "no model" in fails(capsys, "bench", "--model", "x")  # without a chart it is not asked
-    monkeypatch.setattr(cli, "BENCH_PACKAGES", ("timm", "no_such_package"))
+    monkeypatch.setattr(commands, "BENCH_PACKAGES", ("timm", "no_such_package"))
     assert "no_such_package: pip install 'tome_ext[bench]'" in fails(capsys, "bench")
 
 

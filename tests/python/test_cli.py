@@ -15,8 +15,11 @@ from commands import fails
 from PIL import Image
 
 import tome_ext
-from tome_ext import _command, _digits, _library, cli, demo
+import tome_ext_cli
+from tome_ext import _command, _digits, _library, demo
 from tome_ext._command import Reduction
+from tome_ext.patch.common.methods import METHODS
+from tome_ext_cli import commands, options
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16, 101 tokens
 WITHOUT_CLASS_TOKEN = "test_vit2"  # timm's too
@@ -46,7 +49,7 @@ def test_demo_prints_the_tables_and_writes_the_picture(
 ) -> None:
     output = tmp_path / "shown.png"
     assert (
-        cli.main(
+        tome_ext_cli.main(
             ["demo", "--model", SMALL, "--r", "0,4,9", "--batch-size", "2", "--output", str(output)]
         )
         == 0
@@ -79,7 +82,7 @@ def test_demo_of_a_picture_of_the_users_own(tmp_path: Path) -> None:
     Image.new("L", (300, 200), 128).save(picture)
     output = tmp_path / "shown.jpg"
     argv = ["demo", picture, "--model", SMALL, "--r", 5, "--batch-size", 1, "--output", output]
-    assert cli.main([*map(str, argv), "--dtype", "bfloat16"]) == 0
+    assert tome_ext_cli.main([*map(str, argv), "--dtype", "bfloat16"]) == 0
     with Image.open(output) as img:
         assert img.format == "JPEG"
 
@@ -206,16 +209,16 @@ def test_mistakes_in_thresholds(
 
 
 def test_lists() -> None:
-    assert cli.r_list("0,4, 8,4") == (0, 4, 8)
-    assert cli.keep_rates("1, 0.5,.5") == (1.0, 0.5)
-    assert cli.similarities("-2, 0.5,.5,1") == (-2.0, 0.5, 1.0)
-    assert cli.methods("topk, tome,topk") == ("topk", "tome")
+    assert options.r_list("0,4, 8,4") == (0, 4, 8)
+    assert options.keep_rates("1, 0.5,.5") == (1.0, 0.5)
+    assert options.similarities("-2, 0.5,.5,1") == (-2.0, 0.5, 1.0)
+    assert options.methods("topk, tome,topk") == ("topk", "tome")
 
 
 def test_demo_of_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--method", "tome,evit,topk", "--keep-rate", "0.5", "--batch-size", "1"]
     argv = ["demo", "--model", SMALL, *options, "--output", str(tmp_path / "x.png")]
-    assert cli.main(argv) == 0
+    assert tome_ext_cli.main(argv) == 0
     out, _ = capsys.readouterr()
     assert len(re.findall(r"^keep rate  tokens left  ", out, re.MULTILINE)) == 2
     table, digits = ({row[0]: int(row[1]) for row in rows} for rows in tables(out))
@@ -239,7 +242,7 @@ def test_pretrained_weights_have_an_agreement_to_show(
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **o: create(name, **o))
     argv = ["demo", "--model", SMALL, "--r", "9", "--output", str(tmp_path / "x.png")]
-    assert cli.main(argv) == 0
+    assert tome_ext_cli.main(argv) == 0
     out, _ = capsys.readouterr()
     table, _ = tables(out)
     assert table[0][4] == "1.0000"
@@ -249,7 +252,7 @@ def test_pretrained_weights_have_an_agreement_to_show(
 
 
 @pytest.mark.parametrize(
-    ("options", "patch", "bench", "tune"),
+    ("given", "patch", "bench", "tune"),
     [
         (["--r", "0,4,9"], "r=9", "--r 0,4,9", "--flops 0.6"),
         (
@@ -268,11 +271,11 @@ def test_pretrained_weights_have_an_agreement_to_show(
     ],
 )
 def test_demo_ends_with_what_to_do_next(
-    options: list[str], patch: str, bench: str, tune: str
+    given: list[str], patch: str, bench: str, tune: str
 ) -> None:
-    arguments = cli.parser().parse_args(["demo", "--model", SMALL, *options])
+    arguments = options.parser().parse_args(["demo", "--model", SMALL, *given])
     text = demo.next_steps(
-        SMALL, cli.reductions_of(arguments), arguments.device, cli.DTYPES[arguments.dtype]
+        SMALL, commands.reductions_of(arguments), arguments.device, commands.DTYPES[arguments.dtype]
     )
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     assert lines == [
@@ -283,7 +286,7 @@ def test_demo_ends_with_what_to_do_next(
     ]
     exec("\n".join(lines[:2]), {"model": timm.create_model(SMALL)})
     for line in lines[2:]:  # the command has these options
-        cli.parser().parse_args(shlex.split(line)[1:])
+        options.parser().parse_args(shlex.split(line)[1:])
 
 
 def test_a_setting_that_a_model_cannot_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +299,7 @@ def test_a_setting_that_a_model_cannot_have_is_told(capsys: pytest.CaptureFixtur
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "DEMO_PACKAGES", ("numpy", "no_such_package"))
+    monkeypatch.setattr(commands, "DEMO_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, "demo")
     assert "tome-ext demo needs no_such_package: pip install 'tome_ext[demo]'" in line
 
@@ -310,19 +313,40 @@ def test_missing_library_is_told_without_a_traceback(
 
 
 def test_info_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info"]) == 0
+    assert tome_ext_cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"^tome_ext +{re.escape(tome_ext.__version__)}$", out, re.MULTILINE)
     assert re.search(r"^instruction set +\S+$", out, re.MULTILINE)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
+        tome_ext_cli.main(["--version"])
     assert stop.value.code == 0
     assert tome_ext.__version__ in capsys.readouterr().out
 
 
+def test_help_and_mistakes_in_options_come_without_torch(run_python: Any) -> None:
+    code = """
+import sys
+from tome_ext_cli import main
+for argv in (["--help"], ["eval", "--help"], ["--version"], ["bench", "--r", "x"]):
+    try:
+        main(argv)
+    except SystemExit as stop:
+        print("EXIT", argv, stop.code, "torch" in sys.modules)
+"""
+    run = run_python(code)
+    assert re.findall(r"^EXIT .* (\d) (\w+)$", run.stdout, re.MULTILINE) == [
+        ("0", "False"), ("0", "False"), ("0", "False"), ("2", "False")
+    ]  # fmt: skip
+
+
+def test_methods_and_dtypes_are_those_there_are() -> None:
+    assert tuple(METHODS) == options.METHODS
+    assert all(isinstance(dtype, torch.dtype) for dtype in commands.DTYPES.values())
+
+
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["demo", "--help"])
+        tome_ext_cli.main(["demo", "--help"])
     out = capsys.readouterr().out
     for word in (
         "PICTURE",
@@ -340,7 +364,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_mistake_comes_before_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--batch-size", "0"])
+        tome_ext_cli.main(["bench", "--batch-size", "0"])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("tome-ext bench: error: argument --batch-size: ")
     assert lines[1] == ""

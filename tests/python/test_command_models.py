@@ -15,10 +15,11 @@ import torch
 from commands import fails
 from PIL import Image
 
-from tome_ext import _models, _supported, cli, demo
+from tome_ext import _models, _supported, demo
 from tome_ext._command import Reduction
 from tome_ext.bench import _contenders, _run
 from tome_ext.patch.registry import HOSTS
+from tome_ext_cli import main
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -106,14 +107,14 @@ def measured(spec: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dic
     """Run demo and bench; both must find as many tokens left. Returns what bench wrote."""
     picture, figures = folder / "shown.png", folder / "bench.json"
     argv = ["demo", "--model", spec, "--r", "2", "--batch-size", "1", "--output", str(picture)]
-    assert cli.main(argv) == 0, capsys.readouterr().err
+    assert main(argv) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "random weights" in out or spec.startswith("hf:")
     table, _ = out.split("A trained model: ")
     left = {n: int(m) for n, m in re.findall(r"^ *(unpatched|2)  +(\d+)  ", table, re.MULTILINE)}
     assert picture.exists() == ("No picture: " not in out)
     argv = ["bench", "--model", spec, "--r", "2", "--batch-size", "1", "--seconds", "0"]
-    assert cli.main([*argv, "--json", str(figures)]) == 0, capsys.readouterr().err
+    assert main([*argv, "--json", str(figures)]) == 0, capsys.readouterr().err
     (row,) = json.loads(figures.read_text())["rows"]
     contenders = row["contenders"]
     assert contenders["unpatched"]["tokens_left"] == left["unpatched"]
@@ -127,7 +128,7 @@ def evaluated(spec: str, pictures: Path, checkpoint: Path) -> list[dict[str, Any
     """Run eval; returns its rows."""
     results = checkpoint.parent / "eval.json"
     argv = ["eval", str(pictures), "--model", spec, "--r", "2", "--workers", "0"]
-    assert cli.main([*argv, "--checkpoint", str(checkpoint), "--json", str(results)]) == 0
+    assert main([*argv, "--checkpoint", str(checkpoint), "--json", str(results)]) == 0
     rows: list[dict[str, Any]] = json.loads(results.read_text())["results"]
     assert [row["images"] for row in rows] == [2, 2]
     return rows
@@ -251,7 +252,7 @@ def test_mistakes_in_names(
 
 
 def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
-    assert cli.main(["models", *argv, "--json"]) == 0
+    assert main(["models", *argv, "--json"]) == 0
     rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return rows
 
@@ -267,7 +268,7 @@ def test_models_of_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     }
     large = rows["vit_large_patch16_224"]
     assert (large["tokens"], large["blocks"], large["r"]) == (197, 24, 6)
-    assert cli.main(["models", "torchvision:vit_b_16"]) == 0
+    assert main(["models", "torchvision:vit_b_16"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^torchvision:vit_b_16 +197 +12 +13 +41%$", out, re.MULTILINE)
     assert "at most 80% of the patch tokens" in out

@@ -23,7 +23,7 @@ import timm
 import torch
 
 import tome_ext as tome
-from tome_ext import cli
+from tome_ext_cli.options import parser
 
 ROOT = Path(__file__).parents[2]
 RUNNING = ROOT / "docs" / "running"
@@ -196,7 +196,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def check_tome_ext(words: list[str], page: str) -> None:
-    cli.parser().parse_args(words)
+    parser().parse_args(words)
 
 
 def check_torchrun(words: list[str], page: str) -> None:

@@ -24,8 +24,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 import tome_ext
-from tome_ext import cli, embed
+from tome_ext import embed
 from tome_ext._command import Reduction
+from tome_ext_cli import commands, main
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16
 DOC = Path(__file__).parents[2] / "docs" / "embedding.md"
@@ -121,7 +122,7 @@ def test_features_are_those_of_the_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "features.parquet"
-    assert cli.main(arguments(work, out, *options, "--batch-size", 7)) == 0
+    assert main(arguments(work, out, *options, "--batch-size", 7)) == 0
     paths, features, said = read(out)
     model = small(work)
     if reduction.reduces:
@@ -186,7 +187,7 @@ def test_features_of_transformers(make: Any, width: int, work: Path, tmp_path: P
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "features.parquet"
     options = ["--model", f"hf:{tmp_path / 'model'}", "--r", 2]
-    assert cli.main(arguments(work, out, *options, "--batch-size", 16)) == 0
+    assert main(arguments(work, out, *options, "--batch-size", 16)) == 0
     paths, features, said = read(out)
     tome_ext.patch.transformers(model.eval(), r=2)
     config = {key: said[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
@@ -212,7 +213,7 @@ def test_features_of_open_clip(work: Path, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     out = tmp_path / "features.parquet"
     options = ["--model", f"open_clip:tiny_embed/{tmp_path / 'clip.pt'}", "--r", 2]
-    assert cli.main(arguments(work, out, *options)) == 0
+    assert main(arguments(work, out, *options)) == 0
     paths, features, said = read(out)
     tome_ext.patch.open_clip(model, r=2)
     config = {key: said[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
@@ -230,7 +231,7 @@ def test_a_setting_that_a_search_has_found(work: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found.save(tmp_path / "setting.json")
     out = tmp_path / "features.parquet"
-    assert cli.main(arguments(work, out, "--setting", tmp_path / "setting.json")) == 0
+    assert main(arguments(work, out, "--setting", tmp_path / "setting.json")) == 0
     _, features, said = read(out)
     assert said["reduction"] == f"tome, r = {found.r}, prop_attn=True"
     tome_ext.patch.auto(model, setting=found)
@@ -244,7 +245,7 @@ def test_a_setting_that_a_search_has_found(work: Path, tmp_path: Path) -> None:
 STOPS = """
 import sys, time
 from pyarrow import parquet
-from tome_ext.cli import main
+from tome_ext_cli import main
 
 def write_table(table, file, **options):
     whole(table, file, **options)
@@ -266,7 +267,7 @@ def whole(work: Path) -> bytes:
     """The file of a run that nobody stops."""
     with pytest.MonkeyPatch.context() as change:
         change.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert cli.main(arguments(work, work / "whole.parquet", "--r", 8)) == 0
+        assert main(arguments(work, work / "whole.parquet", "--r", 8)) == 0
     return (work / "whole.parquet").read_bytes()
 
 
@@ -288,7 +289,7 @@ def test_an_interrupted_run_goes_on(
         written.append(part)
 
     monkeypatch.setattr(embed, "write_part", write_two)
-    assert cli.main(argv) == 130
+    assert main(argv) == 130
     assert f"the same command goes on from {out}.parts" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -300,7 +301,7 @@ def test_an_interrupted_run_goes_on(
     # What a machine that lost power has not written to its end is done again.
     first = min(Path(f"{out}.parts").glob("*.parquet"))
     first.write_bytes(bytes(first.stat().st_size))
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     assert "24 pictures in " in capsys.readouterr().out
     assert out.read_bytes() == whole
 
@@ -312,7 +313,7 @@ def test_parts_that_nobody_finished_are_no_obstacle(
     parts = tmp_path / "features.parquet.parts"
     parts.mkdir()
     (parts / "plan.json").write_text('{"model": "of a run that stopped before its first part"}')
-    assert cli.main(arguments(work, out, "--r", 8)) == 0
+    assert main(arguments(work, out, "--r", 8)) == 0
     assert out.read_bytes() == whole
 
 
@@ -338,7 +339,7 @@ def test_commands_and_code_of_the_doc(
     assert len(single) >= 2
     for command in single:
         Path("features.parquet").unlink(missing_ok=True)
-        assert cli.main(command[1:]) == 0, command
+        assert main(command[1:]) == 0, command
         found: dict[str, Any] = {}
         exec(compile(code, str(DOC), "exec"), found)
         paths, features, said = read(Path("features.parquet"))
@@ -447,7 +448,7 @@ def test_pictures_that_cannot_be_read(
     assert line.startswith(f"tome-ext: error: can't read the picture {broken}/half.png: ")
     assert not out.exists()
     os.mkfifo(broken / "pipe.png")  # which nobody writes to
-    assert cli.main([*argv, "--skip-unreadable"]) == 0
+    assert main([*argv, "--skip-unreadable"]) == 0
     captured = capsys.readouterr()
     assert captured.err.count(f"skipped: can't read the picture {broken}/half.png: ") == 1
     pipe = f"skipped: can't read the picture {broken}/pipe.png: it is not a regular file"
@@ -466,7 +467,7 @@ def test_paths_that_are_no_text(work: Path, tmp_path: Path) -> None:
         file.write((work / "pictures" / "0.png").read_bytes())
     argv = arguments(work, tmp_path / "features.parquet", "--r", 8)
     argv[1] = str(tmp_path / "odd")
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     assert read(tmp_path / "features.parquet")[0] == [r"caf\xe9.png"]
 
 
@@ -520,7 +521,7 @@ def test_mistakes_in_models_and_amounts(
     assert "threshold" in line
     line = fails(capsys, *arguments(work, out, "--method", "tome", "--setting", "found.json"))
     assert "--setting: the file says which method; expected no --method beside it" in line
-    monkeypatch.setattr(cli, "EMBED_PACKAGES", ("numpy", "no_such_package"))
+    monkeypatch.setattr(commands, "EMBED_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, *arguments(work, out, "--r", 8))
     assert "tome-ext embed needs no_such_package: pip install 'tome_ext[embed]'" in line
 

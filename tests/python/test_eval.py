@@ -22,10 +22,11 @@ from PIL import Image
 from torch import nn
 
 import tome_ext
-from tome_ext import cli, evaluate
+from tome_ext import evaluate
 from tome_ext._command import CommandError, Reduction
 from tome_ext._world import World
 from tome_ext.bench._cost import count_flops
+from tome_ext_cli import commands, main
 
 SMALL = "test_vit"  # timm's: 6 blocks at 160 x 160 pixels, patches of 16
 DOC = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -87,7 +88,7 @@ def test_smaller_pictures_that_cost_as_much(
 ) -> None:
     file = tmp_path / "figures.json"
     options = ["--r", "0,2,12,20", "--smaller-pictures", "--json", file]
-    assert cli.main(arguments(work, *options)) == 0
+    assert main(arguments(work, *options)) == 0
     told = capsys.readouterr()
     rows = json.loads(file.read_text())["results"]
 
@@ -161,7 +162,7 @@ def commands_of_doc() -> list[list[str]]:
 def test_accuracy_is_that_of_a_plain_loop(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file = work / "eval.json"
     argv = arguments(work, "--r", "4,12", "--batch-size", 4, "--json", json_file)
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     out, err = capsys.readouterr()
     assert "15 pictures, 7 classes" in out
     assert "15/15" not in err  # no progress bar into a pipe
@@ -211,7 +212,7 @@ def test_workers_batches_and_a_split_change_nothing(work: Path, tmp_path: Path) 
 def test_methods_and_keep_rates(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file = work / "methods.json"
     options = ["--method", "evit,topk", "--keep-rate", "0.3", "--json", json_file]
-    assert cli.main(arguments(work, *options)) == 0
+    assert main(arguments(work, *options)) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^ *(keep rate|unpatched|evit 0.3|topk 0.3)  ", out, re.MULTILINE) == [
         "keep rate", "unpatched", "evit 0.3", "topk 0.3",
@@ -247,7 +248,7 @@ def test_readers_say_nothing_of_a_process_that_was_stopped(
 def test_thresholds(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file = work / "thresholds.json"
     options = ["--method", "tome,guided", "--threshold", "0.9,1", "--json", json_file]
-    assert cli.main(arguments(work, *options)) == 0
+    assert main(arguments(work, *options)) == 0
     out = capsys.readouterr().out
     names = ["threshold", "unpatched", "0.9", "1", "guided 0.9", "guided 1"]
     assert re.findall(rf"^ *({'|'.join(names)})  ", out, re.MULTILINE) == names
@@ -269,7 +270,7 @@ def test_commands_of_the_doc(
     single = [command for command in commands_of_doc() if command[0] == "tome-ext"]
     assert len(single) == 4
     for command in single:
-        assert cli.main(command[1:]) == 0, command
+        assert main(command[1:]) == 0, command
         shown = rows_of(capsys.readouterr().out)
         asked = command[command.index("--r") + 1]
         assert list(shown) == [0, *map(int, asked.split(","))]
@@ -293,7 +294,7 @@ def test_processes_count_each_picture_once(work: Path) -> None:
         patched.chdir(work)
         first = [command[command.index("eval") + 1], "--model", SMALL, "--workers", "0", *begun]
         argv = ["eval", *first, "--r", "4,12", "--json", str(json_file)]
-        assert cli.main(argv) == 130
+        assert main(argv) == 130
     assert json.loads(json_file.read_text())["done"] == 4
     done = torchrun(work, "--nproc-per-node=2", "--no-python", "--", "tome-ext", *argv, "--resume")
     assert done.returncode == 0, done.stderr
@@ -369,7 +370,7 @@ def test_what_is_counted_survives_and_is_gone_on_from(
     argv = arguments(work, "--r", "4,12", "--batch-size", 4, "--json", tmp_path / "x.json")
     with monkeypatch.context() as patched:
         interrupted_after(2, patched)
-        assert cli.main(argv) == 130
+        assert main(argv) == 130
     out, err = capsys.readouterr()
     assert "stopped after 8 of 15 pictures; the same command with --resume goes on" in err
     assert {row[0] for row in rows_of(out).values()} == {"8"}
@@ -388,14 +389,14 @@ def test_what_is_counted_survives_and_is_gone_on_from(
     (work / "tuned.pth").write_bytes(kept)
     line = fails(capsys, *argv, "--resume", "--dtype", "bfloat16")
     assert "was begun with dtype = 'float32', and this command has 'bfloat16'" in line
-    assert cli.main([*argv, "--resume"]) == 0
+    assert main([*argv, "--resume"]) == 0
     assert "resumed     after 8 pictures" in capsys.readouterr().out
     written = json.loads((tmp_path / "x.json").read_text())
     assert written["complete"]
     assert [(row["images"], row["top1"], row["top5"]) for row in written["results"]] == [
         (15, 100 * top1 / 15, 100 * top5 / 15) for top1, top5 in expected(work).values()
     ]
-    assert cli.main([*argv, "--resume"]) == 0  # of what is complete, the table again
+    assert main([*argv, "--resume"]) == 0  # of what is complete, the table again
     assert {row[0] for row in rows_of(capsys.readouterr().out).values()} == {"15"}
 
 
@@ -412,7 +413,7 @@ def test_results_are_written_as_they_come(
     monkeypatch.setattr(evaluate, "write_json", write_json)
     monkeypatch.setattr(evaluate, "BETWEEN_WRITES", 0.0)
     json_file = tmp_path / "x.json"
-    assert cli.main(arguments(work, "--r", 4, "--batch-size", 4, "--json", json_file)) == 0
+    assert main(arguments(work, "--r", 4, "--batch-size", 4, "--json", json_file)) == 0
     assert written == [4, 8, 12, 15]
     assert list(tmp_path.iterdir()) == [json_file]
 
@@ -456,7 +457,7 @@ def test_unreadable_pictures_are_left_out_and_named(
     (folder / "dog" / "up").symlink_to(folder)  # a loop
     argv = ["eval", folder, "--model", SMALL, "--checkpoint", work / "tuned.pth", "--r", "4,12"]
     argv += ["--workers", workers, "--batch-size", 1, "--json", tmp_path / "x.json"]
-    assert cli.main([*map(str, argv), "--skip-unreadable"]) == 0
+    assert main([*map(str, argv), "--skip-unreadable"]) == 0
     out = capsys.readouterr().out
     left_out = [f"{folder}/cat/a.png", f"{folder}/dog/pipe.png"]
     assert out.endswith("\n  ".join(["left out, as they can't be read: 2", *left_out]) + "\n")
@@ -507,7 +508,7 @@ def test_paper_stands_beside_its_models(
     untrained(monkeypatch)
     short = ["--r", "1,13", "--limit", "2", "--workers", "0"]
     # timm's default weights of this name are the paper's.
-    assert cli.main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short]) == 0
+    assert main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short]) == 0
     out = capsys.readouterr().out
     assert "vit_small_patch16_224.augreg_in21k_ft_in1k, pretrained weights" in out
     shown = rows_of(out)
@@ -516,7 +517,7 @@ def test_paper_stands_beside_its_models(
     assert "arXiv 2210.09461" in out
 
     size = ["--img-size", "32"]
-    assert cli.main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short, *size]) == 0
+    assert main(["eval", str(imagenet), "--model", "vit_small_patch16_224", *short, *size]) == 0
     assert "paper" not in capsys.readouterr().out
 
 
@@ -656,6 +657,6 @@ def test_mistake_is_told_once_by_many_processes(work: Path) -> None:
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "EVAL_PACKAGES", ("numpy", "no_such_package"))
+    monkeypatch.setattr(commands, "EVAL_PACKAGES", ("numpy", "no_such_package"))
     line = fails(capsys, *arguments(work))
     assert "tome-ext eval needs no_such_package: pip install 'tome_ext[eval]'" in line

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tome_ext
-from tome_ext import cli, vis
+from tome_ext import vis
 from tome_ext.bench._contenders import sliced
 from tome_ext.patch.common.methods import (
     METHODS,
@@ -265,7 +265,6 @@ def test_a_method_of_ones_own_is_one_class(
     amount: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS, "front", Front)
-    assert cli.methods("front,tome") == ("front", "tome")
     model, x = tiny(), images()
     ceiling = sliced(copy.deepcopy(model), tome_ext._command.Reduction("front", **amount))
     tome_ext.patch.timm(model, method="front", **amount)

@@ -82,11 +82,11 @@ for name, call in calls.items():
 COMMAND = """
 import timm, torch, torchvision
 import tome_ext.bench, tome_ext.demo, tome_ext.evaluate
-from tome_ext import cli
+from tome_ext_cli import main
 
 timm.create_model("test_vit")(torch.zeros(1, 3, 160, 160))
 leave(100 << 20)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -95,7 +95,7 @@ FROM_A_TERMINAL = """
 import signal, sys
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tome_ext.cli import main
+from tome_ext_cli import main
 
 sys.exit(main())
 """

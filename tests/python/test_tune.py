@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome_ext
-from tome_ext import Setting, _search, cli, tuning
+from tome_ext import Setting, _search, tuning
 from tome_ext._search import Budget, Search
+from tome_ext_cli import main
 
 LAYERS = 4
 
@@ -538,7 +539,7 @@ def test_the_command_writes_a_setting_and_says_how_to_use_it(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = command(work, "--flops", 0.7, "--pictures", 8, "--seconds", 0, "--method", "topk")
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     out, err = capsys.readouterr()
     found = Setting.load(work / "setting.json")
     assert (found.method, found.layers, found.goal) == ("topk", 6, {"flops": 0.7})
@@ -576,7 +577,7 @@ def test_pooled_features_of_pretrained_weights(work: Path, tmp_path: Path) -> No
         (pictures / path.name).write_bytes(path.read_bytes())
     argv = ["tune", pictures, "--model", f"hf:{tmp_path / 'model'}", "--output", output]
     argv += ["--flops", 0.9, "--seconds", 0, "--workers", 0]
-    assert cli.main([str(a) for a in argv]) == 0
+    assert main([str(a) for a in argv]) == 0
     found = Setting.load(output)
     assert (found.layers, found.tokens, found.image_size) == (2, 17, [64, 64])
     assert found.report.pictures == 6
@@ -601,12 +602,12 @@ def test_a_stopped_command_says_how_to_go_on(
     argv = command(work, "--flops", 0.7, "--seconds", 600, "--state", state)
     with monkeypatch.context() as patched:
         patched.setattr(tuning._Runs, "deviations", stops)
-        assert cli.main(argv) == 130
+        assert main(argv) == 130
     assert f"stopped; the same command goes on from {state}" in capsys.readouterr().err
     kept = json.loads(state.read_text())["evaluated"]
     assert len(kept) == 2
     argv[argv.index("--seconds") + 1] = "0"
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     assert json.loads(state.read_text())["evaluated"][:1] == kept[:1]
 
 

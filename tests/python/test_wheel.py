@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+import tome_ext_cli
 from tome_ext import _library
 
 FOLDER = Path(_library.FOLDER)
+COMMAND = Path(tome_ext_cli.__file__).parent
 FLOOR = (2, 10)  # the oldest torch that is supported
 HEADERS = Path(torch.__file__).parent / "include" / "torch" / "csrc"
 LINUX = sys.platform == "linux"
@@ -164,7 +166,7 @@ def test_wheel_serves_every_python_from_3_10() -> None:
 def test_wheel_holds_the_package_and_nothing_else() -> None:
     files = [str(file) for file in distribution("tome_ext").files or []]
     tops = {file.split("/")[0] for file in files if not file.startswith("..")}  # .. is bin/
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"tome_ext"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tome_ext", "tome_ext_cli"}
     assert "tome_ext/py.typed" in files
     assert any(re.fullmatch(r"tome_ext/assets/\w+\.jpg", file) for file in files)
     assert "tome_ext/assets/digits.npz" in files
@@ -180,21 +182,25 @@ def test_metadata() -> None:
     assert required == ["torch>=2.10"]
     assert {"demo", "test"} <= set(dist.metadata.get_all("Provides-Extra") or [])
     commands = [entry.value for entry in dist.entry_points if entry.name == "tome-ext"]
-    assert commands == ["tome_ext.cli:main"]
+    assert commands == ["tome_ext_cli:main"]
 
 
 def test_errors_name_extras_that_there_are() -> None:
     extras = set(distribution("tome_ext").metadata.get_all("Provides-Extra") or [])
-    sources = [path.read_text(encoding="utf-8") for path in FOLDER.glob("**/*.py")]
+    sources = [
+        path.read_text(encoding="utf-8")
+        for folder in (FOLDER, COMMAND)
+        for path in folder.glob("**/*.py")
+    ]
     named = set(re.findall(r"tome_ext\[(\w+)\]", "\n".join(sources)))
-    assert {"bench", "demo", "eval"} <= named <= extras
+    assert {"bench", "demo", "embed", "eval"} <= named <= extras
 
 
 # --- a missing or broken library ----------------------------------------------------------------
 
 SCRIPT = """
 import torch, tome_ext
-from tome_ext.cli import main
+from tome_ext_cli import main
 print(tome_ext.__version__, tome_ext.__file__)
 main(["info"])
 try:
@@ -208,6 +214,7 @@ except ImportError as error:
 def test_import_survives_without_the_library(run_python: Any, kind: str, tmp_path: Path) -> None:
     copy = tmp_path / "tome_ext"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(COMMAND, tmp_path / COMMAND.name)
     if kind == "broken":
         (copy / "_C.abi3.so").write_bytes(b"not a library")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -1,7 +1,8 @@
 """How a layer reduces its tokens: one class per method, its settings as fields.
 
 A method ranks tokens by what attention computes, makes a plan from the ranks, and merges by it. Add
-one by adding a class here, and to :data:`METHODS` and :data:`MethodName`.
+one by adding a class here, and to :data:`METHODS` and :data:`MethodName`; the command's names are
+in ``tome_ext_cli/options.py``.
 """
 
 from __future__ import annotations

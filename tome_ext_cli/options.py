@@ -1,39 +1,31 @@
-"""The ``tome-ext`` command."""
+"""The options of the commands, as plain numbers, names and paths; without torch."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import itertools
 import math
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+__all__ = ["parser"]
 
-from . import _library
-from ._command import CommandError, Reduction, one_line, out_of_memory
-from ._version import __version__
-from .patch.common.methods import METHODS, MethodName
-from .utils import info
-
-__all__ = ["main"]
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-# What a command needs besides the library of its model, by import name.
-DEMO_PACKAGES = ("PIL", "numpy", "timm", "tqdm")
-EVAL_PACKAGES = ("PIL", "numpy", "timm", "torchvision", "tqdm")
-EMBED_PACKAGES = (*EVAL_PACKAGES, "pyarrow")
-CHART_PACKAGES = ("matplotlib",)  # of bench --chart
-BENCH_PACKAGES = ("tqdm",)
+METHODS = ("tome", "guided", "evit", "topk")
+DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT = "(default: %(default)s)"
 MODEL = "timm's NAME, or hf:NAME_OR_FOLDER, torchvision:NAME, open_clip:NAME[/WEIGHTS]"
 METHOD = (
     "tome merges similar tokens; guided spares those that the class token attends to; evit fuses, "
     f"and topk drops, those that it attends to least {DEFAULT}"
+)
+KEEP_RATE = (
+    "instead of --r: the share of patch tokens to keep in the layers after a quarter, a half and "
+    "three quarters of the model (4, 7 and 10 of 12)"
+)
+THRESHOLD = (
+    "instead of --r, with --method tome or guided: the cosine similarity from which on tokens merge"
 )
 
 
@@ -47,39 +39,27 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, or 2 for a mistake, told in a line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may be any bytes
-            stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-        return 0
-    except (CommandError, ImportError) as error:  # of a missing library or package
-        print(f"tome-ext: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"tome-ext: error: out of memory: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+class Version(argparse.Action):
+    """Prints what is installed, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"tome_ext {version('tome_ext')}")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     top = Parser(prog="tome-ext", description="Token merging and pruning for Vision Transformers.")
-    top.add_argument("--version", action="version", version=f"tome_ext {__version__}")
+    top.add_argument(
+        "--version", action=Version, nargs=0, help="show program's version number and exit"
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = commands.add_parser(
+    commands.add_parser(
         "info",
         help="say what is installed, built and in use",
         description="Print versions, what the compiled library was built for, the instruction "
         "set it uses and the devices there are. Put this in a bug report.",
     )
-    about.set_defaults(run=run_info)
     add_demo(commands)
     add_eval(commands)
     add_embed(commands)
@@ -97,7 +77,6 @@ def add_models(commands: Any) -> None:
         description="List the models that the patch takes, of the libraries that are installed: "
         "how many tokens they have, an r to begin with, and the share of operations it saves.",
     )
-    models.set_defaults(run=run_models)
     models.add_argument(
         "pattern", nargs="?", metavar="PATTERN",
         help="part of a name, or one with * and ?; LIBRARY:PATTERN for one library (default: all)",
@@ -115,7 +94,6 @@ def add_demo(commands: Any) -> None:
         "writes a picture of the merged regions or kept patches, and prints the accuracy of a "
         "small trained model that comes with it. Needs: pip install 'tome_ext[demo]'",
     )
-    demo.set_defaults(run=run_demo)
     demo.add_argument(
         "picture", nargs="?", type=Path, metavar="PICTURE",
         help="a photograph of your own (default: a cup of coffee)",
@@ -136,9 +114,7 @@ def add_demo(commands: Any) -> None:
         help=f"where to write the picture {DEFAULT}",
     )  # fmt: skip
     demo.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
-    demo.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
-    )
+    demo.add_argument("--dtype", choices=DTYPES, default="float32", help=f"to compute in {DEFAULT}")
 
 
 def add_eval(commands: Any) -> None:
@@ -151,7 +127,6 @@ def add_eval(commands: Any) -> None:
         "numbers beside it where it has them. Runs under torchrun too. Needs: pip install "
         "'tome_ext[eval]'",
     )
-    evaluate.set_defaults(run=run_eval)
     evaluate.add_argument("folder", type=Path, metavar="FOLDER", help="a folder for each class")
     evaluate.add_argument("--model", required=True, metavar="NAME", help=MODEL)
     add_reductions(evaluate, thresholds=True)
@@ -187,26 +162,19 @@ def add_embed(commands: Any) -> None:
         "merging. The same command goes on where a run was stopped. Runs under torchrun too. "
         "Needs: pip install 'tome_ext[embed]'",
     )
-    embed.set_defaults(run=run_embed)
     embed.add_argument(
         "folder", type=Path, metavar="FOLDER", help="pictures, in it or in folders of it"
     )
     embed.add_argument("--model", required=True, metavar="NAME", help=MODEL)
-    embed.add_argument("--method", choices=list(METHODS), help=METHOD % {"default": "tome"})
+    embed.add_argument("--method", choices=METHODS, help=METHOD % {"default": "tome"})
     amount = embed.add_mutually_exclusive_group(required=True)
     amount.add_argument(
         "--r", type=at_least_zero, metavar="R", help="tokens to remove in every block; 0 for none"
     )
+    amount.add_argument("--keep-rate", type=only(keep_rates), metavar="RATE", help=KEEP_RATE)
     amount.add_argument(
-        "--keep-rate", type=only(keep_rates), metavar="RATE",
-        help="instead of --r: the share of patch tokens to keep in the layers after a quarter, a "
-        "half and three quarters of the model (4, 7 and 10 of 12)",
-    )  # fmt: skip
-    amount.add_argument(
-        "--threshold", type=only(similarities), metavar="SIMILARITY",
-        help="instead of --r, with --method tome or guided: the cosine similarity from which on "
-        "tokens merge",
-    )  # fmt: skip
+        "--threshold", type=only(similarities), metavar="SIMILARITY", help=THRESHOLD
+    )
     amount.add_argument(
         "--setting", type=Path, metavar="FILE",
         help="instead of --r and --method: what tome-ext tune has found",
@@ -231,12 +199,11 @@ def add_tune(commands: Any) -> None:
         "choose, the other half says what it is worth beside the same number in every layer. "
         "Needs: pip install 'tome_ext[eval]'",
     )
-    tune.set_defaults(run=run_tune)
     tune.add_argument(
         "folder", type=Path, metavar="FOLDER", help="pictures, in it or in a folder for each class"
     )
     tune.add_argument("--model", required=True, metavar="NAME", help=MODEL)
-    tune.add_argument("--method", choices=list(METHODS), default="tome", help=METHOD)
+    tune.add_argument("--method", choices=METHODS, default="tome", help=METHOD)
     goal = tune.add_mutually_exclusive_group(required=True)
     goal.add_argument(
         "--flops", type=number, metavar="SHARE",
@@ -281,7 +248,7 @@ def add_running(command: Any, batch_size: int, checkpoint: bool = True) -> None:
     )  # fmt: skip
     command.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
     command.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help=f"to compute in {DEFAULT}"
+        "--dtype", choices=DTYPES, default="float32", help=f"to compute in {DEFAULT}"
     )
     command.add_argument(
         "--workers", type=at_least_zero, metavar="W",
@@ -303,7 +270,6 @@ def add_bench(commands: Any) -> None:
         "the published package too, where it is installed. Options with commas measure every "
         "combination. Needs: pip install 'tome_ext[bench]'",
     )
-    bench.set_defaults(run=run_bench)
     bench.add_argument(
         "--model", type=names, default="vit_small_patch16_224", metavar="NAME,NAME,...",
         help=f"{MODEL}; with * or ? all that match and can be patched {DEFAULT}",
@@ -354,7 +320,7 @@ def add_bench(commands: Any) -> None:
 
 
 def add_reductions(command: Any, thresholds: bool = False) -> None:
-    """The options that say how tokens are reduced; :func:`reductions_of` reads them.
+    """The options that say how tokens are reduced; ``commands.reductions_of`` reads them.
 
     ``thresholds`` offers these, which mean nothing without a user's own pictures.
     """
@@ -368,32 +334,20 @@ def add_reductions(command: Any, thresholds: bool = False) -> None:
     )  # fmt: skip
     amount.add_argument(
         "--keep-rate", type=keep_rates, metavar="RATE,...",
-        help="instead of --r: the share of patch tokens to keep in the layers after a quarter, a "
-        "half and three quarters of the model (4, 7 and 10 of 12), a run for each number",
+        help=f"{KEEP_RATE}, a run for each number",
     )  # fmt: skip
     if thresholds:
         amount.add_argument(
             "--threshold", type=similarities, metavar="SIMILARITY,...",
-            help="instead of --r, with --method tome or guided: the cosine similarity from which "
-            "on tokens merge, a run for each number; images of a batch with fewer tokens than "
+            help=f"{THRESHOLD}, a run for each number; images of a batch with fewer tokens than "
             "others are padded, so smaller batches gain more",
         )  # fmt: skip
 
 
-def reductions_of(arguments: argparse.Namespace) -> tuple[Reduction, ...]:
-    """Every method with every amount."""
-    name, amounts = "r", arguments.r
-    for other in ("keep_rate", "threshold"):
-        if getattr(arguments, other, None) is not None:
-            name, amounts = other, getattr(arguments, other)
-    pairs = itertools.product(arguments.method, amounts)
-    return tuple(Reduction(method, **{name: amount}) for method, amount in pairs)
-
-
-def methods(text: str) -> tuple[MethodName, ...]:
+def methods(text: str) -> tuple[str, ...]:
     """Parse "tome,evit" for argparse."""
-    found = tuple(METHODS[name].name for name in names(text) if name in METHODS)
-    if found != names(text):
+    found = names(text)
+    if not set(found) <= set(METHODS):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}; got {text!r}")
     return found
 
@@ -504,146 +458,3 @@ def seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
     return value
-
-
-def run_info(arguments: argparse.Namespace) -> None:
-    """Print what is installed as a table."""
-    rows = info()
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-
-
-def check_installed(command: str, packages: tuple[str, ...], extra: str | None = None) -> None:
-    """Refuse to start without the library or a package, before anything is loaded.
-
-    ``extra`` is what pip knows the packages by, if not by the command's name.
-    """
-    _library.require()
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise CommandError(
-            f"tome-ext {command} needs {', '.join(missing)}: "
-            f"pip install 'tome_ext[{extra or command}]'"
-        )
-
-
-def run_demo(arguments: argparse.Namespace) -> None:
-    """Run the demo."""
-    check_installed("demo", DEMO_PACKAGES)
-    from . import demo
-
-    demo.run(
-        arguments.picture,
-        arguments.model,
-        reductions_of(arguments),
-        arguments.batch_size,
-        arguments.output,
-        arguments.device,
-        DTYPES[arguments.dtype],
-    )
-
-
-def run_eval(arguments: argparse.Namespace) -> None:
-    """Run the evaluation."""
-    check_installed("eval", EVAL_PACKAGES)
-    from . import evaluate
-
-    evaluate.run(
-        arguments.folder,
-        arguments.model,
-        reductions_of(arguments),
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
-        checkpoint=arguments.checkpoint,
-        img_size=arguments.img_size,
-        limit=arguments.limit,
-        skip_unreadable=arguments.skip_unreadable,
-        smaller_pictures=arguments.smaller_pictures,
-        json_file=arguments.json,
-        resume=arguments.resume,
-    )
-
-
-def run_embed(arguments: argparse.Namespace) -> None:
-    """Write the features."""
-    check_installed("embed", EMBED_PACKAGES)
-    from . import embed
-
-    if arguments.setting is not None and arguments.method is not None:
-        raise CommandError("--setting: the file says which method; expected no --method beside it")
-    reduction = Reduction(
-        arguments.method or "tome", arguments.r or 0, arguments.keep_rate, arguments.threshold
-    )
-    embed.run(
-        arguments.folder,
-        arguments.model,
-        arguments.setting or reduction,
-        arguments.out,
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
-        img_size=arguments.img_size,
-        skip_unreadable=arguments.skip_unreadable,
-    )
-
-
-def run_tune(arguments: argparse.Namespace) -> None:
-    """Run the search."""
-    check_installed("tune", EVAL_PACKAGES, "eval")
-    from . import _tune_folder
-
-    _tune_folder.run(
-        arguments.folder,
-        arguments.model,
-        flops=arguments.flops,
-        speed=arguments.speed,
-        method=arguments.method,
-        seconds=arguments.seconds,
-        seed=arguments.seed,
-        pictures=arguments.pictures,
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
-        checkpoint=arguments.checkpoint,
-        img_size=arguments.img_size,
-        output=arguments.output,
-        state=arguments.state,
-    )
-
-
-def run_bench(arguments: argparse.Namespace) -> None:
-    """Run the benchmark."""
-    drawing = () if arguments.chart is None else CHART_PACKAGES
-    check_installed("bench", BENCH_PACKAGES + drawing)
-    from . import bench
-
-    bench.run(
-        bench.Options(
-            models=arguments.model,
-            reductions=reductions_of(arguments),
-            batch_sizes=arguments.batch_size,
-            dtypes=arguments.dtype,
-            device=arguments.device,
-            mode=arguments.mode,
-            train=arguments.train,
-            image_size=arguments.img_size,
-            seconds=arguments.seconds,
-            peers=tuple(arguments.peer),
-            json=arguments.json,
-            csv=arguments.csv,
-            markdown=arguments.markdown,
-            chart=arguments.chart,
-        )
-    )
-
-
-def run_models(arguments: argparse.Namespace) -> None:
-    """List the supported models."""
-    from . import _supported
-
-    _supported.run(arguments.pattern, arguments.json)
