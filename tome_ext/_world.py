@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,15 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=1)
 
 
+def _part() -> None:
+    """Part with the other processes after an error, which has been told by now.
+
+    Threads of gloo that free a tensor while Python ends abort the process (PyTorch's issue 190489).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that share the work, and which of them this one is."""
@@ -41,6 +51,8 @@ class World:
         # Messages go by gloo, counts by the library of their device.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        if backend == "gloo":
+            atexit.register(_part)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         yield cls(dist.get_rank(), local_rank, dist.get_world_size())
         # Not after an error: that would let the others go, and torchrun end this process, before

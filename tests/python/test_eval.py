@@ -654,6 +654,37 @@ def test_mistake_is_told_once_by_many_processes(work: Path) -> None:
     assert done.stderr.count("tome-ext: error") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux does")
+def test_no_thread_of_gloo_is_left_when_python_ends_after_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("""
+import atexit, os
+
+import torch
+from torch import distributed
+from tome_ext._command import CommandError
+from tome_ext._world import World
+
+@atexit.register  # the first of all is called last
+def count():
+    names = [open(f"/proc/self/task/{id}/comm").read() for id in os.listdir("/proc/self/task")]
+    print("LEFT", [name for name in names if "gloo" in name], distributed.is_initialized())
+
+def prepare():
+    if world.rank == 0:
+        raise CommandError("the mistake")
+
+with World.join() as world:
+    world.gather(torch.zeros(3))
+    world.agree(prepare, str)
+""")
+    done = torchrun(tmp_path, "--nproc-per-node=2", str(script))
+    assert done.returncode != 0
+    assert done.stderr.count("CommandError: the mistake") == 1
+    # The other one may have been stopped by torchrun before.
+    assert set(re.findall("LEFT .*", done.stdout)) == {"LEFT [] False"}
+
+
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
