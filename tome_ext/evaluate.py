@@ -174,7 +174,13 @@ def run(
             model = loaded.module.to(device, dtype)
             models = dict.fromkeys([None, *(each for each in reductions if each.reduces)], model)
             if smaller_pictures:
-                models |= as_costly(loaded, models, model_name, share.classes, checkpoint)
+                smaller, without = as_costly(loaded, models, model_name, share.classes, checkpoint)
+                models |= smaller
+                if without and world.rank == 0:
+                    say(
+                        "no smaller picture is as near to the operations of "
+                        f"{', '.join(without)} as the whole"
+                    )
             return device, share, loaded, models
 
         device, share, loaded, models = world.agree(prepare, lambda prepared: prepared[1].digest)
@@ -194,7 +200,12 @@ def run(
             "skip_unreadable": skip_unreadable,
             "weights_sha256": None if json_file is None else _models.digest_of(loaded.module),
         }
-        report = {**run_of, "processes": world.size, "threads": torch.get_num_threads()}
+        report = {
+            **run_of,
+            "processes": world.size,
+            "threads": torch.get_num_threads(),
+            "versions": info(),
+        }
         begin = Tally.none(len(settings))
         if resume and json_file is not None:
             begin = world.from_first(lambda: Tally.resumed(json_file, run_of, begin))
@@ -209,7 +220,7 @@ def run(
         def write(tally: Tally) -> None:
             if json_file is not None and world.rank == 0:
                 rows = rows_of(settings, tally, paper)
-                write_json(json_file, {**report, **tally.content(share), "versions": info(),
+                write_json(json_file, {**report, **tally.content(share),
                                        "results": [asdict(row) for row in rows]})  # fmt: skip
 
         def show(tally: Tally) -> None:
@@ -246,8 +257,11 @@ def as_costly(
     spec: str,
     classes: list[str],
     checkpoint: Path | None,
-) -> dict[Setting, Any]:
-    """For every r and keep rate the size of picture that costs the model as much, and the model."""
+) -> tuple[dict[Setting, Any], list[str]]:
+    """For every r and keep rate the size of picture that costs the model as much, and the model.
+
+    Also the names of those for which no size is nearer than the whole picture.
+    """
     _, height, width = loaded.shape
     if height != width:
         raise CommandError(
@@ -275,10 +289,10 @@ def as_costly(
             near = sides[max(0, place - 1) : place + 1]
             side = min(near, key=lambda side: abs(cost(side) - goal))
             like.setdefault(side, []).append(setting.row_name)
-    whole = like.pop(height, None)
-    if whole is not None:
-        say(f"no smaller picture is as near to the operations of {', '.join(whole)} as the whole")
-    return {SmallerPicture(side, tuple(names)): known[side] for side, names in like.items()}
+    without = like.pop(height, [])
+    return {
+        SmallerPicture(side, tuple(names)): known[side] for side, names in like.items()
+    }, without
 
 
 def rows_of(settings: tuple[Setting, ...], tally: Tally, paper: dict[int, float]) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._contenders import CEILING, OURS, UNPATCHED
-from ._rows import LABELS, Row, hardware, title
+from ._rows import LABELS, Row, hardware, how, title
 
 __all__ = ["draw"]
 
@@ -31,7 +31,7 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
     size = max(PANEL[0] * len(batches), 6.4), PANEL[1] * len(groups) + 0.9  # legend and note
     figure: Any = Figure(figsize=size, dpi=150, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
-    panels = figure.subplots(len(groups), len(batches), squeeze=False)
+    panels = figure.subplots(len(groups), len(batches), squeeze=False, sharey=True)
     for group, line in zip(groups, panels, strict=True):
         for batch, axes in zip(batches, line, strict=True):
             key = (*group, batch)
@@ -43,16 +43,20 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
             panel(axes, sorted(shown, key=amount), colors)
             name, _, rest = title(shown[0]).partition(", ")
             axes.set_title(f"{name}\n{rest}", size=9.5)
+    for axes in panels.flat:  # one scale, so that panels compare
+        axes.yaxis.set_tick_params(labelleft=True)
+    panels[0][0].set_ylim(bottom=0, top=1.08 * max(axes.dataLim.y1 for axes in panels.flat))
     figure.legend(
         *panels[0][0].get_legend_handles_labels(),
         loc="outside upper center", ncols=len(colors), frameon=False, fontsize=9.5,
     )  # fmt: skip
-    training = ", forward and backward" if settings.get("train") else ""
     note = (
-        f"{hardware(machine)}, {settings['mode']}{training}, torch {machine['torch']}, "
+        f"{hardware(machine)}, {how(settings)}, torch {machine['torch']}, "
         f"tome_ext {machine['tome_ext']}\n"
         "Medians, the contenders taking turns. Ceiling: tokens sliced off instead."
     )
+    if any(figures.unsteady for row in rows for figures in row.contenders.values()):
+        note += " Points left out: unsteady times."
     figure.supxlabel(note, size=7.5, color=FAINT)
     return figure
 
@@ -90,9 +94,7 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
     axes.set_xlabel("keep rate" if by_rate else "r, tokens removed in every block", size=9)
     axes.set_ylabel("speed-up", size=9)
     axes.yaxis.set_major_formatter("{x:g}x")
-    axes.set_ylim(bottom=0)
     axes.margins(x=0.06)
-    axes.set_ylim(top=1.08 * axes.dataLim.y1)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)

@@ -21,6 +21,7 @@ __all__ = [
     "csv_text",
     "hardware",
     "heading",
+    "how",
     "lines",
     "markdown",
     "summarize",
@@ -148,6 +149,12 @@ def hardware(machine: dict[str, Any]) -> str:
     return f"{machine.get('gpu', machine['cpu'])}, {count} thread{'s' if count > 1 else ''}"
 
 
+def how(settings: dict[str, Any]) -> str:
+    """The mode, and whether backward was timed too."""
+    training = ", forward and backward" if settings.get("train") else ""
+    return f"{settings['mode']}{training}"
+
+
 def title(row: Row) -> str:
     """What rows have in common that share a heading."""
     height, width = row.image_size
@@ -202,9 +209,9 @@ def csv_text(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any])
     return out.getvalue()
 
 
-def markdown(rows: list[Row], machine: dict[str, Any], mode: str) -> str:
+def markdown(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> str:
     """The tables as Markdown, below a line that says where they were measured."""
-    out = [f"{hardware(machine)}; torch {machine['torch']}, {mode}."]
+    out = [f"{hardware(machine)}; torch {machine['torch']}, {how(settings)}."]
     amount_name = "r" if rows[0].keep_rate is None else "keep rate"
     head = [amount_name, "", *(name for name, _, _ in COLUMNS)]
     for i, row in enumerate(rows):

@@ -111,7 +111,7 @@ def run(options: Options) -> list[Row]:
         "peers": list(options.peers),
     }
     print(f"running on  {_rows.hardware(machine)}")
-    print(f"mode        {options.mode}{', forward and backward' if options.train else ''}")
+    print(f"mode        {_rows.how(settings)}")
     print("weights     random; speed does not depend on them", flush=True)
 
     rows: list[Row] = []
@@ -179,8 +179,7 @@ def write(
             part.write_text(_rows.csv_text(rows, machine, settings), encoding="utf-8")
     if options.markdown is not None:
         with replacing(options.markdown) as part:
-            mode = options.mode + (", forward and backward" if options.train else "")
-            part.write_text(_rows.markdown(rows, machine, mode), encoding="utf-8")
+            part.write_text(_rows.markdown(rows, machine, settings), encoding="utf-8")
 
 
 def check(options: Options, device: torch.device) -> None:
