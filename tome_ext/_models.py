@@ -178,9 +178,10 @@ def logits(
         raise
     except Exception as error:  # of the hub, the network, the disk or the library
         if checkpoint is not None:
+            size = "the model's own size" if img_size is None else f"{img_size} pixels"
             raise CommandError(
-                f"{checkpoint} is no checkpoint of {name!r} with {len(classes)} classes, as "
-                f"many as the folder has: {one_line(error)}"
+                f"{checkpoint} is no checkpoint of {name!r} with {len(classes)} classes, as many "
+                f"as the folder has, for images of {size} (--img-size): {one_line(error)}"
             ) from None
         raise CommandError(
             f"can't load pretrained weights of {name!r} ({offline or one_line(error)}); "
