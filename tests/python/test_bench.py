@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -423,9 +424,21 @@ def test_a_ratio_that_contradicts_its_figures_is_not_printed() -> None:
     figures = _rows.summarize(times, dict.fromkeys(times, cost), batch_size=1)
     assert (figures["tome_ext"].median_ms, figures["unpatched"].median_ms) == (1.17, 3.87)
     assert figures["tome_ext"].speed_up == pytest.approx(1.05, abs=0.01)
-    assert [name for name, each in figures.items() if each.unsteady] == ["tome_ext"]
+    unsteady = {name: each.unsteady for name, each in figures.items()}
+    assert unsteady == {"unpatched": (), "ceiling": (), "tome_ext": ("speed_up", "of_ceiling")}
+    figures["unpatched"] = replace(figures["unpatched"], unsteady=("of_ceiling",))
     row = _rows.Row("m", (8, 8), "float32", 1, "tome", 1, None, 5, figures, {})
-    assert "1.05" not in "\n".join(_rows.lines(row))
+    lines = _rows.lines(row)
+    assert "1.05" not in "\n".join(lines)
+    assert re.search(r"unpatched .* 1\.00x +\? ", lines[0])  # the other ratio stays
+    text = _rows.csv_text(
+        [row],
+        {"cpu": "c", "threads": 1, "torch": "t"},
+        {"mode": "eager", "train": False, "device": "cpu"},
+    )
+    assert [each["unsteady"] for each in csv.DictReader(io.StringIO(text))] == [
+        "of_ceiling", "", "speed_up of_ceiling"
+    ]  # fmt: skip
 
 
 def test_times_that_contradict_each_other_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:

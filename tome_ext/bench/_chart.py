@@ -55,7 +55,7 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
         f"tome_ext {machine['tome_ext']}\n"
         "Medians, the contenders taking turns. Ceiling: tokens sliced off instead."
     )
-    if any(figures.unsteady for row in rows for figures in row.contenders.values()):
+    if any("speed_up" in figures.unsteady for row in rows for figures in row.contenders.values()):
         note += " Points left out: unsteady times."
     figure.supxlabel(note, size=7.5, color=FAINT)
     return figure
@@ -73,7 +73,7 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
         points = [
             (amount(row), row.contenders[name].speed_up)
             for row in rows
-            if name in row.contenders and not row.contenders[name].unsteady
+            if name in row.contenders and "speed_up" not in row.contenders[name].unsteady
         ]
         if name == UNPATCHED:
             continue

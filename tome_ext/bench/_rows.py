@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 
+RATIOS = (("speed_up", UNPATCHED), ("of_ceiling", CEILING))
 AGREEMENT = 1.15  # at most this times: a ratio of two contenders, and that of their medians
 
 
@@ -61,7 +62,8 @@ class Figures:
         flops_per_image: see :class:`Cost`.
         extra_memory: see :class:`Cost`.
         tokens_left: after the last merge, prefix tokens included.
-        unsteady: a ratio contradicts the medians that it stands beside, see :data:`AGREEMENT`.
+        unsteady: those of the two ratios that contradict the medians beside them, by name, see
+            :data:`AGREEMENT`.
     """
 
     median_ms: float
@@ -72,7 +74,7 @@ class Figures:
     flops_per_image: int
     extra_memory: int | None
     tokens_left: int
-    unsteady: bool = False
+    unsteady: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ def summarize(
     """The figures of contenders that took turns: milliseconds by name, one entry a round."""
     medians = {name: statistics.median(ms) for name, ms in times.items()}
 
-    def contradicts(name: str, over: str) -> bool:
+    def agrees(name: str, over: str) -> bool:
         off = ratio(times, over, name) * medians[name] / medians[over]
-        return not 1 / AGREEMENT < off < AGREEMENT
+        return 1 / AGREEMENT < off < AGREEMENT
 
     return {
         name: Figures(
@@ -116,7 +118,7 @@ def summarize(
             flops_per_image=costs[name].flops_per_image,
             extra_memory=costs[name].extra_memory,
             tokens_left=costs[name].tokens[-1],
-            unsteady=contradicts(name, UNPATCHED) or contradicts(name, CEILING),
+            unsteady=tuple(figure for figure, over in RATIOS if not agrees(name, over)),
         )
         for name, ms in times.items()
     }
@@ -129,8 +131,8 @@ COLUMNS = (
     ("img/s", 8, lambda f: f"{f.images_per_second:.1f}"),
     ("ms", 8, lambda f: f"{f.median_ms:.4g}"),
     ("p90 ms", 8, lambda f: f"{f.p90_ms:.4g}"),
-    ("speed-up", 8, lambda f: "?" if f.unsteady else f"{f.speed_up:.2f}x"),
-    ("of ceiling", 10, lambda f: "?" if f.unsteady else f"{f.of_ceiling:.3f}"),
+    ("speed-up", 8, lambda f: "?" if "speed_up" in f.unsteady else f"{f.speed_up:.2f}x"),
+    ("of ceiling", 10, lambda f: "?" if "of_ceiling" in f.unsteady else f"{f.of_ceiling:.3f}"),
     ("GFLOP/img", 9, lambda f: f"{f.flops_per_image / 1e9:.2f}"),
     ("MiB", 7, lambda f: "-" if f.extra_memory is None else f"{f.extra_memory / 2**20:.1f}"),
     ("tokens", 6, lambda f: str(f.tokens_left)),
@@ -198,6 +200,7 @@ def csv_text(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any])
             "torch": machine["torch"],
             "contender": name,
             **asdict(figures),
+            "unsteady": " ".join(figures.unsteady),
         }
         for row in rows
         for name, figures in row.contenders.items()
