@@ -26,7 +26,7 @@ from PIL import Image
 from tome_ext import _supported, bench, patch
 from tome_ext._command import CommandError, Reduction
 from tome_ext.bench import _chart, _contenders, _cost, _rows, _run
-from tome_ext.bench.timing import interleave, ratio
+from tome_ext.bench.timing import cpu_name, interleave, ratio
 from tome_ext_cli import commands, main
 
 SMALL = ["--model", "test_vit", "--img-size", "64", "--batch-size", "2", "--seconds", "0"]
@@ -454,6 +454,16 @@ def test_times_that_contradict_each_other_are_taken_again(monkeypatch: pytest.Mo
     figures, _, _ = _run.measure(tiny(), images(), Reduction(r=4), "eager", 0.0, [])
     assert len(tries) == 3
     assert not any(each.unsteady for each in figures.values())
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    told = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+    file.write_text(told.format(0) + told.format(1))
+    assert cpu_name(file) == "AMD EPYC (family 25, model 17)"
+    file.write_text("processor\t: 0\nmodel name\t: Some Arm\n")
+    assert cpu_name(file) == "Some Arm"
+    assert cpu_name(tmp_path / "none")  # the architecture, at least
 
 
 def test_contenders_take_turns() -> None:

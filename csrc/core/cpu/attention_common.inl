@@ -27,7 +27,7 @@ bool fill_bias(const float* size, int64_t keys, int64_t padded, T* bias) {
 // all keys are hidden.
 //   logits (whole vectors)  -inf behind the last key; overwritten
 template <class T>
-void softmax_row(T* logits, int64_t keys, T peak, T* weights) {
+TOME_INLINE void softmax_row(T* logits, int64_t keys, T peak, T* weights) {
     using V = typename Vector<T>::Type;
     constexpr int64_t kLanes = Vector<T>::kLanes;
     const V shift = broadcast<V>(peak == -std::numeric_limits<T>::infinity() ? T(0) : peak);
