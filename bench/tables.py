@@ -174,8 +174,9 @@ def ways_table(result: dict[str, Any]) -> str:
 
 def more_ways_table(result: dict[str, Any]) -> str:
     """Of a shorter run: eager with other allocators, standard operators, and int8."""
+    first = result["rows"][0]
     lines = [
-        machine_line(result, f"{result['rows'][0]['model']}; images/s, medians of few rounds"),
+        machine_line(result, f"{first['model']}, r = {first['r']}; images/s, medians of few rounds"),
         "",
         "| dtype | B | way | unmerged | merged | speed-up |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
@@ -346,7 +347,8 @@ def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, An
     other = ways["machine"]
     lines = [
         f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')} "
-        f"OpenVINO {other['openvino'].split('-')[0]}: beside torch {other['torch']}.",
+        f"OpenVINO {other['openvino'].split('-')[0]}: a slower {other['cpu']}, torch {other['torch']}; "
+        "of that row only the speed-up compares with the others.",
         "",
         "| speed-up | model | r | B | on | images/s, unmerged | merged |",
         "| ---: | --- | ---: | ---: | --- | ---: | ---: |",
