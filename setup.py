@@ -334,9 +334,10 @@ class Build(build):
     """
 
     def run(self) -> None:
-        folder = Path(self.build_lib, "tome_ext").resolve()
-        if folder.is_dir() and folder != ROOT / "tome_ext":
-            shutil.rmtree(folder)
+        for package in ("tome_ext", "tome_ext_cli"):
+            folder = Path(self.build_lib, package).resolve()
+            if folder.is_dir() and folder != ROOT / package:
+                shutil.rmtree(folder)
         super().run()
 
 

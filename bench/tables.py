@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+AGREEMENT = 1.15  # as of tome-ext bench: at most this times, a ratio and that of the medians
 TITLES = {
     "merge": ("merge, mean with sizes", "clone of x", "of_clone"),
     "unmerge": ("unmerge", "clone of its output", "of_clone"),
@@ -24,10 +25,18 @@ def row(entry: dict[str, Any]) -> str:
     ms = entry["ms"]
     _, _, ratio = TITLES[entry["op"]]
     floor = ms["clone" if "clone" in ms else "matmul"]
+    of_floor = steady(entry[ratio], ms["tome"] / floor, "{:.2f}")
+    over_stock = steady(entry["over_stock"], ms["stock"] / ms["tome"], "{:.1f}x")
     return (
         f"| {entry['shape']} | {entry['dtype']} | {ms['tome']:.3g} | {floor:.3g} | "
-        f"{entry[ratio]:.2f} | {ms['stock']:.3g} | {entry['over_stock']:.1f}x |"
+        f"{of_floor} | {ms['stock']:.3g} | {over_stock} |"
     )
+
+
+def steady(ratio: float, of_medians: float, form: str) -> str:
+    """A ratio, or "?" where it contradicts the medians beside it, as on a busy machine."""
+    agrees = 1 / AGREEMENT < ratio / of_medians < AGREEMENT
+    return form.format(ratio) if agrees else "?"
 
 
 def machine_line(result: dict[str, Any], figures: str = "milliseconds, medians") -> str:
@@ -176,7 +185,9 @@ def more_ways_table(result: dict[str, Any]) -> str:
     """Of a shorter run: eager with other allocators, standard operators, and int8."""
     first = result["rows"][0]
     lines = [
-        machine_line(result, f"{first['model']}, r = {first['r']}; images/s, medians of few rounds"),
+        machine_line(
+            result, f"{first['model']}, r = {first['r']}; images/s, medians of few rounds"
+        ),
         "",
         "| dtype | B | way | unmerged | merged | speed-up |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
@@ -347,8 +358,8 @@ def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, An
     other = ways["machine"]
     lines = [
         f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')} "
-        f"OpenVINO {other['openvino'].split('-')[0]}: a slower {other['cpu']}, torch {other['torch']}; "
-        "of that row only the speed-up compares with the others.",
+        f"OpenVINO {other['openvino'].split('-')[0]}: a slower {other['cpu']}, torch "
+        f"{other['torch']}; of that row only the speed-up compares with the others.",
         "",
         "| speed-up | model | r | B | on | images/s, unmerged | merged |",
         "| ---: | --- | ---: | ---: | --- | ---: | ---: |",

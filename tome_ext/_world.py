@@ -51,6 +51,7 @@ class World:
         # Messages go by gloo, counts by the library of their device.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        # NCCL is not waited for: what it waits for may be gone.
         if backend == "gloo":
             atexit.register(_part)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

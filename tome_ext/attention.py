@@ -218,7 +218,7 @@ def proportional_attention(
         v: (B, H, N, D') values, all of one floating dtype. Views of one packed qkv tensor are read
             in place, as any with a contiguous last dimension.
         size: (B, N) float32, how many original tokens each key token stands for. 0 hides a token:
-            its weight is 0, and on the CPU what its key and value hold, NaN too, changes nothing.
+            its weight is 0, and what its key and value hold, NaN too, changes nothing.
         attn_mask: bool (True may be attended) or float (added to the logits), broadcastable to
             (B, H, M, N). A bool mask that is the same for all heads and queries costs nothing.
         scale: factor of the logits; None means ``D ** -0.5``.

@@ -204,7 +204,8 @@ def run(
             **run_of,
             "processes": world.size,
             "threads": torch.get_num_threads(),
-            "versions": info(),
+            # Of the process that writes them: asking starts CUDA on the first GPU.
+            "versions": info() if json_file is not None and world.rank == 0 else {},
         }
         begin = Tally.none(len(settings))
         if resume and json_file is not None:

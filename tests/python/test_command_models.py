@@ -309,6 +309,12 @@ def test_models_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == {f"hf:{next(iter(family.towers))}" for family in families}
 
 
+def test_numbers_that_constructors_read_on_the_meta_device() -> None:
+    with torch.device("meta"), _supported._RatesOnCpu():
+        assert [x.item() for x in torch.linspace(0, 1, 3)] == [0, 0.5, 1]
+        assert torch.linspace(0, 1, 3, device=None).is_meta  # where a device is named it stays
+
+
 def test_suggested_r() -> None:
     assert _supported.suggested_r(196, 12) == 13
     assert _supported.suggested_r(196, 24) == 6

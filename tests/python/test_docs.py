@@ -56,7 +56,7 @@ TEXT = {
 
 
 ANY = "\0"  # stands for any text, in messages
-SOURCES = [*(ROOT / "tome_ext").glob("**/*.py"), ROOT / "setup.py"]
+SOURCES = [*ROOT.glob("tome_ext*/**/*.py"), ROOT / "setup.py"]
 
 
 class Block(NamedTuple):

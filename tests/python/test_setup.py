@@ -87,21 +87,24 @@ def test_a_wheel_holds_nothing_of_earlier_builds(
     monkeypatch.setattr(setuptools, "setup", asked.update)
     runpy.run_path(str(ROOT / "setup.py"))
     monkeypatch.chdir(tmp_path)
-    Path("tome_ext").mkdir()
-    Path("tome_ext/__init__.py").touch()
+    packages = ["tome_ext", "tome_ext_cli"]
+    for package in packages:
+        Path(package).mkdir()
+        Path(package, "__init__.py").touch()
     # As setup.py has it, but for the libraries, which take a minute.
-    of_package = {"name": "tome_ext", "packages": ["tome_ext"], "script_name": "setup.py"}
+    of_package = {"name": "tome_ext", "packages": packages, "script_name": "setup.py"}
     distribution = setuptools.Distribution({**asked, **of_package, "ext_modules": []})
     build: Any = distribution.get_command_obj("build")
     build.ensure_finalized()
-    earlier = Path(build.build_lib, "tome_ext")
-    earlier.mkdir(parents=True)
-    for name in ("_openvino.abi3.so", "renamed_since.py"):
-        (earlier / name).touch()
+    for package in packages:
+        earlier = Path(build.build_lib, package)
+        earlier.mkdir(parents=True)
+        for name in ("_openvino.abi3.so", "renamed_since.py"):
+            (earlier / name).touch()
     distribution.run_command("bdist_wheel")
     (wheel,) = Path("dist").glob("*.whl")
     files = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert files == ["tome_ext/__init__.py"]
+    assert files == ["tome_ext/__init__.py", "tome_ext_cli/__init__.py"]
 
 
 def test_all_files_name_one_version() -> None:
