@@ -52,7 +52,8 @@ def ops_table(result: dict[str, Any]) -> str:
     for op, (title, floor, _) in TITLES.items():
         lines += [
             "",
-            f"| {title} | dtype | tome | {floor} | tome / that | stock | stock / tome |",
+            f"| {title} | dtype | tome_ext | {floor} | tome_ext / that | stock "
+            "| stock / tome_ext |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         lines += [row(entry) for entry in result["rows"] if entry["op"] == op]
@@ -106,7 +107,7 @@ def alternatives_table(result: dict[str, Any]) -> str:
     lines = [
         machine_line(result),
         "",
-        f"| attention | dtype | tome | {' | '.join(forms.values())} |",
+        f"| attention | dtype | tome_ext | {' | '.join(forms.values())} |",
         f"| --- | --- | ---: | {' | '.join('---:' for _ in forms)} |",
     ]
     for entry in result["rows"]:
@@ -125,7 +126,8 @@ def models_table(result: dict[str, Any]) -> str:
     ours = ("unpatched", "ceiling", "tome_ext")
     peers = list(dict.fromkeys(n for entry in rows for n in entry["contenders"] if n not in ours))
     heads = ["unpatched", "ceiling", "tome_ext", "speed-up", "of the ceiling"]
-    heads += [f"{peer}, of the ceiling" for peer in peers]
+    titles = {"tome": "published package", "stock": "stock, fused attention"}
+    heads += [f"{titles.get(peer, peer)}, of the ceiling" for peer in peers]
     lines = [
         machine_line(result, f"images/s, medians, {result['settings']['mode']}"),
         "",
@@ -163,17 +165,22 @@ WAYS = {
 }
 
 
+def ways_line(result: dict[str, Any], what: str) -> str:
+    """Machine, engines and model of bench/cpu_ways.py."""
+    machine, first = result["machine"], result["rows"][0]
+    engines = f"ONNX Runtime {machine['onnxruntime']}, OpenVINO {machine['openvino'].split('-')[0]}"
+    return machine_line(result, f"{engines}; {first['model']}, r = {first['r']}; {what}")
+
+
 def ways_table(result: dict[str, Any]) -> str:
     """Every way to run a model on a CPU, of bench/cpu_ways.py: images/s, and over eager."""
-    machine, rows = result["machine"], result["rows"]
-    engines = f"ONNX Runtime {machine['onnxruntime']}, OpenVINO {machine['openvino'].split('-')[0]}"
     lines = [
-        machine_line(result, f"{engines}; {rows[0]['model']}, r = {rows[0]['r']}; images/s"),
+        ways_line(result, "images/s"),
         "",
         "| dtype | B | way | unmerged | merged | speed-up | merged, over unmerged eager |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for entry in rows:
+    for entry in result["rows"]:
         cells = [entry["dtype"], str(entry["batch_size"]), WAYS[entry["way"]]]
         cells += [f"{entry[name]:.3g}" for name in ("unmerged", "merged")]
         cells += [f"{entry[name]:.2f}x" for name in ("speed_up", "over_eager")]
@@ -183,11 +190,8 @@ def ways_table(result: dict[str, Any]) -> str:
 
 def more_ways_table(result: dict[str, Any]) -> str:
     """Of a shorter run: eager with other allocators, standard operators, and int8."""
-    first = result["rows"][0]
     lines = [
-        machine_line(
-            result, f"{first['model']}, r = {first['r']}; images/s, medians of few rounds"
-        ),
+        ways_line(result, "images/s, medians of few rounds"),
         "",
         "| dtype | B | way | unmerged | merged | speed-up |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
@@ -257,7 +261,7 @@ def gpu_ops_table(result: dict[str, Any]) -> str:
     lines = [
         gpu_line(result, f"microseconds; floor: the bytes at {bandwidth:.2f} TB/s, a copy's"),
         "",
-        "| operator | shape | tome | floor | tome / that | stock | stock / tome |",
+        "| operator | shape | tome_ext | floor | tome_ext / that | stock | stock / tome_ext |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, stock in (
@@ -286,10 +290,10 @@ def gpu_attention_table(result: dict[str, Any]) -> str:
     """Forward and backward beside the kernels of SDPA, in microseconds."""
     rivals = ("flash", "cudnn", "efficient")
     lines = [
-        gpu_line(result, "microseconds; sizes are part of tome and of the masks only"),
+        gpu_line(result, "microseconds; sizes are part of tome_ext and of the masks only"),
         "",
-        "| attention | shape | tome | flash | cuDNN | efficient | fastest with a mask | "
-        "tome / fastest without sizes |",
+        "| attention | shape | tome_ext | flash | cuDNN | efficient | fastest with a mask | "
+        "tome_ext / fastest without sizes |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind, name in (("attention", "forward"), ("backward", "backward")):

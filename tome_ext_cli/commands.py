@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -35,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # of `tome-ext models | head`
+        # Python flushes once more at the end, and would tell of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CommandError, ImportError) as error:  # of a missing library or package
         print(f"tome-ext: error: {error}", file=sys.stderr)
         return 2

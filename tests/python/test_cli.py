@@ -339,6 +339,17 @@ for argv in (["--help"], ["eval", "--help"], ["--version"], ["bench", "--r", "x"
     ]  # fmt: skip
 
 
+def test_a_reader_that_stops_early_is_no_error(run_python: Any) -> None:
+    code = """
+import subprocess, sys
+command = "import sys; from tome_ext_cli import main; sys.exit(main(['models', 'timm:test_vit']))"
+process = subprocess.Popen([sys.executable, "-c", command], stdout=-1, stderr=-1)
+process.stdout.close()
+print("ERRORS", process.stderr.read(), process.wait())
+"""
+    assert "ERRORS b'' 1" in run_python(code).stdout
+
+
 def test_methods_and_dtypes_are_those_there_are() -> None:
     assert tuple(METHODS) == options.METHODS
     assert all(isinstance(dtype, torch.dtype) for dtype in commands.DTYPES.values())
