@@ -318,7 +318,7 @@ with torch.device("meta"), _supported._RatesOnCpu():
     print([x.item() for x in torch.linspace(0, 1, 3)])
     print(torch.linspace(0, 1, 3, device=None).is_meta)  # where a device is named it stays
 """
-    # Elsewhere, as torch.compile in other tests may leave torch's function modes switched off.
+    # Elsewhere: once, after other tests, torch's function modes had no effect in this process.
     run = run_python(code)
     assert run.stdout.splitlines() == ["[0.0, 0.5, 1.0]", "True"], run.stderr
 
