@@ -334,7 +334,7 @@ class Build(build):
     """
 
     def run(self) -> None:
-        for package in ("tome_ext", "tome_ext_cli"):
+        for package in {name.partition(".")[0] for name in self.distribution.packages}:
             folder = Path(self.build_lib, package).resolve()
             if folder.is_dir() and folder != ROOT / package:
                 shutil.rmtree(folder)

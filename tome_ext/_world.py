@@ -61,6 +61,11 @@ class World:
         dist.destroy_process_group()
 
     @property
+    def hides_progress(self) -> bool | None:
+        """Tqdm's ``disable``: bars are the first process's; None shows none in a pipe."""
+        return None if self.rank == 0 else True
+
+    @property
     def cores(self) -> int:
         """How many of this machine's cores each process may have, at least one."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1

@@ -310,8 +310,9 @@ def embed(job: Job, world: World, workers: int, skip: bool) -> tuple[Tensor, Ten
     size = job.plan["batch_size"]
     batches = iter(loader(pictures, job.model.data, size, job.device, dtype, workers))
     begin, in_model = time.perf_counter(), 0.0
-    hidden = None if world.rank == 0 else True  # None: not into a pipe
-    with tqdm(total=len(samples), desc="embedding", unit="img", disable=hidden) as progress:
+    with tqdm(
+        total=len(samples), desc="embedding", unit="img", disable=world.hides_progress
+    ) as progress:
         for part in mine:
             features: list[Tensor] = []
             readable: list[bool] = []

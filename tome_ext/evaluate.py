@@ -585,7 +585,7 @@ class Counter:
             initial=self.begin.done,
             desc="evaluating",
             unit="img",
-            disable=None if self.world.rank == 0 else True,  # None: not into a pipe
+            disable=self.world.hides_progress,
         )
         with bar as progress, told_in_a_line():
             for turn in range(1, rounds + 1):

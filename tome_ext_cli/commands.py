@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from tome_ext import _library
 from tome_ext._command import CommandError, Reduction, one_line, out_of_memory
-from tome_ext.patch.common.methods import METHODS
 from tome_ext.utils import info
 
 from . import options
@@ -59,7 +59,18 @@ def reductions_of(arguments: argparse.Namespace) -> tuple[Reduction, ...]:
         if getattr(arguments, other, None) is not None:
             name, amounts = other, getattr(arguments, other)
     pairs = itertools.product(arguments.method, amounts)
-    return tuple(Reduction(METHODS[method].name, **{name: amount}) for method, amount in pairs)
+    return tuple(Reduction(method, **{name: amount}) for method, amount in pairs)
+
+
+def running_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``options.add_running`` asks for, as keywords of what the commands call."""
+    return {
+        "batch_size": arguments.batch_size,
+        "device_name": arguments.device,
+        "dtype": DTYPES[arguments.dtype],
+        "workers": arguments.workers,
+        "img_size": arguments.img_size,
+    }
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -109,12 +120,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
         arguments.folder,
         arguments.model,
         reductions_of(arguments),
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
+        **running_of(arguments),
         checkpoint=arguments.checkpoint,
-        img_size=arguments.img_size,
         limit=arguments.limit,
         skip_unreadable=arguments.skip_unreadable,
         smaller_pictures=arguments.smaller_pictures,
@@ -138,11 +145,7 @@ def run_embed(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.setting or reduction,
         arguments.out,
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
-        img_size=arguments.img_size,
+        **running_of(arguments),
         skip_unreadable=arguments.skip_unreadable,
     )
 
@@ -161,12 +164,8 @@ def run_tune(arguments: argparse.Namespace) -> None:
         seconds=arguments.seconds,
         seed=arguments.seed,
         pictures=arguments.pictures,
-        batch_size=arguments.batch_size,
-        device_name=arguments.device,
-        dtype=DTYPES[arguments.dtype],
-        workers=arguments.workers,
+        **running_of(arguments),
         checkpoint=arguments.checkpoint,
-        img_size=arguments.img_size,
         output=arguments.output,
         state=arguments.state,
     )

@@ -113,8 +113,8 @@ def add_demo(commands: Any) -> None:
         "--output", type=Path, default="tome_demo.png", metavar="FILE",
         help=f"where to write the picture {DEFAULT}",
     )  # fmt: skip
-    demo.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
-    demo.add_argument("--dtype", choices=DTYPES, default="float32", help=f"to compute in {DEFAULT}")
+    add_device(demo)
+    add_dtype(demo)
 
 
 def add_eval(commands: Any) -> None:
@@ -246,14 +246,29 @@ def add_running(command: Any, batch_size: int, checkpoint: bool = True) -> None:
         "--batch-size", type=at_least_one, default=batch_size, metavar="B",
         help=f"images in a forward pass {DEFAULT}",
     )  # fmt: skip
-    command.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help=f"to compute in {DEFAULT}"
-    )
+    add_device(command)
+    add_dtype(command)
     command.add_argument(
         "--workers", type=at_least_zero, metavar="W",
         help="processes that read pictures; 0 reads them between runs (default: one a core)",
     )  # fmt: skip
+    add_img_size(command)
+
+
+def add_device(command: Any) -> None:
+    """Where to run."""
+    command.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
+
+
+def add_dtype(command: Any) -> None:
+    """One dtype to compute in."""
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help=f"to compute in {DEFAULT}"
+    )
+
+
+def add_img_size(command: Any) -> None:
+    """The side of square images."""
     command.add_argument(
         "--img-size", type=at_least_one, metavar="PIXELS",
         help="side of the images (default: what the model was made for)",
@@ -283,7 +298,7 @@ def add_bench(commands: Any) -> None:
         "--dtype", type=dtypes, default="float32", metavar="DTYPE,...",
         help=f"to compute in: {', '.join(DTYPES)} {DEFAULT}",
     )  # fmt: skip
-    bench.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps, ... {DEFAULT}")
+    add_device(bench)
     bench.add_argument(
         "--mode", choices=("eager", "compile", "graphs", "onnxruntime", "openvino"),
         default="eager", help="as written, with torch.compile(fullgraph=True), as one CUDA graph, "
@@ -293,10 +308,7 @@ def add_bench(commands: Any) -> None:
         "--train", action="store_true",
         help="time forward and backward of a model that trains, with --mode eager or compile",
     )  # fmt: skip
-    bench.add_argument(
-        "--img-size", type=at_least_one, metavar="PIXELS",
-        help="side of the images (default: what the model was made for)",
-    )  # fmt: skip
+    add_img_size(bench)
     bench.add_argument(
         "--seconds", type=seconds, default=10.0, metavar="S",
         help=f"how long to time each combination; at least five rounds {DEFAULT}",

@@ -43,8 +43,7 @@ def draw(rows: list[Row], machine: dict[str, Any], settings: dict[str, Any]) -> 
             panel(axes, sorted(shown, key=amount), colors)
             name, _, rest = title(shown[0]).partition(", ")
             axes.set_title(f"{name}\n{rest}", size=9.5)
-    for axes in panels.flat:  # one scale, so that panels compare
-        axes.yaxis.set_tick_params(labelleft=True)
+    # One scale, so that panels compare.
     panels[0][0].set_ylim(bottom=0, top=1.08 * max(axes.dataLim.y1 for axes in panels.flat))
     figure.legend(
         *panels[0][0].get_legend_handles_labels(),
@@ -97,7 +96,7 @@ def panel(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
     axes.margins(x=0.06)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
+    axes.tick_params(labelsize=8.5, labelleft=True, color=FAINT, labelcolor=INK)
     axes.spines[:].set_color("#bbbbbb")
     axes.spines["right"].set_visible(False)
     axes.spines["top"].set_visible(False)
