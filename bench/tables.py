@@ -357,6 +357,24 @@ def gpu_models_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def goals_table(*results: dict[str, Any]) -> str:
+    """What was aimed at, and what each GPU gave: misses in bold, goals never measured left out."""
+    names = [result["machine"]["name"].removeprefix("NVIDIA ").split()[0] for result in results]
+    wanted = {goal["goal"]: goal for result in results for goal in result["goals"]}
+    found = [{goal["goal"]: goal for goal in result["goals"]} for result in results]
+    lines = [f"| | goal | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
+    for name, goal in wanted.items():
+        cells = []
+        for of_one in found:
+            value, met = (of_one.get(name, {}).get(key) for key in ("value", "met"))
+            text = "-" if value is None else f"{value:.2f}" if abs(value - 1) > 0.05 else f"{value:.3f}"
+            cells.append(f"**{text}**" if met is False else text)
+        if set(cells) != {"-"}:
+            sign = "at least" if goal["least"] else "at most"
+            lines.append(f"| {name} | {sign} {goal['wanted']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, Any]) -> str:
     """The first screen's: what merging gives to whole models, on each kind of machine."""
     other = ways["machine"]
@@ -536,8 +554,11 @@ TABLES = [
     ("docs/attention.md", "alternatives_cpu", "attention_cpu.json", alternatives_table),
     ("docs/benchmarking.md", "models_gpu", "gpu_h100.json", gpu_models_table),
     ("docs/benchmarking.md", "models_h200", "gpu_h200.json", gpu_models_table),
+    ("docs/benchmarking.md", "goals_gpu", ("gpu_h100.json", "gpu_h200.json"), goals_table),
     ("docs/benchmarking.md", "ops_gpu", "gpu_h100.json", gpu_ops_table),
+    ("docs/benchmarking.md", "ops_h200", "gpu_h200.json", gpu_ops_table),
     ("docs/benchmarking.md", "attention_gpu", "gpu_h100.json", gpu_attention_table),
+    ("docs/benchmarking.md", "attention_h200", "gpu_h200.json", gpu_attention_table),
 ]
 
 

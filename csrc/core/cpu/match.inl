@@ -11,7 +11,78 @@
 
 namespace tome::TOME_ISA_NAMESPACE {
 
-constexpr int64_t kTokensAhead = 2;  // of the same set: enough to cover the latency of memory
+// Of set B, while it is packed: enough to cover the latency of memory.
+constexpr int64_t kTokensAhead = 2;
+
+// Asks for the metric of tokens before it is read, a few cache lines at a time. Tokens of a packed
+// qkv lie pages apart, where the hardware does not look by itself. Into L2, which keeps more lines
+// on their way than L1.
+class TokensAhead {
+  public:
+    // Tokens [first, last) of a set, in order.
+    TokensAhead(const MatchParams& p, const TokenSet& set, int64_t image, int64_t first,
+                int64_t last)
+        : set_(set), token_(first - 1), last_(last) {
+        const int64_t size = element_size(p.dtype);
+        // One run for each head, or for all where they lie side by side.
+        const bool one = p.stride_head == p.dim;
+        runs_ = one ? 1 : p.heads;
+        run_lines_ = ((one ? p.heads : 1) * p.dim * size + kLineBytes - 1) / kLineBytes;
+        metric_ = static_cast<const char*>(p.metric) + image * p.stride_batch * size;
+        stride_token_ = p.stride_token * size;
+        stride_run_ = p.stride_head * size;
+        run_ = runs_;
+        next_run();
+    }
+
+    // The lines of that many tokens.
+    int64_t lines(int64_t tokens) const { return tokens * runs_ * run_lines_; }
+
+    // For the next lines, as long as there are tokens.
+    TOME_INLINE void ask(int64_t lines) {
+        while (lines > 0 && left_ > 0) {
+            const int64_t now = std::min(lines, left_);
+            const char* at = at_;
+            for (int64_t i = 0; i < now; ++i, at += kLineBytes) __builtin_prefetch(at, 0, 2);
+            at_ = at;
+            lines -= now;
+            left_ -= now;
+            if (left_ == 0) next_run();
+        }
+    }
+
+  private:
+    static constexpr int64_t kLineBytes = 64;
+
+    void next_run() {
+        if (run_ == runs_) {
+            if (++token_ >= last_) return;
+            run_ = 0;
+        }
+        at_ = metric_ + set_[token_] * stride_token_ + run_ * stride_run_;
+        left_ = run_lines_;
+        ++run_;
+    }
+
+    const char* at_ = nullptr;
+    int64_t left_ = 0;  // lines of this run
+    TokenSet set_;
+    int64_t token_, last_, run_, runs_, run_lines_;
+    const char* metric_;
+    int64_t stride_token_, stride_run_;
+};
+
+// What is asked for while the tiles of an image are multiplied, so that the memory works while the
+// multipliers do: the next tile, and what is packed of the next image.
+struct Ahead {
+    TokensAhead tile, image;
+    int64_t tile_lines, image_lines;  // between two steps
+
+    TOME_INLINE void step() {
+        tile.ask(tile_lines);
+        image.ask(image_lines);
+    }
+};
 
 // Rows whose squares overflow, vanish, or are not numbers. Returns false, and zeros, for the last.
 template <class T>
@@ -35,29 +106,25 @@ bool normalise_extreme(T* row, int64_t dim) {
     return true;
 }
 
-// Asks for a token's metric ahead of its use: tokens of a packed qkv lie pages apart, where the
-// hardware does not look by itself. Into L2, which keeps more lines on their way than L1.
-template <class In>
-TOME_INLINE void prefetch_token(const In* x, int64_t heads, int64_t stride_head, int64_t dim) {
-    constexpr int64_t kLine = 64 / sizeof(In);
-    for (int64_t h = 0; h < heads; ++h) {
-        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(x + h * stride_head + d, 0, 2);
-    }
-}
-
 // kBlock vectors of one token's mean over heads, from channel d on, side by side: every head is
-// read in a run as long as that. Adds up their squares.
+// read in a run as long as that. Adds up their squares. The same of the token `ahead`, if there is
+// one, is asked for as TokensAhead does.
 //   x    (heads, dim)  the token's metric in every head
 //   row  (dim) out
-template <int kBlock, class In, class T, class V>
-TOME_INLINE void mean_over_heads(const In* x, int64_t heads, int64_t stride_head, int64_t d,
-                                 V share, T* row, V (&squares)[4]) {
-    constexpr int64_t kLanes = Vector<T>::kLanes;
-    V sum[kBlock];
-    for (int u = 0; u < kBlock; ++u) sum[u] = load(x + d + u * kLanes);
-    for (int64_t h = 1; h < heads; ++h) {
-        const In* head = x + h * stride_head + d;
-        for (int u = 0; u < kBlock; ++u) sum[u] += load(head + u * kLanes);
+template <bool kAhead, int kBlock, class In, class T, class V>
+TOME_INLINE void mean_over_heads(const In* x, const In* ahead, int64_t heads, int64_t stride_head,
+                                 int64_t d, V share, T* row, V (&squares)[4]) {
+    constexpr int kLanes = Vector<T>::kLanes;
+    constexpr int kLine = 64 / sizeof(In);
+    V sum[kBlock] = {};
+    for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = h * stride_head + d;
+        for (int u = 0; u < kBlock; ++u) {
+            if (kAhead && (kBlock == 1 || u * kLanes % kLine == 0)) {
+                __builtin_prefetch(ahead + at + u * kLanes, 0, 2);
+            }
+            sum[u] += load(x + at + u * kLanes);
+        }
     }
     for (int u = 0; u < kBlock; ++u) {
         const V mean = sum[u] * share;
@@ -66,27 +133,25 @@ TOME_INLINE void mean_over_heads(const In* x, int64_t heads, int64_t stride_head
     }
 }
 
-// One token's metric at length 1 (a zero vector stays zero). Returns false, and zeros, where it
-// holds NaN or infinity.
+// One token's mean over heads. Returns its squares, one sum in each lane.
 //   x   (heads, dim)  the token's metric in every head
-//   row (dim) out     mean over heads, normalised
-template <class In, class T>
-bool load_unit_row(const In* x, int64_t heads, int64_t stride_head, int64_t dim, T* row) {
-    using V = typename Vector<T>::Type;
+//   row (dim) out
+template <bool kAhead, class In, class T, class V>
+TOME_INLINE V load_mean(const In* x, const In* ahead, int64_t heads, int64_t stride_head,
+                        int64_t dim, V share, T* row) {
     constexpr int64_t kLanes = Vector<T>::kLanes;
-    const V share = broadcast<V>(T(1) / T(heads));
     V squares[4] = {};
     int64_t d = 0;
     for (; d + 8 * kLanes <= dim; d += 8 * kLanes) {
-        mean_over_heads<8>(x, heads, stride_head, d, share, row, squares);
+        mean_over_heads<kAhead, 8>(x, ahead, heads, stride_head, d, share, row, squares);
     }
     // The usual 64 channels are eight vectors of AVX2 but four of AVX-512.
     if (d + 4 * kLanes <= dim) {
-        mean_over_heads<4>(x, heads, stride_head, d, share, row, squares);
+        mean_over_heads<kAhead, 4>(x, ahead, heads, stride_head, d, share, row, squares);
         d += 4 * kLanes;
     }
     for (; d + kLanes <= dim; d += kLanes) {
-        mean_over_heads<1>(x, heads, stride_head, d, share, row, squares);
+        mean_over_heads<kAhead, 1>(x, ahead, heads, stride_head, d, share, row, squares);
     }
     if (d < dim) {
         const int64_t part = dim - d;
@@ -96,15 +161,48 @@ bool load_unit_row(const In* x, int64_t heads, int64_t stride_head, int64_t dim,
         squares[0] += sum * sum;
         store_part(row + d, sum, part);
     }
-    const T square = total((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    return (squares[0] + squares[1]) + (squares[2] + squares[3]);
+}
+
+// The metric of tokens [first, first + count) of a set at length 1 (a zero vector stays zero);
+// kMost of them at most. All are read before the first is divided by its length, which takes long
+// and can then be done for several at a time.
+//   rows    (count, dim) out  means over heads, normalised; zeros where one is not finite
+//   usable  (count) out       whether it is finite
+template <int kMost, bool kAhead, class In, class T>
+void load_unit_rows(const MatchParams& p, int64_t image, const TokenSet& set, int64_t first,
+                    int64_t count, T* rows, bool* usable) {
+    using V = typename Vector<T>::Type;
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
+    const V share = broadcast<V>(T(1) / T(p.heads));
+    V squares[kMost];
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t ahead = set[std::min(first + i + kTokensAhead, set.count - 1)];
+        squares[i] = load_mean<kAhead, In, T>(metric + set[first + i] * p.stride_token,
+                                              metric + ahead * p.stride_token, p.heads,
+                                              p.stride_head, p.dim, share, rows + i * p.dim);
+    }
     // Between these, neither the squares nor their rounding are in danger.
     constexpr T kLow = sizeof(T) == 8 ? T(1e-280) : T(1e-28);
     constexpr T kHigh = sizeof(T) == 8 ? T(1e300) : T(1e36);
-    if (!(square > kLow && square < kHigh)) return normalise_extreme(row, dim);
-    const V by = broadcast<V>(T(1) / std::sqrt(square));
-    for (d = 0; d + kLanes <= dim; d += kLanes) store(row + d, load(row + d) * by);
-    for (; d < dim; ++d) row[d] *= by[0];
-    return true;
+    T factor[kMost];
+    for (int64_t i = 0; i < count; ++i) {
+        const T square = total(squares[i]);
+        usable[i] = square > kLow && square < kHigh;
+        factor[i] = T(1) / std::sqrt(square);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        T* row = rows + i * p.dim;
+        if (!usable[i]) {
+            usable[i] = normalise_extreme(row, p.dim);
+            continue;
+        }
+        const V by = broadcast<V>(factor[i]);
+        int64_t d = 0;
+        for (; d + kLanes <= p.dim; d += kLanes) store(row + d, load(row + d) * by);
+        for (; d < p.dim; ++d) row[d] *= factor[i];
+    }
 }
 
 // Columns [begin, end) of one image's set B.
@@ -121,23 +219,17 @@ template <class In, class T>
 void pack_panel(const MatchParams& p, int64_t image, const TokenSet& set,
                 const PackedColumns<T>& packed, int64_t panel, T* rows) {
     constexpr int64_t kLanes = Vector<T>::kLanes;
-    const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
     T* values = packed.values + panel * p.dim * kPanel<T>;
     for (int64_t lane = 0; lane < kPanel<T>; lane += kLanes) {
         const int64_t column = packed.begin + panel * kPanel<T> + lane;
         if (column >= packed.end && lane > 0) break;  // nobody reads a panel's empty second half
+        const int64_t count = std::min(kLanes, packed.end - column);
+        bool usable[kLanes] = {};
+        load_unit_rows<kLanes, true, In>(p, image, set, column, count, rows, usable);
+        std::fill(rows + count * p.dim, rows + kLanes * p.dim, T(0));
         for (int64_t i = 0; i < kLanes; ++i) {
-            bool usable = false;
-            if (column + i < packed.end) {
-                const int64_t ahead = set[std::min(column + i + kTokensAhead, set.count - 1)];
-                prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
-                usable = load_unit_row<In, T>(metric + set[column + i] * p.stride_token, p.heads,
-                                              p.stride_head, p.dim, rows + i * p.dim);
-            } else {
-                std::fill(rows + i * p.dim, rows + (i + 1) * p.dim, T(0));
-            }
             packed.bias[panel * kPanel<T> + lane + i] =
-                usable ? T(0) : -std::numeric_limits<T>::infinity();
+                usable[i] ? T(0) : -std::numeric_limits<T>::infinity();
         }
         transpose_into_panel(rows, p.dim, p.dim, values + lane);
     }
@@ -150,15 +242,22 @@ struct TileBest {
     typename Vector<T>::Int column[kTileRows];
 };
 
+constexpr int64_t kDepthStep = 8;  // channels multiplied between two looks ahead
+
 template <class T, int kRows, int kVectors>
 TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* bias,
-                             int64_t first_column, TileBest<T>& best) {
+                             int64_t first_column, Ahead& ahead, TileBest<T>& best) {
     using V = typename Vector<T>::Type;
     using Int = typename Vector<T>::Int;
     constexpr int kLanes = Vector<T>::kLanes;
     V sum[kRows][kVectors];
     clear(sum);
-    multiply_panel(a, dim, 1, panel, dim, sum);
+    int64_t d = 0;
+    for (; d + kDepthStep <= dim; d += kDepthStep) {
+        ahead.step();
+        multiply_panel(a + d, dim, 1, panel + d * kPanel<T>, kDepthStep, sum);
+    }
+    multiply_panel(a + d, dim, 1, panel + d * kPanel<T>, dim - d, sum);
     Int column = lane_numbers<Int>() + broadcast<Int>(first_column);
     for (int v = 0; v < kVectors; ++v) {
         const V add = load(bias + v * kLanes);
@@ -176,10 +275,10 @@ TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* b
 // A tile of `rows` <= kRows A tokens against all packed columns. The instantiation for exactly
 // `rows` runs, so that a short last tile costs what it holds.
 template <class T, int kRows>
-void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& packed,
+void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& packed, Ahead& ahead,
                 TileBest<T>& best) {
     if constexpr (kRows > 1) {
-        if (rows < kRows) return score_tile<T, kRows - 1>(a, rows, dim, packed, best);
+        if (rows < kRows) return score_tile<T, kRows - 1>(a, rows, dim, packed, ahead, best);
     }
     constexpr int64_t kLanes = Vector<T>::kLanes;
     for (int64_t panel = 0; panel < packed.panels(); ++panel) {
@@ -187,9 +286,9 @@ void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& p
         const T* values = packed.values + panel * dim * kPanel<T>;
         const T* bias = packed.bias + panel * kPanel<T>;
         if (packed.end - column > kLanes) {
-            score_panel<T, kRows, kPanelVectors>(a, dim, values, bias, column, best);
+            score_panel<T, kRows, kPanelVectors>(a, dim, values, bias, column, ahead, best);
         } else {
-            score_panel<T, kRows, 1>(a, dim, values, bias, column, best);
+            score_panel<T, kRows, 1>(a, dim, values, bias, column, ahead, best);
         }
     }
 }
@@ -198,48 +297,52 @@ void score_tile(const T* a, int64_t rows, int64_t dim, const PackedColumns<T>& p
 // of columns left in nearest and similarity.
 template <class In, class T>
 void match_tile(const MatchParams& p, int64_t image, const TokenSet& set,
-                const PackedColumns<T>& packed, int64_t begin, int64_t rows, T* tile,
+                const PackedColumns<T>& packed, int64_t begin, int64_t rows, Ahead& ahead, T* tile,
                 int32_t* nearest, T* similarity) {
-    constexpr int kLanes = Vector<T>::kLanes;
+    using V = typename Vector<T>::Type;
+    using Int = typename Vector<T>::Int;
     constexpr T kNever = -std::numeric_limits<T>::infinity();
-    const In* metric = static_cast<const In*>(p.metric) + image * p.stride_batch;
     bool usable[kTileRows];
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t ahead = set[std::min(begin + i + kTokensAhead, set.count - 1)];
-        prefetch_token(metric + ahead * p.stride_token, p.heads, p.stride_head, p.dim);
-        usable[i] = load_unit_row<In, T>(metric + set[begin + i] * p.stride_token, p.heads,
-                                         p.stride_head, p.dim, tile + i * p.dim);
-    }
+    load_unit_rows<kTileRows, false, In>(p, image, set, begin, rows, tile, usable);
     TileBest<T> best;
     for (int i = 0; i < kTileRows; ++i) {
-        best.score[i] = broadcast<typename Vector<T>::Type>(kNever);
-        best.column[i] = typename Vector<T>::Int{};
+        best.score[i] = broadcast<V>(kNever);
+        best.column[i] = Int{};
     }
-    score_tile<T, kTileRows>(tile, rows, p.dim, packed, best);
+    score_tile<T, kTileRows>(tile, rows, p.dim, packed, ahead, best);
     for (int64_t i = 0; i < rows; ++i) {
         if (packed.begin == 0) {
             nearest[begin + i] = 0;
             similarity[begin + i] = kNever;
         }
         if (!usable[i]) continue;
-        T score[kLanes];
-        std::remove_reference_t<decltype(best.column[i][0])> column[kLanes];
-        __builtin_memcpy(score, &best.score[i], sizeof(score));
-        __builtin_memcpy(column, &best.column[i], sizeof(column));
-        for (int half = kLanes / 2; half > 0; half /= 2) {  // without branches to mispredict
-            for (int lane = 0; lane < half; ++lane) {
-                const int other = lane + half;
-                const bool take = (score[other] > score[lane]) |
-                                  ((score[other] == score[lane]) & (column[other] < column[lane]));
-                score[lane] = take ? score[other] : score[lane];
-                column[lane] = take ? column[other] : column[lane];
-            }
-        }
-        if (score[0] > similarity[begin + i]) {
-            similarity[begin + i] = score[0];
-            nearest[begin + i] = static_cast<int32_t>(column[0]);
+        // The first of the columns that have the largest score.
+        const T score = largest(best.score[i]);
+        const Int at = best.score[i] == broadcast<V>(score);
+        const Int none =
+            broadcast<Int>(std::numeric_limits<std::remove_reference_t<decltype(at[0])>>::max());
+        const auto column = smallest(select<Int>(at, best.column[i], none));
+        if (score > similarity[begin + i]) {
+            similarity[begin + i] = score;
+            nearest[begin + i] = static_cast<int32_t>(column);
         }
     }
+}
+
+// While tiles [first, last) of an image are multiplied with `panels`.
+inline Ahead what_follows(const MatchParams& p, const TokenSet& a, const TokenSet& b, int64_t image,
+                          int64_t first, int64_t last, int64_t panels) {
+    const int64_t token_bytes = std::max<int64_t>(1, p.heads * p.dim * element_size(p.dtype));
+    const int64_t most = image + 1 < p.batch ? tuning::kAheadBytes / token_bytes : 0;
+    Ahead ahead{{p, a, image, first * kTileRows, std::min(last * kTileRows, a.count)},
+                {p, b, image + 1, 0, std::min(most, b.count)},
+                0,
+                0};
+    const int64_t steps = std::max<int64_t>(1, panels * (p.dim / kDepthStep));
+    ahead.tile_lines = (ahead.tile.lines(kTileRows) + steps - 1) / steps;
+    const int64_t all = steps * (last - first);
+    ahead.image_lines = (ahead.image.lines(std::min(most, b.count)) + all - 1) / all;
+    return ahead;
 }
 
 template <class In>
@@ -262,10 +365,12 @@ void nearest_of(const MatchParams& p, const TokenSet& a, const TokenSet& b, int6
         });
         threads.parallel_for(tiles, 1, [&](int64_t first, int64_t last) {
             const Scratch<T> tile(kTileRows * p.dim);
+            Ahead ahead = what_follows(p, a, b, image, first, last, packed.panels());
+            ahead.tile.ask(ahead.tile.lines(kTileRows));
             for (int64_t t = first; t < last; ++t) {
                 match_tile<In, T>(p, image, a, packed, t * kTileRows,
-                                  std::min<int64_t>(kTileRows, a.count - t * kTileRows), tile.get(),
-                                  nearest, static_cast<T*>(similarity));
+                                  std::min<int64_t>(kTileRows, a.count - t * kTileRows), ahead,
+                                  tile.get(), nearest, static_cast<T*>(similarity));
             }
         });
     }

@@ -31,7 +31,7 @@ template <class V, class Join>
 TOME_INLINE auto by_halves(V v, const Join& join) {
     constexpr int kLanes = sizeof(V) / sizeof(v[0]);
     decltype(v[0] + v[0]) lanes[kLanes];
-    store(lanes, v);
+    __builtin_memcpy(lanes, &v, sizeof(v));
     for (int half = kLanes / 2; half > 0; half /= 2) {
         for (int lane = 0; lane < half; ++lane) {
             lanes[lane] = join(lanes[lane], lanes[lane + half]);
@@ -54,6 +54,24 @@ TOME_INLINE float by_halves(VFloat v, const Join& join) {
     const __m128 two = join(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(join(two, _mm_movehdup_ps(two)));
 }
+
+template <class Join>
+TOME_INLINE int32_t by_halves(VInt v, const Join& join) {
+    typedef int32_t Eight __attribute__((vector_size(32)));
+    typedef int32_t Four __attribute__((vector_size(16)));
+#if TOME_VECTOR_BYTES == 64
+    const auto whole = bit_cast<__m512i>(v);
+    const auto eight = join(bit_cast<Eight>(_mm512_castsi512_si256(whole)),
+                            bit_cast<Eight>(_mm512_extracti32x8_epi32(whole, 1)));
+#else
+    const auto eight = bit_cast<Eight>(v);
+#endif
+    const auto half = bit_cast<__m256i>(eight);
+    const auto four = join(bit_cast<Four>(_mm256_castsi256_si128(half)),
+                           bit_cast<Four>(_mm256_extracti128_si256(half, 1)));
+    const auto two = join(four, bit_cast<Four>(_mm_shuffle_epi32(bit_cast<__m128i>(four), 0x4e)));
+    return join(two, bit_cast<Four>(_mm_shuffle_epi32(bit_cast<__m128i>(two), 0xb1)))[0];
+}
 #endif
 
 template <class V>
@@ -65,6 +83,11 @@ TOME_INLINE auto total(V v) {
 template <class V>
 TOME_INLINE auto largest(V v) {
     return by_halves(v, [](auto x, auto y) TOME_INLINE_LAMBDA { return x > y ? x : y; });
+}
+
+template <class V>
+TOME_INLINE auto smallest(V v) {
+    return by_halves(v, [](auto x, auto y) TOME_INLINE_LAMBDA { return x < y ? x : y; });
 }
 
 #if !defined(__clang__)

@@ -38,6 +38,7 @@ struct Vector<double> {
 
 using VFloat = Vector<float>::Type;
 using VDouble = Vector<double>::Type;
+using VInt = Vector<float>::Int;
 using VUint = Vector<float>::Uint;
 using VNarrow = Vector<float>::Narrow;
 
@@ -164,6 +165,7 @@ TOME_INLINE void store(Half* p, VFloat v) {
 
 // --- the last, partial vector of a row ---
 
+// Zeros behind the last of `count` values.
 template <class In>
 TOME_INLINE auto load_part(const In* p, int64_t count) {
     In lanes[TOME_VECTOR_BYTES / sizeof(typename Accumulate<In>::Type)] = {};
@@ -177,6 +179,35 @@ TOME_INLINE void store_part(In* p, V v, int64_t count) {
     store(lanes, v);
     std::memcpy(static_cast<void*>(p), lanes, static_cast<size_t>(count) * sizeof(In));
 }
+
+#if defined(TOME_X86_VECTORS) && TOME_VECTOR_BYTES == 64
+// The same without a way through memory.
+TOME_INLINE __mmask16 first_lanes(int64_t count) {
+    return static_cast<__mmask16>((1u << static_cast<unsigned>(count)) - 1);
+}
+
+TOME_INLINE VFloat load_part(const float* p, int64_t count) {
+    return bit_cast<VFloat>(_mm512_maskz_loadu_ps(first_lanes(count), p));
+}
+TOME_INLINE VFloat load_part(const BFloat* p, int64_t count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    return bit_cast<VFloat>(widen(bit_cast<VNarrow>(bits)) << 16);
+}
+TOME_INLINE VFloat load_part(const Half* p, int64_t count) {
+    return bit_cast<VFloat>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p)));
+}
+
+TOME_INLINE void store_part(float* p, VFloat v, int64_t count) {
+    _mm512_mask_storeu_ps(p, first_lanes(count), bit_cast<__m512>(v));
+}
+TOME_INLINE void store_part(BFloat* p, VFloat v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), bit_cast<__m256i>(round_to_bfloat(v)));
+}
+TOME_INLINE void store_part(Half* p, VFloat v, int64_t count) {
+    const __m256i out = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(p, first_lanes(count), out);
+}
+#endif
 
 template <class V>
 TOME_INLINE V broadcast(decltype(V{}[0] + V{}[0]) value) {

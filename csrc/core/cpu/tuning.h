@@ -20,6 +20,9 @@ constexpr int64_t rows_per_task(int64_t row_bytes) {
 // keeps the extra memory of a large match small: 2,048 x 320 float32 are packed in five parts.
 constexpr int64_t kPackedBytes = 512 * 1024;
 
+// Of the next image, as much is asked for while this one is multiplied: it must stay in L2, too.
+constexpr int64_t kAheadBytes = 384 * 1024;
+
 // Columns of set B to pack at a time, a multiple of `panel`, at least one panel.
 constexpr int64_t columns_per_chunk(int64_t dim, int64_t element_bytes, int64_t panel) {
     const int64_t columns = kPackedBytes / std::max<int64_t>(1, dim * element_bytes);
