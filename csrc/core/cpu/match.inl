@@ -76,7 +76,8 @@ class TokensAhead {
 // multipliers do: the next tile, and what is packed of the next image.
 struct Ahead {
     TokensAhead tile, image;
-    int64_t tile_lines, image_lines;  // between two steps
+    int64_t depth = 8;                        // channels that are multiplied between two steps
+    int64_t tile_lines = 0, image_lines = 0;  // of a step
 
     TOME_INLINE void step() {
         tile.ask(tile_lines);
@@ -242,8 +243,6 @@ struct TileBest {
     typename Vector<T>::Int column[kTileRows];
 };
 
-constexpr int64_t kDepthStep = 8;  // channels multiplied between two looks ahead
-
 template <class T, int kRows, int kVectors>
 TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* bias,
                              int64_t first_column, Ahead& ahead, TileBest<T>& best) {
@@ -252,12 +251,10 @@ TOME_INLINE void score_panel(const T* a, int64_t dim, const T* panel, const T* b
     constexpr int kLanes = Vector<T>::kLanes;
     V sum[kRows][kVectors];
     clear(sum);
-    int64_t d = 0;
-    for (; d + kDepthStep <= dim; d += kDepthStep) {
+    for (int64_t d = 0; d < dim; d += ahead.depth) {
         ahead.step();
-        multiply_panel(a + d, dim, 1, panel + d * kPanel<T>, kDepthStep, sum);
+        multiply_panel(a + d, dim, 1, panel + d * kPanel<T>, std::min(ahead.depth, dim - d), sum);
     }
-    multiply_panel(a + d, dim, 1, panel + d * kPanel<T>, dim - d, sum);
     Int column = lane_numbers<Int>() + broadcast<Int>(first_column);
     for (int v = 0; v < kVectors; ++v) {
         const V add = load(bias + v * kLanes);
@@ -335,13 +332,14 @@ inline Ahead what_follows(const MatchParams& p, const TokenSet& a, const TokenSe
     const int64_t token_bytes = std::max<int64_t>(1, p.heads * p.dim * element_size(p.dtype));
     const int64_t most = image + 1 < p.batch ? tuning::kAheadBytes / token_bytes : 0;
     Ahead ahead{{p, a, image, first * kTileRows, std::min(last * kTileRows, a.count)},
-                {p, b, image + 1, 0, std::min(most, b.count)},
-                0,
-                0};
-    const int64_t steps = std::max<int64_t>(1, panels * (p.dim / kDepthStep));
-    ahead.tile_lines = (ahead.tile.lines(kTileRows) + steps - 1) / steps;
-    const int64_t all = steps * (last - first);
-    ahead.image_lines = (ahead.image.lines(std::min(most, b.count)) + all - 1) / all;
+                {p, b, image + 1, 0, std::min(most, b.count)}};
+    // Several lines a step, as each costs a few instructions.
+    const int64_t lines = ahead.tile.lines(kTileRows);
+    while (ahead.depth < p.dim && lines * ahead.depth < 4 * panels * p.dim) ahead.depth *= 2;
+    const int64_t steps = std::max<int64_t>(1, panels * ((p.dim + ahead.depth - 1) / ahead.depth));
+    const auto share = [](int64_t x, int64_t parts) { return (x + parts - 1) / parts; };
+    ahead.tile_lines = share(lines, steps);
+    ahead.image_lines = share(ahead.image.lines(std::min(most, b.count)), steps * (last - first));
     return ahead;
 }
 
