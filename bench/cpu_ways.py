@@ -1,7 +1,7 @@
 """Every way to run a ViT on a CPU, unmerged and merged, all taking turns.
 
     python bench/cpu_ways.py [--json out.json] [--model vit_small_patch16_224] [--r 13]
-                             [--preload libjemalloc.so.2 ...]
+                             [--preload /usr/lib/x86_64-linux-gnu/libjemalloc.so.2 ...]
 
 Eager PyTorch, also with other allocators; ``torch.compile``, the same with frozen weights; ONNX
 Runtime and OpenVINO; where an engine runs a merged model, with this package's operators and with

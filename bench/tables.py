@@ -189,7 +189,7 @@ def ways_table(result: dict[str, Any]) -> str:
 
 
 def more_ways_table(result: dict[str, Any]) -> str:
-    """Of a shorter run: eager with other allocators, standard operators, and int8."""
+    """Of a shorter run: eager with other allocators, the engines, and int8."""
     lines = [
         ways_line(result, "images/s, medians of few rounds"),
         "",
@@ -197,8 +197,7 @@ def more_ways_table(result: dict[str, Any]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for entry in result["rows"]:
-        shown = "eager" in entry["way"] or "standard" in entry["way"] or entry["dtype"] == "int8"
-        if shown:
+        if entry["way"] not in ("compile", "freezing"):
             cells = [entry["dtype"], str(entry["batch_size"]), WAYS[entry["way"]]]
             cells += [f"{entry[name]:.3g}" for name in ("unmerged", "merged")]
             lines.append(f"| {' | '.join([*cells, times(entry['speed_up'], 1.0)])} |")

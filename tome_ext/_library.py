@@ -203,9 +203,9 @@ def missing() -> ImportError:
         f"the operators of tome_ext {__version__} are not available.\n"
         f"  expected: a compiled library for {BUILT_FOR}\n"
         f"  found:    torch {torch.__version__}, and {load_error}\n"
-        "  to do:    reinstall with `pip install --force-reinstall tome_ext` (or `pip install .` "
-        "in a clone); if you are in the source folder, run from another one, so that the "
-        "installed package is imported"
+        "  to do:    if you are in the source folder, run from another one, so that the installed "
+        "package is imported; else install it again, with `pip install --force-reinstall "
+        "--no-deps .` in a clone, or a wheel that was built for this machine"
     )
 
 

@@ -571,15 +571,18 @@ class _Output(nn.Module):
     """A model of Transformers that takes pictures and returns features or logits.
 
     ``projection`` is that of a model of pictures and texts, from the pooled output to features that
-    both share.
+    both share; ``pooled`` whether the model's pooled output, if it has one, is worth something.
     """
 
-    def __init__(self, model: Any, class_token: bool, projection: nn.Module | None) -> None:
+    def __init__(
+        self, model: Any, class_token: bool, projection: nn.Module | None, pooled: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.projection = projection
         self.class_token = class_token
         self.kind = model.config.model_type
+        self.names = ("logits", "image_embeds", *(("pooler_output",) if pooled else ()))
 
     def forward(self, x: Tensor) -> Tensor:
         inputs: dict[str, Any] = {}
@@ -588,7 +591,7 @@ class _Output(nn.Module):
         if self.kind.startswith("siglip2"):  # pictures cut into patches, which may be padded
             x, inputs = _patches(x, self.model.config)
         out = self.model(x, **inputs)
-        for name in ("logits", "image_embeds", "pooler_output"):
+        for name in self.names:
             found: Tensor | None = getattr(out, name, None)
             if found is not None:
                 return found if self.projection is None else self.projection(found)
@@ -683,7 +686,33 @@ def _hf_data(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return data
 
 
-def _hf_model(module: Any, name: str, config: Any, classes: int = 0) -> Model:
+def _hf_pretrained(cls: Any, name: str, config: Any) -> tuple[Any, bool]:
+    """A model with the weights of a folder or of the hub, and whether its pooler has any.
+
+    A classifier's checkpoint has none for the pooler, which Transformers then makes up.
+
+    Raises:
+        CommandError: others are missing.
+    """
+    from huggingface_hub import constants
+
+    module, info = cls.from_pretrained(
+        name, config=config, local_files_only=constants.HF_HUB_OFFLINE, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    of_pooler = [key for key in missing if "pooler" in key.split(".")]
+    if len(missing) > len(of_pooler):
+        first = next(key for key in missing if key not in of_pooler)
+        raise CommandError(
+            f"hf:{name}: expected weights for all of {type(module).__name__}, got none for "
+            f"{len(missing) - len(of_pooler)} of its tensors, such as {first}; they would be random"
+        )
+    return module, not of_pooler
+
+
+def _hf_model(
+    module: Any, name: str, config: Any, classes: int = 0, pooled: bool = True
+) -> Model:
     try:
         tower = find_tower(module)
     except ValueError as error:
@@ -695,13 +724,12 @@ def _hf_model(module: Any, name: str, config: Any, classes: int = 0) -> Model:
     shape = _hf_shape(config)
     patch = getattr(_vision(config), "patch_size", 1)
     height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    wrapped = _Output(module, tower.class_token, projection)
+    wrapped = _Output(module, tower.class_token, projection, pooled)
     return Model("", wrapped, shape, (height, width), _hf_data(name, shape), classes)
 
 
 def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> Model:
     import transformers
-    from huggingface_hub import constants
 
     config = _hf_config(name, img_size)
     auto: Any = transformers.AutoModel
@@ -711,18 +739,17 @@ def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> M
     mapped = type(config) in transformers.MODEL_MAPPING and not own.endswith("WithProjection")
     known = mapped or not own
     cls = auto if known else getattr(transformers, own)
+    pooled = True
     if pretrained:
-        offline = constants.HF_HUB_OFFLINE
-        module = cls.from_pretrained(name, config=config, local_files_only=offline)
+        module, pooled = _hf_pretrained(cls, name, config)
     else:
         module = auto.from_config(config) if known else cls(config)
-    return _hf_model(module, name, config)
+    return _hf_model(module, name, config, pooled=pooled)
 
 
 def _hf_classify(
     name: str, classes: list[str], checkpoint: Path | None, img_size: int | None
 ) -> Model:
-    from huggingface_hub import constants
     from transformers import AutoModelForImageClassification
 
     config = _hf_config(name, img_size)
@@ -733,10 +760,7 @@ def _hf_classify(
         module = AutoModelForImageClassification.from_config(config)
         _load_state(module, checkpoint)
     elif any(str(each).endswith("Classification") for each in config.architectures or ()):
-        offline = constants.HF_HUB_OFFLINE
-        module = AutoModelForImageClassification.from_pretrained(
-            name, config=config, local_files_only=offline
-        )
+        module, _ = _hf_pretrained(AutoModelForImageClassification, name, config)
     else:
         raise CommandError(
             f"hf:{name} was not trained for classes ({', '.join(config.architectures or ())}); "

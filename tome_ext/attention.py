@@ -101,12 +101,21 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(size: Tensor | None, **tensors: Tensor) -> None:
-    """Refuse tensors of several dtypes or devices, and sizes that are not those of the keys."""
+    """Refuse several dtypes or devices, shapes that don't go together, sizes of other keys."""
     dtype, device = tensors["q"].dtype, tensors["q"].device
     for x in tensors.values():
         if x.dtype != dtype or x.device != device:
             names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
             raise ValueError(f"expected one dtype and one device, got {names}")
+    v = tensors.get("v")
+    if v is not None:
+        q, k = tensors["q"], tensors["k"]
+        together = min(q.dim(), k.dim(), v.dim()) >= 2 and q.shape[-1] == k.shape[-1]
+        if not together or k.shape[-2] != v.shape[-2]:
+            names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
+            raise ValueError(
+                f"q, k, v: expected (B, H, M, D), (B, H, N, D) and (B, H, N, D'), got {names}"
+            )
     if size is None:
         return
     keys = tensors["k"].shape[0], tensors["k"].shape[-2]
@@ -231,9 +240,9 @@ def proportional_attention(
         A size of 0 gets the gradient 0.
 
     Raises:
-        ValueError: q, k and v differ in dtype or device, or ``size`` does not have the shape (B, N)
-            of the keys, a floating dtype and their device, or ``dropout_p`` is not from 0 to 1.
-            Nothing is computed.
+        ValueError: q, k and v differ in dtype or device, or in channels or tokens that must be
+            alike; ``size`` does not have the shape (B, N) of the keys, a floating dtype and their
+            device; or ``dropout_p`` is not from 0 to 1. Nothing is computed.
     """
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p!r}")

@@ -30,7 +30,14 @@ THRESHOLD = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake first, and the usage, which may be long, after it."""
+    """Tells a mistake first, and the usage, which may be long, after it: that of its command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but no option is left for the parser above to complain of."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Tell a mistake and exit with 2."""

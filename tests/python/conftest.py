@@ -29,6 +29,11 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_report_header() -> list[str]:
+    """Files that are not collected at all, as what they are of is not installed."""
+    return [f"left out: {name}" for name in collect_ignore]
+
+
 def pytest_sessionstart() -> None:
     """The tests are of the installed package; a source folder without a library is none."""
     if _library.load_error is None:

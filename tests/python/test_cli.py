@@ -44,6 +44,16 @@ def rows_of(text: str) -> list[list[str]]:
     return [line for line in lines if len(line) == 5 and line[1].isdecimal()]
 
 
+def test_an_unknown_option_is_followed_by_the_usage_of_its_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        tome_ext_cli.main(["bench", "--threshold", "0.9"])
+    first, _, usage = capsys.readouterr().err.split("\n", 2)
+    assert first == "tome-ext bench: error: unrecognized arguments: --threshold 0.9"
+    assert usage.startswith("usage: tome-ext bench ")
+
+
 def test_demo_prints_the_tables_and_writes_the_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,6 +201,42 @@ def test_features_of_transformers(make: Any, width: int, work: Path, tmp_path: P
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_pooler_without_weights_is_not_used(work: Path, tmp_path: Path) -> None:
+    """As of a classifier's checkpoint, which has none: Transformers makes up random ones."""
+    from transformers import ViTForImageClassification
+
+    config = transformers_vit()[0].config
+    classifier: Any = ViTForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "model")
+    out = tmp_path / "features.parquet"
+    assert main(arguments(work, out, "--model", f"hf:{tmp_path / 'model'}", "--r", 2)) == 0
+    _, features, said = read(out)
+    tome_ext.patch.transformers(classifier, r=2)
+    config = {key: said[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+    expected = by_hand(
+        work,
+        {**config, "input_size": tuple(said["input_size"])},
+        lambda x: classifier.vit(x).last_hidden_state[:, 0],
+    )
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_other_missing_weights_are_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, _ = transformers_vit()
+    model.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "features.parquet"
+    line = fails(capsys, *arguments(work, out, "--model", f"hf:{tmp_path / 'model'}", "--r", 2))
+    assert "got none for 1 of its tensors, such as layernorm.weight" in line
+    assert not out.exists()
+
+
 def test_features_of_open_clip(work: Path, tmp_path: Path) -> None:
     import open_clip
 

@@ -190,18 +190,35 @@ def test_hidden_tokens_take_no_part_in_onnx_runtime(operators: str) -> None:
     assert_plans_equal(session(proto)(metric, weight), MatchVisible()(metric, weight))
 
 
-def test_amax_is_refused_by_name() -> None:
+def test_largest_of_each_group() -> None:
     class Largest(nn.Module):
-        def forward(self, tokens: Tensor) -> Tensor:
-            return tome.match(tokens, 3).merge(tokens, reduce="amax")[0]
+        def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            plan = tome.match(tokens, 3)
+            plan = tome.MergePlan.from_assign(plan.assign, 12)  # with rows that have no member
+            return *plan.merge(tokens, reduce="amax"), plan.assign
 
-    with pytest.raises(torch.onnx.OnnxExporterError) as error:
-        to_onnx(Largest().eval(), (torch.randn(2, 12, 4),))
-    refusal = 'expected "mean" or "sum" in a model exported to ONNX, got \'amax\''
-    cause: BaseException | None = error.value
-    while cause is not None and refusal not in str(cause):
-        cause = cause.__cause__
-    assert cause is not None
+    batch = torch.export.Dim("batch", min=2)
+    proto = to_onnx(Largest().eval(), (torch.randn(2, 12, 4),), dynamic_shapes=({0: batch},))
+    tokens = torch.randn(5, 12, 4)
+    for found, expected in zip(session(proto)(tokens), Largest()(tokens), strict=True):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operators", ["standard", "native"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_evit_with_a_mask(kind: str, operators: str) -> None:
+    model = tome.patch.timm(tiny(depth=2), method="evit", keep_rate=0.6).requires_grad_(False)
+    x = images(2)
+    shown = torch.ones(2, 1, 1, model.pos_embed.shape[1], dtype=torch.bool)
+    shown[0, ..., 2:5] = shown[1, ..., 7:] = False
+    mask = shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -3.0)
+    proto = to_onnx(
+        model, (x,), operators, kwargs={"attn_mask": mask}, custom_translation_table=TRANSLATIONS
+    )
+    torch.testing.assert_close(
+        session(proto)(x, mask)[0], model(x, attn_mask=mask), atol=1e-4, rtol=1e-4
+    )
 
 
 # --- native operators -----------------------------------------------------------------------------

@@ -64,28 +64,41 @@ struct RowState {
     T* sum;     // (kTileRows)
 };
 
-// scores (kRows, padded count) = factor * queries x columns + bias; each row's maximum in `top`.
+// The scores of the panel that begins with key j, or of its first kVectors vectors.
+template <class P, class T, int kRows, int kVectors, class V>
+TOME_INLINE void score_panel_of(const P* queries, int64_t depth, V factors,
+                                const KeyBlock<P, T>& block, int64_t j, T* scores,
+                                V (&peak)[kRows]) {
+    constexpr int kLanes = Vector<T>::kLanes;
+    const int64_t padded = round_up(block.count, kPanel<T>);
+    V sum[kRows][kVectors];
+    clear(sum);
+    multiply_panel(queries, depth, 1, block.columns + j * depth, depth, sum);
+    for (int v = 0; v < kVectors; ++v) {
+        const V bias = load(block.bias + j + v * kLanes);
+        for (int i = 0; i < kRows; ++i) {
+            const V score = sum[i][v] * factors + bias;
+            store(scores + i * padded + j + v * kLanes, score);
+            peak[i] = larger(score, peak[i]);
+        }
+    }
+}
+
+// scores (kRows, padded count) = factor * queries x columns + bias, up to the last vector with a
+// key; each row's maximum in `top`.
 template <class P, class T, int kRows>
 TOME_INLINE void score_tile_of(const P* queries, int64_t depth, T factor,
                                const KeyBlock<P, T>& block, T* scores, T (&top)[kRows]) {
     using V = typename Vector<T>::Type;
-    constexpr int kLanes = Vector<T>::kLanes;
-    const int64_t padded = round_up(block.count, kPanel<T>);
     const V factors = broadcast<V>(factor);
     V peak[kRows];
     for (int i = 0; i < kRows; ++i) peak[i] = broadcast<V>(-std::numeric_limits<T>::infinity());
-    for (int64_t j = 0; j < padded; j += kPanel<T>) {
-        V sum[kRows][kPanelVectors];
-        clear(sum);
-        multiply_panel(queries, depth, 1, block.columns + j * depth, depth, sum);
-        for (int v = 0; v < kPanelVectors; ++v) {
-            const V bias = load(block.bias + j + v * kLanes);
-            for (int i = 0; i < kRows; ++i) {
-                const V score = sum[i][v] * factors + bias;
-                store(scores + i * padded + j + v * kLanes, score);
-                peak[i] = larger(score, peak[i]);
-            }
-        }
+    int64_t j = 0;
+    for (; j + Vector<T>::kLanes < block.count; j += kPanel<T>) {
+        score_panel_of<P, T, kRows, kPanelVectors>(queries, depth, factors, block, j, scores, peak);
+    }
+    if (j < block.count) {
+        score_panel_of<P, T, kRows, 1>(queries, depth, factors, block, j, scores, peak);
     }
     for (int i = 0; i < kRows; ++i) top[i] = largest(peak[i]);
 }
@@ -116,7 +129,7 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
         const T shift = peak == kNone ? T(0) : peak;  // all hidden so far: exp2(-inf) is 0
         const V shifts = broadcast<V>(shift);
         V sums{};
-        for (int64_t j = 0; j < padded; j += kLanes) {
+        for (int64_t j = 0; j < block.count; j += kLanes) {
             const V weight = exp2_of_nonpositive(load(scores + i * padded + j) - shifts);
             store_packed(weights + i * weights_step, j, weight);
             sums += weight;
@@ -158,6 +171,16 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
                 }
             }
         }
+    }
+}
+
+// What is read after a tile of queries, asked for while that tile is attended to: rows of a packed
+// qkv lie pages apart, where the hardware does not look by itself.
+template <class In>
+TOME_INLINE void ask_for_rows(const In* rows, int64_t step, int64_t count, int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(In);
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + i * step + d, 0, 2);
     }
 }
 
@@ -217,6 +240,24 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                                        count,         key == 0,     key + count >= p.keys};
             for (int64_t row = first_row; row < end_row; row += kTileRows) {
                 const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
+                const int64_t next = row + kTileRows;
+                ask_for_rows(at(p.q, p.q_strides, next), p.q_strides.token,
+                             std::min<int64_t>(kTileRows, end_row - next), p.dim);
+                if (one_block && item + 1 < end && (item + 1) / parts != image_head) {
+                    // An even share of the next head's keys and values.
+                    const int64_t head_after = (image_head + 1) % p.heads;
+                    const int64_t image_after = (image_head + 1) / p.heads;
+                    const int64_t all = end_row - first_row;
+                    const int64_t from = p.keys * (row - first_row) / all;
+                    const int64_t to = p.keys * (row + rows - first_row) / all;
+                    const auto ask = [&](const void* x, const HeadStrides& s) {
+                        ask_for_rows(static_cast<const In*>(x) + image_after * s.batch +
+                                         head_after * s.head + from * s.token,
+                                     s.token, to - from, p.dim);
+                    };
+                    ask(p.k, p.k_strides);
+                    ask(p.v, p.v_strides);
+                }
                 widen_rows(at(p.q, p.q_strides, row), p.q_strides.token, rows, p.dim,
                            queries.get());
                 const int64_t in_part = one_block ? 0 : row - first_row;

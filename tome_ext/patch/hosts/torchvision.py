@@ -28,7 +28,7 @@ FAMILIES = (
     Family(
         "ViT, SWAG",
         ("VisionTransformer", "EncoderBlock", "torch.nn.MultiheadAttention"),
-        "any image size",
+        "made for any `image_size`; torchvision itself refuses pictures of another",
     ),
 )
 SUPPORTED = "torchvision's VisionTransformer whose blocks are all EncoderBlock"
