@@ -136,6 +136,8 @@ def features(
         missing = prefer_cache_without_network()
         try:
             return _named(spec, _random(library.load, name, True, img_size, head))
+        except CommandError as error:
+            missing = str(error)
         except Exception as error:
             # Whatever keeps the weights away (no network, none published, a full disk), one can go
             # on without them; a model that can't be made at all fails again here.
@@ -710,9 +712,7 @@ def _hf_pretrained(cls: Any, name: str, config: Any) -> tuple[Any, bool]:
     return module, not of_pooler
 
 
-def _hf_model(
-    module: Any, name: str, config: Any, classes: int = 0, pooled: bool = True
-) -> Model:
+def _hf_model(module: Any, name: str, config: Any, classes: int = 0, pooled: bool = True) -> Model:
     try:
         tower = find_tower(module)
     except ValueError as error:

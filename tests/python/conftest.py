@@ -29,11 +29,6 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-def pytest_report_header() -> list[str]:
-    """Files that are not collected at all, as what they are of is not installed."""
-    return [f"left out: {name}" for name in collect_ignore]
-
-
 def pytest_sessionstart() -> None:
     """The tests are of the installed package; a source folder without a library is none."""
     if _library.load_error is None:
@@ -90,12 +85,13 @@ def missing_for_compiler() -> str | None:
     return None if any(map(shutil.which, wanted)) else f"PATH has none of {', '.join(wanted)}"
 
 
-def pytest_report_header() -> str:
-    """Which package and library are tested."""
-    return (
+def pytest_report_header() -> list[str]:
+    """Which package and library are tested, and which files are of what is not installed."""
+    tested = (
         f"tome_ext {tome_ext.__version__} from {_library.FOLDER}: "
         f"{_library.build_info()}, CUDA {_library.cuda_status()}"
     )
+    return [tested, *(f"left out: {name}" for name in collect_ignore)]
 
 
 @pytest.fixture(autouse=True)

@@ -164,7 +164,7 @@ def test_the_index_of_ways_names_the_page(file: Path) -> None:
 # --- shell --------------------------------------------------------------------------------------
 
 # Commands that mean the same whatever follows them here.
-FREE = ("pytest", "ctest --test-dir build", "python -m venv .venv", ". .venv/bin/activate")
+FREE = ("pytest", "cd ..", "ctest --test-dir build", "python -m venv .venv", ". .venv/bin/activate")
 CMAKE_FLAGS = {"-S", "-B", "-j", "--build", "--install", "--parallel", "--prefix"}
 
 
