@@ -360,6 +360,9 @@ def goals_table(*results: dict[str, Any]) -> str:
     """What was aimed at, and what each GPU gave: misses in bold, goals never measured left out."""
     names = [result["machine"]["name"].removeprefix("NVIDIA ").split()[0] for result in results]
     wanted = {goal["goal"]: goal for result in results for goal in result["goals"]}
+    for result in results:
+        for goal in result["goals"]:
+            assert goal["wanted"] == wanted[goal["goal"]]["wanted"], goal["goal"]
     found = [{goal["goal"]: goal for goal in result["goals"]} for result in results]
     lines = [f"| | goal | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
     for name, goal in wanted.items():
@@ -379,7 +382,8 @@ def short_table(h100: dict[str, Any], models: dict[str, Any], ways: dict[str, An
     """The first screen's: what merging gives to whole models, on each kind of machine."""
     lines = [
         f"{gpu_line(h100, 'CUDA graphs')} {machine_line(models, 'medians')} "
-        f"OpenVINO {ways['machine']['openvino'].split('-')[0]}, in a run of its own.",
+        f"OpenVINO {ways['machine']['openvino'].split('-')[0]}: in a run of its own, "
+        f"{ways['machine']['cpu']}, tome_ext {ways['machine']['tome_ext']}.",
         "",
         "| speed-up | model | r | B | on | images/s, unmerged | merged |",
         "| ---: | --- | ---: | ---: | --- | ---: | ---: |",

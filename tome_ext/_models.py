@@ -10,7 +10,7 @@ import copy
 import difflib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -136,11 +136,11 @@ def features(
         missing = prefer_cache_without_network()
         try:
             return _named(spec, _random(library.load, name, True, img_size, head))
-        except CommandError as error:
+        # Whatever keeps the weights away (no network, none published, a full disk), one can go on
+        # without them; a model that can't be made at all fails again here.
+        except MissingWeightsError as error:
             missing = str(error)
         except Exception as error:
-            # Whatever keeps the weights away (no network, none published, a full disk), one can go
-            # on without them; a model that can't be made at all fails again here.
             missing = missing or f"{type(error).__name__}: {error}".splitlines()[0]
     try:
         model = _random(library.load, name, False, img_size, head)
@@ -573,7 +573,7 @@ class _Output(nn.Module):
     """A model of Transformers that takes pictures and returns features or logits.
 
     ``projection`` is that of a model of pictures and texts, from the pooled output to features that
-    both share; ``pooled`` whether the model's pooled output, if it has one, is worth something.
+    both share; ``pooled`` whether the model's pooler, if it has one, has weights of its own.
     """
 
     def __init__(
@@ -688,43 +688,55 @@ def _hf_data(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return data
 
 
-def _hf_pretrained(cls: Any, name: str, config: Any) -> tuple[Any, bool]:
-    """A model with the weights of a folder or of the hub, and whether its pooler has any.
+def _hf_pretrained(cls: Any, name: str, config: Any) -> tuple[Any, list[str]]:
+    """A model with the weights of a folder or of the hub, and the names of those it lacks.
 
-    A classifier's checkpoint has none for the pooler, which Transformers then makes up.
-
-    Raises:
-        CommandError: others are missing.
+    Transformers makes those up. They may be of parts that are not used, such as the texts' tower.
     """
     from huggingface_hub import constants
 
     module, info = cls.from_pretrained(
         name, config=config, local_files_only=constants.HF_HUB_OFFLINE, output_loading_info=True
     )
-    missing = sorted(info["missing_keys"])
-    of_pooler = [key for key in missing if "pooler" in key.split(".")]
-    if len(missing) > len(of_pooler):
-        first = next(key for key in missing if key not in of_pooler)
-        raise CommandError(
-            f"hf:{name}: expected weights for all of {type(module).__name__}, got none for "
-            f"{len(missing) - len(of_pooler)} of its tensors, such as {first}; they would be random"
-        )
-    return module, not of_pooler
+    return module, sorted(info["missing_keys"])
 
 
-def _hf_model(module: Any, name: str, config: Any, classes: int = 0, pooled: bool = True) -> Model:
+class MissingWeightsError(CommandError):
+    """A checkpoint lacks weights that the model's answer depends on."""
+
+
+def _hf_model(
+    module: Any, name: str, config: Any, classes: int = 0, missing: Sequence[str] = ()
+) -> Model:
     try:
         tower = find_tower(module)
     except ValueError as error:
         raise CommandError(str(error)) from None
     projection = None
+    # What masks pictures, and predicts what is masked, is for training.
+    missing = [
+        key
+        for key in missing
+        if not key.endswith("mask_token") and not key.startswith("predictor.")
+    ]
     if not classes and hasattr(config, "vision_config"):
         projection = getattr(module, "visual_projection", None)
+        (path,) = (path for path, part in module.named_modules() if part is tower.module)
+        parts = (f"{path}." if path else "", "visual_projection.")
+        missing = [key for key in missing if key.startswith(parts)]
         module = tower.module  # what is beside it takes text
+    # A classifier's checkpoint has no pooler; what its own logits need is no such extra.
+    of_pooler = [key for key in missing if not classes and "pooler" in key.split(".")]
+    needed = missing if projection is not None else [key for key in missing if key not in of_pooler]
+    if needed:
+        raise MissingWeightsError(
+            f"hf:{name}: expected weights for all that is used of {type(module).__name__}, got "
+            f"none for {len(needed)} of its tensors, such as {needed[0]}; they would be random"
+        )
     shape = _hf_shape(config)
     patch = getattr(_vision(config), "patch_size", 1)
     height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    wrapped = _Output(module, tower.class_token, projection, pooled)
+    wrapped = _Output(module, tower.class_token, projection, pooled=not of_pooler)
     return Model("", wrapped, shape, (height, width), _hf_data(name, shape), classes)
 
 
@@ -739,12 +751,12 @@ def _hf_load(name: str, pretrained: bool, img_size: int | None, head: bool) -> M
     mapped = type(config) in transformers.MODEL_MAPPING and not own.endswith("WithProjection")
     known = mapped or not own
     cls = auto if known else getattr(transformers, own)
-    pooled = True
+    missing: list[str] = []
     if pretrained:
-        module, pooled = _hf_pretrained(cls, name, config)
+        module, missing = _hf_pretrained(cls, name, config)
     else:
         module = auto.from_config(config) if known else cls(config)
-    return _hf_model(module, name, config, pooled=pooled)
+    return _hf_model(module, name, config, missing=missing)
 
 
 def _hf_classify(
@@ -753,6 +765,7 @@ def _hf_classify(
     from transformers import AutoModelForImageClassification
 
     config = _hf_config(name, img_size)
+    missing: list[str] = []
     if len(_hf_shape(config)) == 4:
         raise CommandError(f"hf:{name} takes videos, and eval reads pictures")
     if checkpoint is not None:
@@ -760,13 +773,13 @@ def _hf_classify(
         module = AutoModelForImageClassification.from_config(config)
         _load_state(module, checkpoint)
     elif any(str(each).endswith("Classification") for each in config.architectures or ()):
-        module, _ = _hf_pretrained(AutoModelForImageClassification, name, config)
+        module, missing = _hf_pretrained(AutoModelForImageClassification, name, config)
     else:
         raise CommandError(
             f"hf:{name} was not trained for classes ({', '.join(config.architectures or ())}); "
             "give weights of an image classifier with --checkpoint FILE"
         )
-    return _hf_model(module, name, config, config.num_labels)
+    return _hf_model(module, name, config, config.num_labels, missing)
 
 
 LIBRARIES = {

@@ -248,7 +248,7 @@ def merge(
     """As :meth:`tome_ext.MergePlan.merge`, for finite tokens.
 
     A token with NaN or infinity reaches every row of its image in means and sums, as 0 times it is
-    NaN. "amax" looks at (B, M, N, C) values: it is for few channels, as masks have.
+    NaN. "amax" looks at (B, M, N, C) values: it is for few channels, as a mask of keys has.
     """
     work = reference.accumulate_dtype(x.dtype)
     if reduce == "amax":
@@ -256,8 +256,8 @@ def merge(
         row, _ = _row_of_token(members, offsets)
         rows = torch.arange(offsets.shape[1] - 1, device=row.device).unsqueeze(1)
         is_in = (row.unsqueeze(1) == rows).unsqueeze(3)
-        largest = torch.where(is_in, x.unsqueeze(1), float("-inf")).amax(2)
-        return torch.where(is_in.to(work).sum(2) > 0, largest, 0.0), new_size
+        largest = torch.where(is_in, x.to(work).unsqueeze(1), float("-inf")).amax(2)
+        return torch.where(is_in.to(work).sum(2) > 0, largest, 0.0).to(x.dtype), new_size
     weight, new_size = _weights(size, members, offsets, work, reduce)
     return (weight @ x.to(work)).to(x.dtype), new_size
 

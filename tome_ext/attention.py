@@ -242,7 +242,8 @@ def proportional_attention(
     Raises:
         ValueError: q, k and v differ in dtype or device, or in channels or tokens that must be
             alike; ``size`` does not have the shape (B, N) of the keys, a floating dtype and their
-            device; or ``dropout_p`` is not from 0 to 1. Nothing is computed.
+            device; or ``dropout_p`` is not from 0 to 1. Nothing is computed. Batches and heads that
+            do not broadcast get stock attention's error.
     """
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p!r}")

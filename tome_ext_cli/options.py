@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake first, and the usage, which may be long, after it: that of its command."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but no option is left for the parser above to complain of."""
+        """As argparse does, but what this parser does not know is refused here, with its usage."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -45,8 +45,9 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def test_an_unknown_option_is_followed_by_the_usage_of_its_command(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit):
         tome_ext_cli.main(["bench", "--threshold", "0.9"])
     first, _, usage = capsys.readouterr().err.split("\n", 2)

@@ -221,6 +221,22 @@ def test_a_pooler_without_weights_is_not_used(work: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_towers_of_texts_may_lack_weights(work: Path, tmp_path: Path) -> None:
+    """Those of a picture classifier do, which AutoModel makes a model of pictures and texts of."""
+    from transformers import SiglipConfig, SiglipForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 64
+    config = SiglipConfig(
+        text_config=sizes, vision_config={**sizes, "image_size": 64, "patch_size": 16}
+    )
+    classifier: Any = SiglipForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "model")
+    out = tmp_path / "features.parquet"
+    assert main(arguments(work, out, "--model", f"hf:{tmp_path / 'model'}", "--r", 2)) == 0
+    assert read(out)[1].shape == (PICTURES, 32)
+
+
 def test_other_missing_weights_are_refused(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

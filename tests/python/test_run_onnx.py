@@ -213,6 +213,7 @@ def test_evit_with_a_mask(kind: str, operators: str) -> None:
     shown = torch.ones(2, 1, 1, model.pos_embed.shape[1], dtype=torch.bool)
     shown[0, ..., 2:5] = shown[1, ..., 7:] = False
     mask = shown if kind == "bool" else torch.zeros(shown.shape).masked_fill(~shown, -3.0)
+    assert not torch.allclose(model(x), model(x, attn_mask=mask), atol=1e-3)
     proto = to_onnx(
         model, (x,), operators, kwargs={"attn_mask": mask}, custom_translation_table=TRANSLATIONS
     )

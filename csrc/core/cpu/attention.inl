@@ -174,8 +174,8 @@ void attend_tile(const AttentionParams& p, int64_t image, int64_t head, int64_t 
     }
 }
 
-// What is read after a tile of queries, asked for while that tile is attended to: rows of a packed
-// qkv lie pages apart, where the hardware does not look by itself.
+// Asks for rows (count, dim), step apart, before they are read. Rows of a packed qkv lie pages
+// apart, where the hardware does not look by itself.
 template <class In>
 TOME_INLINE void ask_for_rows(const In* rows, int64_t step, int64_t count, int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(In);
@@ -241,8 +241,10 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
             for (int64_t row = first_row; row < end_row; row += kTileRows) {
                 const int64_t rows = std::min<int64_t>(kTileRows, end_row - row);
                 const int64_t next = row + kTileRows;
-                ask_for_rows(at(p.q, p.q_strides, next), p.q_strides.token,
-                             std::min<int64_t>(kTileRows, end_row - next), p.dim);
+                if (next < end_row) {
+                    ask_for_rows(at(p.q, p.q_strides, next), p.q_strides.token,
+                                 std::min<int64_t>(kTileRows, end_row - next), p.dim);
+                }
                 if (one_block && item + 1 < end && (item + 1) / parts != image_head) {
                     // An even share of the next head's keys and values.
                     const int64_t head_after = (image_head + 1) % p.heads;
@@ -250,7 +252,7 @@ void attention_parts_of(const AttentionParams& p, int64_t parts, int64_t begin, 
                     const int64_t all = end_row - first_row;
                     const int64_t from = p.keys * (row - first_row) / all;
                     const int64_t to = p.keys * (row + rows - first_row) / all;
-                    const auto ask = [&](const void* x, const HeadStrides& s) {
+                    const auto ask = [&](const void* x, const HeadStrides& s) TOME_INLINE_LAMBDA {
                         ask_for_rows(static_cast<const In*>(x) + image_after * s.batch +
                                          head_after * s.head + from * s.token,
                                      s.token, to - from, p.dim);

@@ -138,17 +138,26 @@ void match_image(const MatchParams& p, const Matching& m, int64_t image, const T
                p.offsets + image * (rows + 1));
 }
 
+// Kernels ask for what they read of the next image: not where another thread will read it.
+MatchParams as_if_last(MatchParams p, int64_t image) {
+    p.batch = image + 1;
+    return p;
+}
+
 template <class T>
 void match_batch(const MatchParams& p, const Matching& m, const Threads& threads) {
     if (tuning::split_image(p.batch, threads.count, m.a.count * m.b.count * p.dim)) {
-        for (int64_t image = 0; image < p.batch; ++image) match_image<T>(p, m, image, threads);
+        for (int64_t image = 0; image < p.batch; ++image) {
+            match_image<T>(as_if_last(p, image), m, image, threads);
+        }
         return;
     }
     const int64_t image_bytes = p.tokens * p.heads * p.dim * element_size(p.dtype);
     threads.parallel_for(p.batch, tuning::rows_per_task(image_bytes),
                          [&](int64_t begin, int64_t end) {
+                             const MatchParams mine = as_if_last(p, end - 1);
                              for (int64_t image = begin; image < end; ++image) {
-                                 match_image<T>(p, m, image, Threads::serial());
+                                 match_image<T>(mine, m, image, Threads::serial());
                              }
                          });
 }

@@ -11,7 +11,8 @@
 
 namespace tome::TOME_ISA_NAMESPACE {
 
-// Of set B, while it is packed: enough to cover the latency of memory.
+// How many tokens ahead the metric of set B is asked for while it is packed: enough to cover the
+// latency of memory.
 constexpr int64_t kTokensAhead = 2;
 
 // Asks for the metric of tokens before it is read, a few cache lines at a time. Tokens of a packed
@@ -73,7 +74,7 @@ class TokensAhead {
 };
 
 // What is asked for while the tiles of an image are multiplied, so that the memory works while the
-// multipliers do: the next tile, and what is packed of the next image.
+// multipliers do: the next tile, and as much of the next image's set B as kAheadBytes.
 struct Ahead {
     TokensAhead tile, image;
     int64_t depth = 8;                        // channels that are multiplied between two steps
@@ -108,8 +109,8 @@ bool normalise_extreme(T* row, int64_t dim) {
 }
 
 // kBlock vectors of one token's mean over heads, from channel d on, side by side: every head is
-// read in a run as long as that. Adds up their squares. The same of the token `ahead`, if there is
-// one, is asked for as TokensAhead does.
+// read in a run as long as that. Adds up their squares. With kAhead, asks for the same channels of
+// the token `ahead`, as TokensAhead does.
 //   x    (heads, dim)  the token's metric in every head
 //   row  (dim) out
 template <bool kAhead, int kBlock, class In, class T, class V>
@@ -156,8 +157,11 @@ TOME_INLINE V load_mean(const In* x, const In* ahead, int64_t heads, int64_t str
     }
     if (d < dim) {
         const int64_t part = dim - d;
-        V sum = load_part(x + d, part);
-        for (int64_t h = 1; h < heads; ++h) sum += load_part(x + h * stride_head + d, part);
+        V sum{};
+        for (int64_t h = 0; h < heads; ++h) {
+            if (kAhead) __builtin_prefetch(ahead + h * stride_head + d, 0, 2);
+            sum += load_part(x + h * stride_head + d, part);
+        }
         sum *= share;
         squares[0] += sum * sum;
         store_part(row + d, sum, part);
@@ -166,8 +170,8 @@ TOME_INLINE V load_mean(const In* x, const In* ahead, int64_t heads, int64_t str
 }
 
 // The metric of tokens [first, first + count) of a set at length 1 (a zero vector stays zero);
-// kMost of them at most. All are read before the first is divided by its length, which takes long
-// and can then be done for several at a time.
+// kMost of them at most. First all means and squares, then all lengths, then all divisions: a
+// square root and a division are a long chain, and those of several tokens overlap.
 //   rows    (count, dim) out  means over heads, normalised; zeros where one is not finite
 //   usable  (count) out       whether it is finite
 template <int kMost, bool kAhead, class In, class T>
@@ -179,7 +183,8 @@ void load_unit_rows(const MatchParams& p, int64_t image, const TokenSet& set, in
     const V share = broadcast<V>(T(1) / T(p.heads));
     V squares[kMost];
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t ahead = set[std::min(first + i + kTokensAhead, set.count - 1)];
+        const int64_t ahead =
+            set[kAhead ? std::min(first + i + kTokensAhead, set.count - 1) : first + i];
         squares[i] = load_mean<kAhead, In, T>(metric + set[first + i] * p.stride_token,
                                               metric + ahead * p.stride_token, p.heads,
                                               p.stride_head, p.dim, share, rows + i * p.dim);
@@ -326,20 +331,25 @@ void match_tile(const MatchParams& p, int64_t image, const TokenSet& set,
     }
 }
 
-// While tiles [first, last) of an image are multiplied with `panels`.
-inline Ahead what_follows(const MatchParams& p, const TokenSet& a, const TokenSet& b, int64_t image,
-                          int64_t first, int64_t last, int64_t panels) {
+// What to ask for while tiles [first, last) of an image are multiplied with packed columns: each
+// next tile, and with the last columns the start of the next image's set B (where tokens are
+// hidden, by this image's list), which would be pushed out of L2 again if it were asked for before.
+template <class T>
+Ahead what_follows(const MatchParams& p, const TokenSet& a, const TokenSet& b, int64_t image,
+                   int64_t first, int64_t last, const PackedColumns<T>& packed) {
     const int64_t token_bytes = std::max<int64_t>(1, p.heads * p.dim * element_size(p.dtype));
-    const int64_t most = image + 1 < p.batch ? tuning::kAheadBytes / token_bytes : 0;
+    const bool goes_on = packed.end == b.count && image + 1 < p.batch;
+    const int64_t tokens = goes_on ? std::min(tuning::kAheadBytes / token_bytes, b.count) : 0;
+    const int64_t panels = packed.panels();
     Ahead ahead{{p, a, image, first * kTileRows, std::min(last * kTileRows, a.count)},
-                {p, b, image + 1, 0, std::min(most, b.count)}};
+                {p, b, goes_on ? image + 1 : image, 0, tokens}};
     // Several lines a step, as each costs a few instructions.
     const int64_t lines = ahead.tile.lines(kTileRows);
     while (ahead.depth < p.dim && lines * ahead.depth < 4 * panels * p.dim) ahead.depth *= 2;
     const int64_t steps = std::max<int64_t>(1, panels * ((p.dim + ahead.depth - 1) / ahead.depth));
     const auto share = [](int64_t x, int64_t parts) { return (x + parts - 1) / parts; };
     ahead.tile_lines = share(lines, steps);
-    ahead.image_lines = share(ahead.image.lines(std::min(most, b.count)), steps * (last - first));
+    ahead.image_lines = share(ahead.image.lines(tokens), steps * (last - first));
     return ahead;
 }
 
@@ -363,7 +373,7 @@ void nearest_of(const MatchParams& p, const TokenSet& a, const TokenSet& b, int6
         });
         threads.parallel_for(tiles, 1, [&](int64_t first, int64_t last) {
             const Scratch<T> tile(kTileRows * p.dim);
-            Ahead ahead = what_follows(p, a, b, image, first, last, packed.panels());
+            Ahead ahead = what_follows(p, a, b, image, first, last, packed);
             ahead.tile.ask(ahead.tile.lines(kTileRows));
             for (int64_t t = first; t < last; ++t) {
                 match_tile<In, T>(p, image, a, packed, t * kTileRows,

@@ -165,7 +165,7 @@ TOME_INLINE void store(Half* p, VFloat v) {
 
 // --- the last, partial vector of a row ---
 
-// Zeros behind the last of `count` values.
+// The first `count` (0 to kLanes) values, and zeros behind them.
 template <class In>
 TOME_INLINE auto load_part(const In* p, int64_t count) {
     In lanes[TOME_VECTOR_BYTES / sizeof(typename Accumulate<In>::Type)] = {};

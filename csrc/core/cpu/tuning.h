@@ -20,7 +20,8 @@ constexpr int64_t rows_per_task(int64_t row_bytes) {
 // keeps the extra memory of a large match small: 2,048 x 320 float32 are packed in five parts.
 constexpr int64_t kPackedBytes = 512 * 1024;
 
-// Of the next image, as much is asked for while this one is multiplied: it must stay in L2, too.
+// How much of the next image's set B is asked for while this image is multiplied. It lies in L2
+// beside kPackedBytes.
 constexpr int64_t kAheadBytes = 384 * 1024;
 
 // Columns of set B to pack at a time, a multiple of `panel`, at least one panel.
