@@ -358,7 +358,7 @@ def gpu_models_table(result: dict[str, Any]) -> str:
 
 def goals_table(*results: dict[str, Any]) -> str:
     """What was aimed at, and what each GPU gave: misses in bold, goals never measured left out."""
-    names = [result["machine"]["name"].removeprefix("NVIDIA ").split()[0] for result in results]
+    names = [result["machine"]["device"].removeprefix("NVIDIA ").split()[0] for result in results]
     wanted = {goal["goal"]: goal for result in results for goal in result["goals"]}
     for result in results:
         for goal in result["goals"]:

@@ -29,6 +29,7 @@ def write(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
 def folder(tmp_path: Path) -> Path:
     """Of a run in which a case is wrong, a goal is missed and figures are missing."""
     machine = {"device": "Some GPU", "driver_version": "1.2", "torch": "9.9", "dry_run": False}
+    machine["tome_ext"] = "0.9"
     (tmp_path / "machine.json").write_text(json.dumps({**machine, "date": "2030-01-02"}))
     case = "attention:bf16:B2H3N197D64"
     bad: dict[str, Any] = {"stage": "check", "case": case, "op": "attention", "ok": False}
@@ -184,7 +185,7 @@ def test_what_tables_are_made_from(folder: Path, tmp_path: Path) -> None:
 def test_tables_of_what_is_there(folder: Path) -> None:
     result = gpu_report.combined(gpu_report.Results(folder))
     ops = tables.gpu_ops_table(result).splitlines()
-    assert ops[0].startswith("Some GPU, driver 1.2, torch 9.9, bfloat16, 2030-01-02;")
+    assert ops[0].startswith("Some GPU, driver 1.2, torch 9.9, tome_ext 0.9, bfloat16, 2030")
     assert "| merge | B=256 N=197 C=768 | 60 | 60 | 1.00 | - | - |" in ops
     assert "| match and merge | B=256 N=197 C=768 | 120 | - | - | 300 | 2.50x |" in ops
     assert "| merge | B=64 N=577 C=1024 | - | - | - | - | - |" in ops
@@ -193,6 +194,10 @@ def test_tables_of_what_is_there(folder: Path) -> None:
     models = tables.gpu_models_table(result)
     model = "vit_base_patch16_224 | 13 | 256 | graph"
     assert f"| {model} | - | - | 25,600,000 | 28,444,444 | - | - | 1.111 |" in models
+    goals = tables.goals_table(result, result).splitlines()
+    assert goals[0] == "| | goal | Some | Some |"
+    first, goal = "attention with sizes, B=256 H=12 N=197: over the fastest without", "at most 1.05"
+    assert f"| {first} | {goal} | **1.10** | **1.10** |" in goals
 
 
 # --- processes that die --------------------------------------------------------------------------
