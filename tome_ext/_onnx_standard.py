@@ -253,22 +253,25 @@ def merge(
     work = reference.accumulate_dtype(x.dtype)
     if reduce == "amax":
         _, new_size = _weights(size, members, offsets, work, "sum")
-        row, _ = _row_of_token(members, offsets)
-        rows = torch.arange(offsets.shape[1] - 1, device=row.device).unsqueeze(1)
-        is_in = (row.unsqueeze(1) == rows).unsqueeze(3)
+        is_in = _is_in(members, offsets)[0].unsqueeze(3)
         largest = torch.where(is_in, x.to(work).unsqueeze(1), float("-inf")).amax(2)
         return torch.where(is_in.to(work).sum(2) > 0, largest, 0.0).to(x.dtype), new_size
     weight, new_size = _weights(size, members, offsets, work, reduce)
     return (weight @ x.to(work)).to(x.dtype), new_size
 
 
+def _is_in(members: Tensor, offsets: Tensor) -> tuple[Tensor, bool]:
+    """Which tokens each row is made of, (B, M, N) bool, and whether no row is empty."""
+    row, full = _row_of_token(members, offsets)
+    rows = torch.arange(offsets.shape[1] - 1, device=row.device).unsqueeze(1)
+    return row.unsqueeze(1) == rows, full
+
+
 def _weights(
     size: Tensor | None, members: Tensor, offsets: Tensor, work: torch.dtype, reduce: str
 ) -> tuple[Tensor, Tensor]:
     """What each token counts in each row, (B, M, N), and the rows' sizes, (B, M) float32."""
-    row, full = _row_of_token(members, offsets)
-    rows = torch.arange(offsets.shape[1] - 1, device=row.device).unsqueeze(1)
-    is_in = row.unsqueeze(1) == rows
+    is_in, full = _is_in(members, offsets)
     weight = is_in.to(work)
     if size is not None:
         weight = torch.where(is_in, size.to(work).unsqueeze(1), 0.0)

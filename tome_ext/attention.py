@@ -102,19 +102,21 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check(size: Tensor | None, **tensors: Tensor) -> None:
     """Refuse several dtypes or devices, shapes that don't go together, sizes of other keys."""
+
+    def got() -> str:
+        return ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
+
     dtype, device = tensors["q"].dtype, tensors["q"].device
     for x in tensors.values():
         if x.dtype != dtype or x.device != device:
-            names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
-            raise ValueError(f"expected one dtype and one device, got {names}")
+            raise ValueError(f"expected one dtype and one device, got {got()}")
     v = tensors.get("v")
     if v is not None:
         q, k = tensors["q"], tensors["k"]
         together = min(q.dim(), k.dim(), v.dim()) >= 2 and q.shape[-1] == k.shape[-1]
         if not together or k.shape[-2] != v.shape[-2]:
-            names = ", ".join(f"{name} {describe(x)}" for name, x in tensors.items())
             raise ValueError(
-                f"q, k, v: expected (B, H, M, D), (B, H, N, D) and (B, H, N, D'), got {names}"
+                f"q, k, v: expected (B, H, M, D), (B, H, N, D) and (B, H, N, D'), got {got()}"
             )
     if size is None:
         return
