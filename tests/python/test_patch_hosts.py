@@ -77,7 +77,7 @@ def test_multihead_attention_reads_masks_as_torch_does(name: str, batch_first: b
     assert call.ranks is not None
     assert weights is None
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="need_weights: expected False in block 0"):
+    with pytest.raises(ValueError, match="need_weights: expected False where tokens have merged"):
         trail.within(call, attn, x, x, x, need_weights=True)
 
 
@@ -242,6 +242,19 @@ def test_adapters_of_whole_attention_modules_come_after_the_patch(name: str) -> 
     y = case.output(model(**inputs))
     assert tome_ext.patch.find(model).tome.num_tokens == case.num_tokens - 4 * case.depth
     torch.testing.assert_close(case.output(model.merge_and_unload()(**inputs)), y)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "cascade", True])
+def test_what_watches_an_attention_pool_sees_it_where_tokens_have_merged(kind: Any) -> None:
+    options = {"attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_dim": 32}
+    model = clip(attentional_pool=kind, **options)
+    tome_ext.patch.auto(model, r=5)
+    seen: list[nn.Module] = []
+    model.attn_pool.attn.register_forward_hook(lambda module, *_: seen.append(module))
+    y = model(images())
+    assert seen == [model.attn_pool.attn]
+    config = peft.LoraConfig(target_modules=r"attn_pool.*\.attn", r=2, init_lora_weights=False)
+    assert not torch.allclose(peft.get_peft_model(model, config).eval()(images()), y, atol=1e-3)
 
 
 # --- refusals -------------------------------------------------------------------------------------

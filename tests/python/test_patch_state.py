@@ -12,8 +12,10 @@ from models import DEPTH, images, tiny
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import VisionTransformer
 
 import tome_ext
+from tome_ext.patch.common.class_swap import Swapped
 
 # --- the head -----------------------------------------------------------------------------------
 
@@ -65,6 +67,107 @@ def test_a_compiled_tower_and_a_head_that_is_not() -> None:
     with pytest.raises(RuntimeError, match="the output of a compiled function"):
         model.forward_head(features)
     torch.testing.assert_close(model.forward_head(model.tome.attach(features)), expected)
+
+
+def two_views(model: Any, a: Tensor, b: Tensor) -> list[Tensor]:
+    features = [model.forward_features(x) for x in (a, b)]
+    return [model.forward_head(y) for y in features]
+
+
+def each_view(model: Any, a: Tensor, b: Tensor) -> list[Tensor]:
+    return [model.forward_head(model.forward_features(x)) for x in (a, b)]
+
+
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_compiled_heads_never_take_the_sizes_of_another_forward(pool: str) -> None:
+    model = tome_ext.patch.timm(tiny(global_pool=pool).double(), r=9)
+    a, b = images(seed=1, dtype=torch.float64), images(seed=2, dtype=torch.float64)
+    expected = [model(x) for x in (a, b)]
+    torch.testing.assert_close(two_views(model, a, b), expected)
+    in_turn = torch.compile(each_view, backend="eager", fullgraph=True)
+    torch.testing.assert_close(in_turn(model, a, b), expected)
+    with pytest.raises(Exception, match="not the tokens that this model's tower has returned last"):
+        torch.compile(two_views, backend="eager", fullgraph=True)(model, a, b)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
+        torch.compile(two_views, backend="eager")(model, a, b)
+
+
+def test_a_compiled_head_asks_what_its_tokens_are() -> None:
+    model = tome_ext.patch.timm(tiny(global_pool="avg").double(), r=9)
+    a, b = images(seed=1, dtype=torch.float64), images(seed=2, dtype=torch.float64)
+    expected = model(a)
+    features = model.forward_features(a)
+    model.forward_features(b)
+    head = torch.compile(model.forward_head, backend="eager")
+    torch.testing.assert_close(head(features), expected)
+    with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
+        head(features.flip(0))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"or torch\.compile without fullgraph"):
+        torch.compile(model.forward_head, backend="eager", fullgraph=True)(features)
+
+
+def test_an_export_of_two_views_is_refused() -> None:
+    class Views(nn.Module):
+        def __init__(self, run: Any) -> None:
+            super().__init__()
+            self.model = tome_ext.patch.timm(tiny(global_pool="avg"), r=9)
+            self.run = run
+
+        def forward(self, a: Tensor, b: Tensor) -> list[Tensor]:
+            views: list[Tensor] = self.run(self.model, a, b)
+            return views
+
+    inputs = images(seed=1), images(seed=2)
+    views = Views(each_view)
+    program = torch.export.export(views, inputs, strict=False)
+    torch.testing.assert_close(program.module()(*inputs), views(*inputs))
+    with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
+        torch.export.export(Views(two_views), inputs, strict=False)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_block_copied_alone_works_on_in_its_tower(inference: bool) -> None:
+    """As PEFT's modules_to_save, which trains copies in place of some modules."""
+    model = tome_ext.patch.timm(tiny(), r=[6, 0, 8], restore_tokens=True, inference=inference)
+    x = images()
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        mine = copy.deepcopy(model.blocks[2])
+        assert mine._tome is model._tome
+        original, model.blocks[2] = model.blocks[2], mine
+        assert torch.equal(model.forward_features(x), expected)
+        # What the block before leaves for the original is not taken by a copy that was trained.
+        twin = copy.deepcopy(model)
+        assert twin._tome is not model._tome
+        for block in (mine, twin.blocks[2]):
+            block.norm1.weight.mul_(3)
+        assert torch.equal(model.forward_features(x), twin.forward_features(x))
+        assert not torch.equal(model.forward_features(x), expected)
+        model.r = 0
+        assert model.forward_features(x).shape == expected.shape
+        assert model.tome.num_tokens == expected.shape[1]
+        assert twin.forward_features(x).shape == expected.shape
+        assert twin.tome.num_tokens == expected.shape[1] - 14
+        model.blocks[2] = original
+        tome_ext.patch.remove(model)
+    assert not any(isinstance(module, Swapped) for module in model.modules())
+
+
+def test_a_copy_has_a_trail_of_its_own_whichever_part_is_copied_first() -> None:
+    model = tome_ext.patch.torchvision(VisionTransformer(24, 4, 2, 2, 32, 48, num_classes=3), r=4)
+    twin = copy.deepcopy(nn.ModuleList([model.encoder, model]))[1]
+    assert twin._tome is not model._tome
+    parts = [module for module in twin.modules() if isinstance(module, Swapped)]
+    assert len(parts) == 6  # the model, its encoder, two blocks and their attention
+    assert all(part._tome is twin._tome for part in parts)
+    assert [block() for block in twin._tome.blocks] == list(twin.encoder.layers)
+    assert [block() for block in model._tome.blocks] == list(model.encoder.layers)
+    twin.r = 0
+    model(images(side=24))
+    assert (model.tome.num_tokens, twin(images(side=24)).shape) == (37 - 8, (2, 3))
+    assert twin.tome.num_tokens == 37
 
 
 def test_attach_refuses_other_tokens() -> None:

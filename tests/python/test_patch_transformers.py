@@ -29,6 +29,8 @@ from host_cases_transformers import (
 from torch import nn
 
 import tome_ext
+from tome_ext.patch.common.block_call import BlockCall
+from tome_ext.patch.common.positions import for_all_tokens, of_length_1
 from tome_ext.patch.hosts.transformers import FAMILIES
 from tome_ext.patch.hosts.transformers_families import REFUSED
 from tome_ext.patch.hosts.transformers_parts import check_version
@@ -319,6 +321,85 @@ def test_v_jepa_2_with_and_without_its_predictor() -> None:
     assert short.last_hidden_state.shape[1] == 16
     assert [y.shape[1] for y in short.hidden_states] == [32, 28, 24, 20, 16]
     assert torch.equal(model.tome.unmerge(short.last_hidden_state), out.last_hidden_state)
+
+
+def test_v_jepa_2_restores_tokens_where_none_have_merged() -> None:
+    model = made(hf.VJEPA2Model, hf.VJEPA2Config, **VJEPA2)
+    x = videos()
+    expected = model(x, skip_predictor=True).last_hidden_state
+    patched(model, r=0, threshold=0.999999, restore_tokens=True)
+    out = model(x, skip_predictor=True).last_hidden_state
+    assert model.tome.num_tokens == expected.shape[1], "no pair is so similar"
+    torch.testing.assert_close(out, expected)
+
+
+POOLS: dict[str, tuple[Any, str]] = {
+    "SigLIP": (lambda: made(hf.SiglipVisionModel, hf.SiglipVisionConfig, **IMAGE), "head"),
+    "AIMv2": (lambda: made(hf.Aimv2VisionModel, hf.Aimv2VisionConfig, **IMAGE), "head"),
+    "BEiT": (lambda: made(hf.BeitModel, hf.BeitConfig, **BEIT), "pooler"),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_of_kept_tokens_never_takes_other_sizes(name: str) -> None:
+    make, part = POOLS[name]
+    model = patched(make())
+    pool = next(m for n, m in model.named_modules() if n.split(".")[-1] == part)
+    out = model(images())
+    tokens, expected = out.last_hidden_state, out.pooler_output
+    model(images(seed=5))
+    torch.testing.assert_close(pool(tokens), expected, rtol=0, atol=0)
+    for other in (tokens[:1], tokens.flip(0), tokens.clone()):
+        with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
+            pool(other)
+    model.r = 0
+    torch.testing.assert_close(pool(tokens[:1]), pool(tokens.clone())[:1])  # nothing merges now
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_that_peft_copies_counts_by_size(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    make, part = POOLS[name]
+    model = patched(make())
+    expected = model(images()).pooler_output
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=[part])
+    wrapped = peft.get_peft_model(model, config).eval()
+    torch.testing.assert_close(wrapped(images()).pooler_output, expected)
+
+
+def test_adapters_of_a_pool_take_part_where_tokens_have_merged() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["head.attention"], r=2, init_lora_weights=False)
+    make = POOLS["SigLIP"][0]
+    with pytest.raises(ValueError, match="adapters of whole modules of that class have to come af"):
+        patched(peft.get_peft_model(make(), config))
+    model = peft.get_peft_model(patched(make()), config).eval()
+    y = model(images()).pooler_output
+    with model.disable_adapter():
+        assert not torch.allclose(model(images()).pooler_output, y, atol=1e-3)
+    y.sum().backward()
+    assert any(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
+    torch.testing.assert_close(model.merge_and_unload()(images()).pooler_output, y)
+
+
+def test_a_fused_token_s_rotary_table_is_the_mean_of_all_it_stands_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made(hf.DINOv3ViTModel, hf.DINOv3ViTConfig, **IMAGE)
+    tome_ext.patch.transformers(model, r=[8, 8, 0], method="evit")
+    given: dict[int, Any] = {}
+    own = BlockCall.rotary
+
+    def rotary(call: BlockCall, table: Any, *args: Any) -> Any:
+        given[call.tokens.layer] = table, own(call, table, *args)
+        return given[call.tokens.layer][1]
+
+    monkeypatch.setattr(BlockCall, "rotary", rotary)
+    model(images())
+    table, found = given[2]
+    prefix = model.tome.rules.num_prefix_tokens
+    carried = model.tome.plan_after(2).merge(for_all_tokens(table, 2, prefix))[0]
+    torch.testing.assert_close(found, of_length_1(carried[:, prefix:]))
 
 
 def llava() -> Any:

@@ -1,7 +1,7 @@
 """Where a library's attention is reached: what the common ways of computing it share.
 
 Attention that has q, k and v in hand calls :meth:`BlockCall.attend`. ``nn.MultiheadAttention`` is
-here, as a block's self-attention and as a pool over tokens.
+here, which is a block's self-attention or a pool's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ __all__ = [
     "TomeMultiheadAttention",
     "check_multihead",
     "heads_of",
-    "pool_multihead",
     "shown",
     "weighted_mean",
 ]
@@ -60,7 +59,12 @@ def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple
 
 
 def check_multihead(attn: Any) -> None:
-    """Refuse an nn.MultiheadAttention whose keys are not all tokens."""
+    """Refuse what is no nn.MultiheadAttention, or one whose keys are not all tokens."""
+    if type(attn) is not nn.MultiheadAttention:
+        raise ValueError(
+            f"model: expected an nn.MultiheadAttention, got {type(attn).__name__} in its place; "
+            "adapters of whole modules of that class have to come after the patch"
+        )
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
         raise ValueError(
             "model: got an nn.MultiheadAttention with keys of its own; expected one without "
@@ -69,7 +73,7 @@ def check_multihead(attn: Any) -> None:
 
 
 class TomeMultiheadAttention(Swapped):
-    """``nn.MultiheadAttention`` as self-attention that weights keys by size."""
+    """``nn.MultiheadAttention`` that weights keys by size: of a block, or of a pool of tokens."""
 
     _tome: Trail
 
@@ -84,7 +88,7 @@ class TomeMultiheadAttention(Swapped):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        call: BlockCall | None = self._tome.call
+        call: Any = self._tome.call
         if call is None:
             out: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
                 query,
@@ -99,8 +103,8 @@ class TomeMultiheadAttention(Swapped):
             return out
         if need_weights:
             raise ValueError(
-                f"need_weights: expected False in block {call.tokens.layer}, which builds no "
-                "attention matrix as tokens have merged; set r = 0 for the weights"
+                "need_weights: expected False where tokens have merged, got True: no attention "
+                "matrix is built there; set r = 0 for the weights"
             )
         x = query if self.batch_first else query.transpose(0, 1)
         if self._qkv_same_embed_dim and query is key and key is value:
@@ -152,31 +156,6 @@ def shown(
         for mask in masks
     ]
     return floats[0] if len(floats) == 1 else floats[0] + floats[1]
-
-
-def pool_multihead(
-    attn: Any, query: Tensor, x: Tensor, size: Tensor | None, value: Tensor | None = None
-) -> Tensor:
-    """``attn(query, x, x)`` of a batch-first nn.MultiheadAttention, counting tokens by size.
-
-    Args:
-        attn: nn.MultiheadAttention.
-        query: (B, Q, C).
-        x: (B, M, C) tokens.
-        size: (B, M) float32, or None for all 1.
-        value: (B, M, C) in place of x as values.
-
-    Returns:
-        (B, Q, C).
-    """
-    weights, biases = _projections(attn)
-    q, k, v = (
-        heads_of(F.linear(y, w, b), attn.num_heads)
-        for y, w, b in zip((query, x, x if value is None else value), weights, biases, strict=True)
-    )
-    dropout = attn.dropout if attn.training else 0.0
-    y = proportional_attention(q, k, v, size, dropout_p=dropout)
-    return F.linear(y.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
 
 
 class SizedCall:

@@ -103,7 +103,7 @@ class TomeBlock(Swapped):
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self._tome.blocks[self._tome_layer] = weakref.ref(self)
+        self._tome.hold(self, self._tome_layer)
 
     def _tome_attention_kind(self) -> AttentionKind:
         """What is known about the block's attention before it runs."""
@@ -146,9 +146,10 @@ class TomeBlock(Swapped):
             branch = modules[names.norm2](self._tome_mlp(x))
         else:
             inference = call.tokens.rules.settings.inference and not torch.is_grad_enabled()
-            normed = take_norm(x) if inference else None
+            norm = modules[names.norm1]
+            normed = take_norm(x, norm) if inference else None
             if normed is None:
-                normed = modules[names.norm1](x)
+                normed = norm(x)
             attended = self._tome_attend(call, normed, args, kwargs)
             x, normed = merged_and_normed(self, names, call, x, attended)
             del attended  # or its memory would be held until the MLP is done
@@ -185,7 +186,8 @@ def finished(
 
 MOST_IDENTITIES = 64
 _identities: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-NORM = "_tome_norm"  # attribute of a storage: (weak reference to x, its version, norm of x)
+# Attribute of a storage: (weak reference to x, its version, the norm of x, whose norm that is).
+NORM = "_tome_norm"
 
 
 def added_and_normed(
@@ -222,7 +224,7 @@ def added_and_normed(
     x, _, normed = ops.merge_add_norm(
         x, branch, None, members, offsets, vector, weight, bias, norm.eps
     )
-    record_on_storage(x, NORM, (weakref.ref(x), version_of(x), normed))
+    record_on_storage(x, NORM, (weakref.ref(x), version_of(x), normed, weakref.ref(norm)))
     return x
 
 
@@ -243,16 +245,19 @@ def identity_plan(batch: int, num_tokens: int, device: torch.device) -> tuple[Te
     return plan
 
 
-def take_norm(x: Tensor) -> Tensor | None:
-    """The norm of x that the block before has left, once."""
+def take_norm(x: Tensor, norm: nn.Module | None) -> Tensor | None:
+    """What ``norm`` makes of x, if the block before has left it, once.
+
+    The block that runs may not be the one that was to follow: a copy has a norm of its own.
+    """
     if torch.compiler.is_compiling():
         return None
     left = recorded_on_storage(x, NORM)
     if left is None:
         return None
     record_on_storage(x, NORM, None)
-    same, version, normed = left
-    return normed if same() is x and version == version_of(x) else None
+    same, version, normed, whose = left
+    return normed if same() is x and version == version_of(x) and whose() is norm else None
 
 
 def merged_and_normed(

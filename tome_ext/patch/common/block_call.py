@@ -356,8 +356,9 @@ class BlockCall:
         carried, total = self.tables, before.composed
         if plan is not None:
             if carried:
-                # The tables are means over the original tokens; so weights are their numbers.
-                carried = tuple(plan.merge(table, before.size)[0] for table in carried)
+                # Means over the original tokens; so weights are their numbers, not the sizes, of
+                # which a method that prunes has none.
+                carried = plan.merge(carried[0], carried[1] if len(carried) > 1 else None)
             if total is not None:
                 total = compose(total, plan.assign)
         shape = x.shape

@@ -27,6 +27,8 @@ class Swapped:
     _tome_mixin: ClassVar[type]
     _tome_base: ClassVar[type]
 
+    _tome: Any  # the trail of the patched tower, which all of its swapped modules share
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not is_outermost(self):
             return super().__reduce_ex__(protocol)  # what was put on top must see to itself

@@ -61,6 +61,17 @@ class PatchedModel(Swapped):
     _tome_extra_info: dict[str, Any]
     _tome_part: bool  # whether it is the tower of another patched model
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        trail: Trail = self._tome
+        trail.holders.append(weakref.ref(self))
+        for module in self.modules():
+            # A part that was copied before this was known to be copied, too, has the old trail.
+            if isinstance(module, Swapped):
+                module._tome = trail
+            if isinstance(module, TomeBlock):
+                trail.hold(module, module._tome_layer)
+
     @property
     def r(self) -> Schedule:
         """Tokens to remove per layer: an int, ``(r, inflection)`` or a list.
@@ -251,7 +262,8 @@ def patch_model(
         swap(module, mixin, _tome=trail, **attributes)
     for layer, (block, block_mixin) in enumerate(tower.blocks):
         swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
-        trail.blocks[layer] = weakref.ref(block)
+        trail.hold(block, layer)
+    trail.holders = [weakref.ref(tower.module), weakref.ref(model)]
     part = tower.module is not model
     swap(tower.module, tower.mixin, _tome_part=part, **held, **tower.module_attributes)
     if tower.module is not model:

@@ -31,7 +31,8 @@ class Tokens(NamedTuple):
         owner: the patched model's trail; compared, never read.
         composed: (B, N) int32, from the original tokens to these, once a mask or table has asked
             for it; then it is carried along.
-        tables: what travels with the tokens, (B, M, D) each, once they have merged.
+        tables: the table that travels with the tokens, (B, M, D), if there is one; and once they
+            have merged, of how many original tokens each is the mean, (B, M) float32.
         after: what these are after a layer that leaves them as they are, where that is known.
     """
 

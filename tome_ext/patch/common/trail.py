@@ -71,11 +71,14 @@ class Trail:
         rules: what forwards that begin from now on do; replaced as a whole.
         reader: what reads the tower's tokens: "tokens", the user or what knows of sizes; "mean", a
             mean over all of them; "grid", what needs every original token at its place.
-        local: what each thread keeps: ``call``, of the block whose attention runs now; and the
-            tokens that its last ``forward``, ``recomputation`` and ``export`` ended with.
+        local: what each thread keeps: ``call``, of the block whose attention runs now; ``runs``,
+            whether the tower's forward does; the tokens that its last ``forward``,
+            ``recomputation`` and ``export`` ended with; and ``returned``, while compiling, with the
+            tensor that ``finish`` has returned last.
         used: per layer, by what its last call computed attention; None if not called since the
             rules were made.
         blocks: weak references to the tower's blocks, which each block makes when it is copied.
+        holders: weak references to the tower and the model that was patched, likewise.
     """
 
     def __init__(self, rules: Rules, reader: Reader = "tokens") -> None:
@@ -83,6 +86,7 @@ class Trail:
         self.reader = reader
         self.rules = rules
         self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
+        self.holders: list[weakref.ref[Any]] = []
 
     @property
     def rules(self) -> Rules:
@@ -102,6 +106,18 @@ class Trail:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trail:
+        # A part that is copied without its tower, as PEFT does with modules_to_save, works on in
+        # it: settings and tokens are the tower's. deepcopy knows what it is copying by its id.
+        if not any(id(holder()) in memo for holder in self.holders):
+            return self
+        return Trail(self._rules, self.reader)
+
+    def hold(self, block: Any, layer: int) -> None:
+        """Say that ``block`` is number ``layer``; its first one stays, whose copies are others."""
+        if self.blocks[layer] is None:
+            self.blocks[layer] = weakref.ref(block)
 
     def following(self, layer: int, block: object) -> Any:
         """The block behind ``block``, number ``layer``; None if it is the last or not known.
@@ -124,6 +140,7 @@ class Trail:
     def forget(self) -> None:
         """Forget the tokens of this thread's last forward."""
         setattr(self.local, _slot(), None)
+        self.local.returned = None
 
     @property
     def call(self) -> Any:
@@ -140,6 +157,14 @@ class Trail:
             return run(*args, **kwargs)
         finally:
             self.local.call = None
+
+    def running(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``run(*args, **kwargs)`` of the tower, in which its pools find the tokens it has made."""
+        self.local.runs = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.local.runs = False
 
     def enter(self, layer: int, x: Tensor) -> Tokens:
         """Begin a block: what is known about its tokens ``x`` (B, M, C)."""
@@ -182,13 +207,13 @@ class Trail:
         """Whether all that the tower returns is spread over the original tokens."""
         return rules.settings.restore_tokens or self.reader == "grid"
 
-    def finish(self, x: Tensor, restore: bool = False) -> Tensor:
+    def finish(self, x: Tensor, restore: bool = False, sized: bool = True) -> Tensor:
         """The tokens x (B, M, C) that a tower returns, after its last norm.
 
         Spread over the original tokens if the user wants them so, or what reads them needs it, or
         with ``restore``; else what is known of the last block's tokens is said of them. A mean over
         tokens, each as often as it counts, is one weighted by size; so a mean's reader gets the
-        tokens of methods that prune as they are.
+        tokens of methods that prune as they are. ``sized`` says that a head may ask for sizes.
         """
         tokens = self.current
         if tokens is None or not tokens.fit(x):
@@ -201,22 +226,33 @@ class Trail:
             tokens = tokens._replace(num_tokens=x.shape[1], size=None, assigns=(), reduced=False)
         if not torch.compiler.is_compiling():
             record_on_storage(x, RECORD, tokens)
+        elif sized:
+            self.local.returned = (x, tokens)
         return x
 
     def merged(self, x: Tensor) -> Tokens | None:
         """For modules that the tower's forward calls after its blocks: what ``x`` (B, M, C) are.
 
         None if nothing was reduced.
+
+        Raises:
+            RuntimeError: they are called by others, and it is not known what ``x`` are.
         """
-        tokens = self.current
-        if tokens is None or not tokens.reduced or not tokens.fit(x):
-            return None
-        return tokens
+        tokens = self.current if getattr(self.local, "runs", False) else self._returned(x)
+        if tokens is None or not tokens.fit(x):
+            if self._all_count_once():
+                return None
+            raise self._unknown(x)
+        return tokens if tokens.reduced else None
 
     def same(self, x: Tensor, y: Tensor) -> None:
         """Say that ``y`` (B, M, C), made of ``x`` outside of the tower, are the same tokens."""
-        tokens = None if torch.compiler.is_compiling() else recorded(x)
-        if tokens is not None:
+        tokens = self._returned(x)
+        if tokens is None:
+            return
+        if torch.compiler.is_compiling():
+            self.local.returned = (y, tokens)
+        else:
             record_on_storage(y, RECORD, tokens)
 
     def size_of(self, x: Tensor) -> Tensor | None:
@@ -225,17 +261,34 @@ class Trail:
         Raises:
             RuntimeError: it is not known what ``x`` are.
         """
-        compiling = torch.compiler.is_compiling()
-        tokens = self.current if compiling else recorded(x)
+        tokens = self._returned(x)
         if tokens is not None and tokens.fit(x):
             return tokens.size
-        if compiling and tokens is not None and self.restores(tokens.rules):
-            return None  # nothing is recorded while compiling: these are what finish has spread
-        if self._rules.idle or not self._rules.method.sized:
+        if self._all_count_once():
             return None
+        raise self._unknown(x)
+
+    def _returned(self, x: Tensor) -> Tokens | None:
+        """What the tokens ``x`` are that a tower has returned.
+
+        While compiling, nothing can be recorded on a tensor: known is the one that this tower has
+        returned last. Of others torch.compile asks in between, when they are tensors again.
+        """
+        if not torch.compiler.is_compiling():
+            return recorded(x)
+        last: tuple[Tensor, Tokens] | None = getattr(self.local, "returned", None)
+        if last is not None and last[0] is x:
+            return last[1]
+        return _recorded_between(x) if torch.compiler.is_dynamo_compiling() else None
+
+    def _all_count_once(self) -> bool:
+        """Whether tokens that are not known can only be such as count once each."""
+        return self._rules.idle or not self._rules.method.sized
+
+    def _unknown(self, x: Tensor) -> RuntimeError:
         last = self.current
         found = "none" if last is None else f"{(last.batch_size, last.num_tokens)}"
-        raise RuntimeError(
+        return RuntimeError(
             "the sizes of these tokens are not known: expected what this model's tower returned, "
             f"(batch, tokens) of this thread's last forward = {found}, got {describe(x)}; if x was "
             "made from that (a clone, a cast, the output of a compiled function), say so with "
@@ -327,6 +380,16 @@ class Trail:
             return OWN_ATTENTION
         sizes = self._rules.method.proportional and layer > self._rules.first_layer
         return attention_name(unsupported(*kind, sized=sizes))
+
+
+@torch.compiler.disable(
+    reason="these are not the tokens that this model's tower has returned last, and what others "
+    "are is recorded on tensors, which a graph cannot read: expected a head right behind its own "
+    "tower, or torch.compile without fullgraph"
+)
+def _recorded_between(x: Tensor) -> Tokens | None:
+    """:func:`recorded`, of a tensor that a graph was given or has returned."""
+    return recorded(x)
 
 
 def _slot() -> str:

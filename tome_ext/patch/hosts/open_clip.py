@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from ..common.attention_seam import (
     SizedAttention,
+    SizedCall,
     TomeMultiheadAttention,
     check_multihead,
     heads_of,
-    pool_multihead,
     shown,
     weighted_mean,
 )
@@ -168,12 +168,17 @@ class OpenClipTransformer(Swapped):
 class OpenClipPooler(Swapped):
     """``open_clip.transformer.AttentionalPooler`` that counts tokens by size."""
 
+    _tome: Trail
+
     def forward(self: Any, x: Tensor, size: Tensor | None = None) -> Tensor:
         if size is None:
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
         query = self.ln_q(self.query).unsqueeze(0).expand(x.shape[0], -1, -1)
-        return pool_multihead(self.attn, query, self.ln_k(x), size)
+        k = self.ln_k(x)
+        call = SizedCall(size)
+        pooled: Tensor = self._tome.within(call, self.attn, query, k, k, need_weights=False)[0]
+        return pooled
 
 
 class OpenClipTower(PatchedModel):
@@ -243,6 +248,7 @@ def find_tower(model: Any) -> Tower:
                 raise ValueError(f"model: expected AttentionalPooler, got {class_name(pool)}")
             check_multihead(pool.attn)
             others.append((pool, OpenClipPooler, {}))
+            others.append((pool.attn, TomeMultiheadAttention, {}))
     others.append((tower.transformer, OpenClipTransformer, {}))
     return Tower(
         module=tower,

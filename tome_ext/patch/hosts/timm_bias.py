@@ -99,8 +99,11 @@ class TimmRelPosPostBlock(TimmBlock):
 class TimmBiasModel(TimmModel):
     """``Beit`` or ``VisionTransformerRelPos``, whose heads average tokens by themselves."""
 
+    def _tome_asks(self: Any, x: Tensor) -> bool:
+        return bool(self.global_pool == "avg")
+
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-        size = self._tome.size_of(x) if self.global_pool == "avg" else None
+        size = self._tome.size_of(x) if self._tome_asks(x) else None
         if size is None:
             return super().forward_head(x, pre_logits)  # type: ignore[misc]
         first = self.num_prefix_tokens

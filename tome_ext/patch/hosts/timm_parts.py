@@ -252,7 +252,11 @@ class TimmModel(PatchedModel):
 
     def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-        return self._tome.finish(x)
+        return self._tome.finish(x, sized=self._tome_asks(x))
+
+    def _tome_asks(self: Any, x: Tensor) -> bool:
+        """Whether the model's head asks for the sizes of its tokens x (B, M, C)."""
+        return asks_sizes(self, self.global_pool, x)
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
@@ -299,7 +303,7 @@ class TimmModel(PatchedModel):
         prefixes, maps = spread_intermediates(self, tokens, indices)
         if output_fmt == "NCHW":
             maps = as_maps(maps, *self.patch_embed.dynamic_feat_size(x.shape[-2:]))
-        final = self._tome.finish(final)
+        final = self._tome.finish(final, sized=self._tome_asks(final))
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
             if prefix and return_prefix_tokens:

@@ -55,7 +55,8 @@ class TorchvisionEncoder(Swapped):
     _tome: Trail
 
     def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002  (torchvision's name)
-        return self._tome.finish(super().forward(input))  # type: ignore[misc]
+        x = super().forward(input)  # type: ignore[misc]
+        return self._tome.finish(x, sized=False)  # the head reads the class token
 
 
 def find_tower(model: Any) -> Tower:

@@ -14,12 +14,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..common.attention_seam import TomeMultiheadAttention, check_multihead
 from ..common.block import BlockNames
 from ..common.class_swap import Swapped
 from ..common.patched_model import Tower
 from ..common.refusals import check_blocks, check_not_sharded, class_name
 from ..common.trail import Reader
 from .transformers_families import FAMILIES, REFUSED, TowerFamily
+from .transformers_parts import ProbePool
 
 __all__ = ["FAMILIES", "find_tower"]
 
@@ -150,6 +152,11 @@ def _tower(model: Any, module: Any, family: TowerFamily, reader: Reader) -> Towe
         for part in model.modules()
         if type(part).__module__ == family.module and type(part).__name__ in family.pools
     ]
+    for part, mixin, _ in list(pools):
+        if mixin is ProbePool:
+            inner: Any = part.attention
+            check_multihead(inner)
+            pools.append((inner, TomeMultiheadAttention, {}))
     return Tower(
         module=module,
         mixin=family.tower_mixin,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention import proportional_attention
-from ..common.attention_seam import SizedCall, heads_of, pool_multihead, weighted_mean
+from ..common.attention_seam import SizedCall, heads_of, weighted_mean
 from ..common.block import TomeBlock
 from ..common.block_call import BlockCall
 from ..common.class_swap import Swapped
@@ -282,14 +282,17 @@ class ProbePool(Swapped):
     _tome: Trail
 
     def forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        tokens = self._tome.merged(hidden_state)
+        trail: Trail = self._tome
+        tokens = trail.merged(hidden_state)
         size = None if tokens is None else counts(tokens, attention_mask)
         if size is None:
             masks = () if attention_mask is None else (attention_mask,)
             out: Tensor = super().forward(hidden_state, *masks)  # type: ignore[misc]
             return out
         probe = self.probe.expand(hidden_state.shape[0], -1, -1)
-        x = pool_multihead(self.attention, probe, hidden_state, size)
+        keys = hidden_state
+        call = SizedCall(size)
+        x = trail.within(call, self.attention, probe, keys, keys, need_weights=False)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
@@ -373,6 +376,8 @@ class CrossPoolLayer(PoolLayer):
 class TransformersTower(PatchedModel):
     """A vision tower. What it returns knows of merged tokens, or is at full length."""
 
+    _tome_finished: ClassVar[bool] = False  # whether a part of it says what its tokens are
+
     _tome_mask: tuple[str, int] | None  # argument that is a padding mask (B, N), and its place
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -402,8 +407,10 @@ class TransformersTower(PatchedModel):
         as_dict = kwargs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
-        out = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
-        out.last_hidden_state = trail.finish(out.last_hidden_state)
+        own = super().forward  # type: ignore[misc]
+        out = trail.running(own, *args, return_dict=True, **kwargs)
+        if not self._tome_finished:
+            out.last_hidden_state = trail.finish(out.last_hidden_state, sized=False)
         states = getattr(out, "hidden_states", None)
         tokens = trail.current
         if states is not None and tokens is not None and trail.restores(rules):
@@ -452,6 +459,8 @@ class BeitTower(TransformersTower):
 
 class VJEPA2Tower(TransformersTower):
     """V-JEPA 2: its predictor, and masks of tokens, want the encoder's tokens at full length."""
+
+    _tome_finished = True  # by VJEPA2Encoder
 
     def forward(
         self: Any,
