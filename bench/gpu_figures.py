@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_report import NO_TIME
 
 Inputs = tuple[Any, ...]
 Contender = Callable[..., object]
@@ -43,6 +44,7 @@ DTYPE = torch.bfloat16
 ROTATED_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 GRAPH_US = 1500.0  # about what a graph holds; its launch takes some 10 us
 MOST_CALLS = 1000
+KILL_SECONDS = 5  # for a row to be gone after SIGKILL
 LAYERS = {
     "vit_b": {"batch": 256, "tokens": 197, "channels": 768, "heads": 12, "r": 13},
     "vit_l384": {"batch": 64, "tokens": 577, "channels": 1024, "heads": 16, "r": 23},
@@ -648,19 +650,28 @@ def run_row(name: str, row: Row, dry: bool, append: Appender) -> None:
         append({"row": name, "error": first_line(error)})
 
 
-def wait(pid: int, seconds: float) -> str | None:
-    """What became of a child; None if it ended well."""
+def ended(pid: int, seconds: float) -> int | None:
+    """A child's exit status; None if it still runs after so long."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            return None if code == 0 else f"the process ended with {code}"
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return f"stopped after {seconds:.0f} s"
+            return None
         time.sleep(0.02)
+
+
+def trouble_of(pid: int, left: float, row_seconds: float) -> str | None:
+    """What became of a row's child; None if it ended well."""
+    limit = min(left, row_seconds)
+    code = ended(pid, limit)
+    if code is not None:
+        return None if code == 0 else f"the process ended with {code}"
+    os.kill(pid, signal.SIGKILL)
+    if ended(pid, KILL_SECONDS) is None:  # stuck in the driver, beside all that follows
+        return f"stopped after {limit:.0f} s, but it lives on; what follows was not alone"
+    return NO_TIME if left < row_seconds else f"stopped after {limit:.0f} s"
 
 
 def main() -> None:
@@ -686,12 +697,12 @@ def main() -> None:
     for name, row in rows.items():
         left = end - time.monotonic()
         if left < 3:
-            append({"row": name, "error": "not run for want of time"})
+            append({"row": name, "error": NO_TIME})
             continue
         with forked() as pid:
             if pid == 0:
                 run_row(name, row, args.dry_run, append)
-        trouble = wait(pid, min(left, args.row_seconds))
+        trouble = trouble_of(pid, left, args.row_seconds)
         if trouble is not None:
             append({"row": name, "error": trouble})
 

@@ -25,11 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds-per-test", type=float, default=0.0, help="end a longer one")
 
 
+def reason(report: pytest.TestReport) -> str:
+    """Why a test failed or was skipped."""
+    if isinstance(report.longrepr, tuple):  # skipped: file, line, reason
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return f"xfail {report.wasxfail}" if hasattr(report, "wasxfail") else str(report.longrepr)
+
+
 class Results:
     """In the process that the workers report to, or the only one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.collected = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -41,8 +49,21 @@ class Results:
         }
         if report.outcome != "passed":
             line["when"] = report.when  # "???": its worker died
-            line["why"] = str(report.longrepr)[-3000:]
+            line["why"] = reason(report)[-3000:]
         self._append(line)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._collected(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._collected(len(ids))
+
+    def _collected(self, count: int) -> None:
+        """How many tests there are, which every worker says."""
+        if count > self.collected:
+            self.collected = count
+            self._append({"collected": count})
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.outcome == "failed":
@@ -65,6 +86,8 @@ class Worker:
         self.seconds = seconds
         self.replaced = replaced  # by xdist, if it exits
         self.lost = False
+        # While a test runs, pytest has stderr; what is written there goes with the process.
+        self.stderr = os.dup(2)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome == "failed":
@@ -75,7 +98,7 @@ class Worker:
     def pytest_runtest_protocol(self) -> Iterator[None]:
         if self.seconds > 0 and self.replaced:
             # A thread of its own ends the process: a wait inside CUDA hears no signal.
-            faulthandler.dump_traceback_later(self.seconds, exit=True)
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.stderr)
         try:
             return (yield)
         finally:

@@ -22,6 +22,11 @@ from typing import Any
 PLAIN = ("flash", "cudnn", "efficient", "default")  # stock attention without sizes
 MASKED = ("efficient, mask", "cudnn, mask", "default, mask")
 NO_TIME = "not run for want of time"  # as gpu_figures.py says it
+OURS = (  # contenders of ours: that one of them can't run is a fault, unlike a rival's refusal
+    *("match", "guided match", "merge", "both", "unmerge", "select"),
+    *("merge_add_norm", "merge_add_norm, norms kept", "tome", "cls_attention", "guided"),
+)
+GIVEN = {"wheel": "wheel", "check_binary": "gpu_check", "bench_binary": "bench_cuda"}
 MOST_CASES = 40  # of the wrong ones, on the page
 CPP_TOLERANCE = 0.1  # of bench_cuda's figures against those from Python
 
@@ -38,6 +43,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
             if isinstance(value, dict):
                 found.append(value)
     return found
+
+
+def machine_of(folder: Path) -> dict[str, Any]:
+    """Empty where it was not written, or not to its end."""
+    try:
+        value = json.loads((folder / "machine.json").read_text(errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def merged(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -59,27 +73,46 @@ class Results:
         def lines(name: str) -> list[dict[str, Any]]:
             return [line for folder in folders for line in lines_of(folder / name)]
 
-        machines = [folder / "machine.json" for folder in folders]
-        known = [json.loads(path.read_text()) for path in machines if path.is_file()]
-        self.machine: dict[str, Any] = known[0] if known else {}
-        for other in known[1:]:
-            for key in ("device", "driver_version", "torch", "commit"):
-                if other.get(key) != self.machine.get(key):
+        known = [machine for folder in folders if (machine := machine_of(folder))]
+        self.machine: dict[str, Any] = {}
+        for other in known:
+            for key in ("device", "driver_version", "torch", "commit", *GIVEN):
+                one, two = self.machine.get(key), other.get(key)
+                # A program is known by its hash where it was given, which need not be in each.
+                if self.machine and one != two and not (key in GIVEN and None in (one, two)):
                     raise SystemExit(
                         f"gpu_report.py: expected folders of one machine and one build, got {key} "
-                        f"{self.machine.get(key)} and {other.get(key)}"
+                        f"{one} and {two}"
                     )
+            given = {key: other[key] for key in GIVEN if other.get(key)}
+            self.machine = {**(self.machine or other), **given}
         self.checks = lines("check.jsonl")
-        self.tests = lines("tests.jsonl")
+        tests = lines("tests.jsonl")
+        self.tests = [line for line in tests if "test" in line]
+        self.collected = max((line.get("collected", 0) for line in tests), default=0)
         self.cpp = merged(lines("cpp.jsonl"))
         self.figures = merged(lines("figures.jsonl"))
 
-    def us(self, row: str, *path: str) -> float | None:
-        """A figure: of a row, in a mode if it has modes, of a contender."""
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """Which forms of kernels gpu_check said that this device gets."""
+        found = [row["kernels"] for row in self.checks if row.get("stage") == "kernels"]
+        return found[0] if found else {}
+
+    def _of(self, what: str, row: str, path: tuple[str, ...]) -> Any:
         value: Any = self.figures.get(row, {})
-        for key in (*path[:-1], "us", path[-1]):
+        for key in (*path[:-1], what, path[-1]):
             value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    def us(self, row: str, *path: str) -> float | None:
+        """A figure: of a row, in a mode if it has modes, of a contender."""
+        value: float | None = self._of("us", row, path)
+        return value
+
+    def eager(self, row: str, *path: str) -> bool:
+        """Whether a figure that should be of a graph is not."""
+        return self._of("how", row, path) == "eager" and path[0] != "eager"
 
     def fastest(self, row: str, names: tuple[str, ...], *mode: str) -> float | None:
         known = [x for x in (self.us(row, *mode, name) for name in names) if x is not None]
@@ -113,6 +146,7 @@ class Goal:
     least: bool  # whether `wanted` is the least it should be, or the most
     wanted: float
     value: float | None
+    eager: bool  # ours ran from Python, for it could not be captured
 
     @property
     def met(self) -> bool | None:
@@ -124,7 +158,8 @@ class Goal:
         bound = f"{'at least' if self.least else 'at most'} {self.wanted:g}"
         if self.value is None:
             return f"| {self.name} | {bound} | not measured | |"
-        return f"| {self.name} | {bound} | {self.value:.3f} | {'yes' if self.met else '**no**'} |"
+        value = f"{self.value:.3f}{' (eager)' if self.eager else ''}"
+        return f"| {self.name} | {bound} | {value} | {'yes' if self.met else '**no**'} |"
 
 
 LAYERS = {"vit_b": "B=256 N=197 C=768", "vit_l384": "B=64 N=577 C=1024"}
@@ -152,62 +187,71 @@ def goals(r: Results) -> list[Goal]:
     """In bfloat16, for a chip of the class of an H100."""
     out: list[Goal] = []
 
-    def least(name: str, wanted: float, value: float | None) -> None:
-        out.append(Goal(name, True, wanted, value))
+    # The last arguments say which figure is ours: a row, a mode if it has modes, a contender.
+    def least(name: str, wanted: float, value: float | None, row: str, *path: str) -> None:
+        out.append(Goal(name, True, wanted, value, r.eager(row, *path)))
 
-    def most(name: str, wanted: float, value: float | None) -> None:
-        out.append(Goal(name, False, wanted, value))
+    def most(name: str, wanted: float, value: float | None, row: str, *path: str) -> None:
+        out.append(Goal(name, False, wanted, value, r.eager(row, *path)))
 
     for key, shape in LAYERS.items():
         row = f"layer:{key}"
         merge = ratio(r.floor_us(row, "merge"), r.us(row, "merge"))
-        least(f"merge, {shape}: share of the copy bandwidth", 0.85, merge)
+        least(f"merge, {shape}: share of the copy bandwidth", 0.85, merge, row, "merge")
     for key, shape in LAYERS.items():
         row = f"layer:{key}"
         match = ratio(r.us(row, "match"), r.floor_us(row, "match"))
-        most(f"match, {shape}: over reading the keys at copy speed", 2.0, match)
+        most(f"match, {shape}: over reading the keys at copy speed", 2.0, match, row, "match")
     for key, shape in LAYERS.items():
         row = f"layer:{key}"
         folded = ratio(r.us(row, "merge_add_norm"), r.floor_us(row, "merge_add_norm"))
-        most(f"merge_add_norm, {shape}: over its bytes at copy speed", 1.15, folded)
+        name = f"merge_add_norm, {shape}: over its bytes at copy speed"
+        most(name, 1.15, folded, row, "merge_add_norm")
     for key, shape in LAYERS.items():
         row = f"layer:{key}"
         both = ratio(r.us(row, "stock both"), r.us(row, "both"))
         # The other CUDA extension gains 7 to 10% over stock operators; ten times that is 2x.
-        least(f"match and merge, {shape}: stock operators' time over ours", 2.0, both)
+        name = f"match and merge, {shape}: stock operators' time over ours"
+        least(name, 2.0, both, row, "both")
     for key, shape in ATTENTION.items():
         row = f"attention:{key}"
         ours = r.us(row, "tome")
         plain = ratio(ours, r.fastest(row, PLAIN))
-        most(f"attention with sizes, {shape}: over the fastest without", 1.05, plain)
+        name = f"attention with sizes, {shape}: over the fastest without"
+        most(name, 1.05, plain, row, "tome")
         masked = ratio(r.fastest(row, MASKED), ours)
-        least(f"attention with sizes, {shape}: the fastest with a mask over ours", 2.0, masked)
+        name = f"attention with sizes, {shape}: the fastest with a mask over ours"
+        least(name, 2.0, masked, row, "tome")
     for key in BACKWARD:
         row = f"backward:{key}"
         backward = ratio(r.us(row, "tome"), r.fastest(row, PLAIN))
         name = f"attention backward with sizes, {ATTENTION[key]}: over the fastest without"
-        most(name, 1.1, backward)
+        most(name, 1.1, backward, row, "tome")
     for key, name in MODELS.items():
         for mode, (kind, field) in MODES.items():
             row = f"{kind}:{key}"
             ours = r.us(row, field, "tome")
             share = ratio(r.us(row, field, "ceiling"), ours)
-            least(f"{name}, {mode}: share of the ceiling", 0.97, share)
+            called = f"{name}, {mode}: share of the ceiling"
+            least(called, 0.97, share, row, field, "tome")
             speed_up = ratio(r.us(row, field, "unmerged, flash"), ours)
-            least(f"{name}, {mode}: speed-up over the unmerged model on flash", 1.6, speed_up)
+            called = f"{name}, {mode}: speed-up over the unmerged model on flash"
+            least(called, 1.6, speed_up, row, field, "tome")
         row = f"model:{key}"
-        for rival, called in (
+        for rival, whose in (
             ("published", "the published form"),
             ("published package", "the published package"),
         ):
             times = ratio(r.us(row, "eager", rival), r.us(row, "eager", "tome"))
-            least(f"{name}, eager: {called}'s time over ours", 2.0, times)
+            called = f"{name}, eager: {whose}'s time over ours"
+            least(called, 2.0, times, row, "eager", "tome")
     row = "model:vit_b_single"
     unmerged = r.fastest(row, ("unmerged", "unmerged, flash"), "graph")
     least(
         "ViT-B r=13 B=1, CUDA graph: speed-up over the unmerged model",
         1.0,
         ratio(unmerged, r.us(row, "graph", "tome")),
+        *(row, "graph", "tome"),
     )
     return out
 
@@ -220,11 +264,14 @@ def about(r: Results) -> list[str]:
     device = m.get("device") or m.get("name") or "no GPU"
     parts = [device, f"driver {m.get('driver_version', 'unknown')}", f"torch {m.get('torch')}"]
     if m.get("commit"):
-        parts.append(f"commit {m['commit'][:12]}")
+        sha, plus, changes = m["commit"].partition("+")
+        parts.append(f"commit {sha[:12]}{plus}{changes}")
+    parts += [f"{name} {m[key]}" for key, name in GIVEN.items() if m.get(key)]
     lines = [f"# {'Dry run' if m.get('dry_run') else 'GPU run'} of {m.get('date', 'unknown date')}"]
     lines += ["", ", ".join(parts) + ".", f"Library: {m.get('library', 'unknown')}."]
-    if m.get("error"):
-        lines.append(f"**{m['error']}**")
+    if r.kernels:
+        forms = ", ".join(f"{name} {form}" for name, form in r.kernels.items() if name != "device")
+        lines.append(f"gpu_check runs: {forms}.")
     if r.bandwidth:
         tflops = r.figures["ceilings"].get("matmul_tflops")
         rates = r.figures["ceilings"]["copy_tb_per_s"]
@@ -255,10 +302,14 @@ def right(r: Results) -> list[str]:
         if ties:
             lines.append(f"  - {len(ties)} of them decided near ties otherwise than the CPU")
     outcomes = outcomes_of(r)
-    if outcomes:
+    if outcomes or r.collected:
         counts = Counter(line["outcome"] for line in outcomes.values())
-        each = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        lines.append(f"- pytest: {each}")
+        said = [f"{counts['passed']} of {max(r.collected, len(outcomes))} passed"]
+        said += [f"{counts[name]} {name}" for name in ("failed", "skipped") if counts[name]]
+        said += [f"{not_reached(r)} not reached"] if not_reached(r) else []
+        lines.append(f"- pytest: {', '.join(said)}")
+        skipped = (x["why"][:200] for x in outcomes.values() if x["outcome"] == "skipped")
+        lines += [f"  - {count} skipped: {why}" for why, count in Counter(skipped).most_common()]
     else:
         lines.append("- pytest: not run")
     for tool in ("memcheck", "racecheck", "synccheck"):
@@ -270,8 +321,24 @@ def right(r: Results) -> list[str]:
 
 
 def missing(r: Results) -> list[dict[str, Any]]:
-    """A line for each stage that did not come to all of its cases."""
+    """A line for each stage that did not run, or not all of it."""
     return [row for row in r.checks if row.get("stage") == "missing"]
+
+
+def missing_line(row: dict[str, Any]) -> str:
+    cases = f"{row['cases']} cases, " if row["cases"] else ""
+    return f"- {row['of']}: {cases}{row['why']}"
+
+
+def not_reached(r: Results) -> int:
+    """How many tests have no line."""
+    reached = sum(line.get("when") != "collect" for line in outcomes_of(r).values())
+    return max(0, r.collected - reached)
+
+
+def parts_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The modes of a row, "" if it has none, with the figures of each."""
+    return {"": row} if "us" in row else {m: row[m] for m in ("graph", "eager") if m in row}
 
 
 def outcomes_of(r: Results) -> dict[str, dict[str, Any]]:
@@ -286,7 +353,13 @@ def outcomes_of(r: Results) -> dict[str, dict[str, Any]]:
 
 def faults(r: Results) -> list[str]:
     """A line for each thing that is wrong, and indented ones for where and how to see it again."""
-    lines: list[str] = []
+    lines = [missing_line(row) for row in missing(r) if row.get("fault")]
+    if r.machine.get("error"):
+        lines.append(f"- machine: {r.machine['error']}")
+    capability = r.machine.get("capability") or r.machine.get("compute_cap")
+    attention = r.kernels.get("attention", "hopper")
+    if capability == "9.0" and attention != "hopper":
+        lines.append(f"- gpu_check: built without sm_90a, its attention is {attention}")
     again = [row for row in r.checks if row.get("stage") == "again"]
     cases = [row for row in r.checks if row.get("stage") in ("check", "repeats") and not row["ok"]]
     for row in cases[:MOST_CASES]:
@@ -311,21 +384,24 @@ def faults(r: Results) -> list[str]:
             reason = next((x for x in reversed(said) if x.startswith("E ")), (said or [""])[-1])
             lines.append(f"- `{test}`: {reason[:200]}")
             lines.append(f"  - `TOME_REQUIRE_CUDA=1 pytest '{test}'`")
-        elif line["outcome"] == "stopped":
-            lines.append(f"- pytest: {line.get('why')}")
+    if not_reached(r) and not any(row["of"] == "tests" for row in missing(r)):
+        lines.append(f"- pytest: {not_reached(r)} tests not reached")
     for row in r.checks:
         if row.get("stage") == "sanitizer" and row["ok"] is False:
             lines.append(f"- {row['tool']}: {row.get('summary')}; see sanitizer.txt")
-    lines += [f"- {row['of']}: {row['why']}" for row in missing(r) if row["cases"] == 0]
     for name, row in (*r.figures.items(), *r.cpp.items()):
         if row.get("error") and row["error"] != NO_TIME:
             lines.append(f"- {name}: {row['error']}")
+        for mode, part in parts_of(row).items():
+            for refused, why in part.get("refused", {}).items():
+                if refused.removesuffix(" as a graph") in OURS:
+                    lines.append(f"- {' '.join(filter(None, (name, mode)))}: {refused}: {why}")
     return lines
 
 
 def not_run(r: Results) -> list[str]:
     """What says nothing, good or bad."""
-    out = [f"- {row['of']}: {row['cases']} cases, {row['why']}" for row in missing(r)]
+    out = [missing_line(row) for row in missing(r) if not row.get("fault")]
     for row in r.checks:
         if row.get("stage") == "sanitizer" and row["ok"] is None:
             out.append(f"- {row.get('tool', 'compute-sanitizer')}: {row.get('why')}")
@@ -367,8 +443,7 @@ def figures_section(r: Results) -> list[str]:
         "",
     ]
     for name, row in r.figures.items():
-        parts = {"": row} if "us" in row else {m: row[m] for m in ("graph", "eager") if m in row}
-        for mode, part in parts.items():
+        for mode, part in parts_of(row).items():
             how = part.get("how", {})
             cells = [
                 f"{contender} {cell(us, '{:.4g}')}"

@@ -10,7 +10,8 @@
 //
 // A case runs at least twice. Before each run its outputs, and some bytes around them, are filled
 // with a pattern that changes from run to run, so one comparison of bits shows both what was not
-// written and what depends on timing. Exit status: 0 all right, 1 something wrong, 70 a CUDA error,
+// written and what depends on timing. Before the cases a line says which kernels this device gets:
+// "attention" is "hopper" or "mma". Exit status: 0 all right, 1 something wrong, 70 a CUDA error,
 // after which nothing else in this process could be trusted; the cases not reached are not printed.
 //
 // tests/emulation builds the same source against the stand-in for CUDA.
@@ -64,6 +65,15 @@ enum class Spoil { kNothing, kValue, kUnwritten, kGuard, kRepeat };
 
 constexpr unsigned char pattern(int run) { return run % 2 == 0 ? 0xa5 : 0x5a; }
 
+// Whether the bytes around some memory, as it is `now`, are as they were filled.
+void look_around(Verdict& v, const std::vector<unsigned char>& now, int run,
+                 const std::string& name) {
+    for (size_t i = 0; i < Memory::kGuard; ++i) {
+        if (now[i] != pattern(run)) v.fail("wrote in front of it", name);
+        if (now[now.size() - Memory::kGuard + i] != pattern(run)) v.fail("wrote behind it", name);
+    }
+}
+
 void look(Verdict& v, Output& x, int run, Spoil spoil) {
     std::vector<unsigned char> now = x.memory->content();
     const size_t guard = Memory::kGuard, bytes = x.memory->bytes();
@@ -79,10 +89,7 @@ void look(Verdict& v, Output& x, int run, Spoil spoil) {
             now[at + (low ? 0 : element - 1)] ^= low ? 1 : 0x40;
         }
     }
-    for (size_t i = 0; i < guard; ++i) {
-        if (now[i] != pattern(run)) v.fail("wrote in front of the output", x.name);
-        if (now[guard + bytes + i] != pattern(run)) v.fail("wrote behind the output", x.name);
-    }
+    look_around(v, now, run, x.name);
     now.erase(now.begin(), now.begin() + guard);
     now.resize(bytes);
     if (run == 0) {
@@ -117,6 +124,7 @@ Verdict run_case(const Case& c, int repeats, Spoil spoil = Spoil::kNothing) {
         for (size_t i = 0; i < t.outputs.size(); ++i) {
             look(v, t.outputs[i], run, i == 0 ? spoil : Spoil::kNothing);
         }
+        if (t.workspace) look_around(v, t.workspace->content(), run, "workspace");
         // What was not written is not judged: the second run tells.
         if (run == 1 && v.ok) t.judge(v);
     }
@@ -226,6 +234,9 @@ int run(int count, char** arguments) {
         for (const Case& c : chosen) std::printf("%s\n", name_of(c).c_str());
         return 0;
     }
+    std::printf("{\"kernels\": {\"device\": %s, \"attention\": %s}}\n",
+                quoted(device_name()).c_str(), quoted(tome::attention_cuda_form()).c_str());
+    std::fflush(stdout);
     bool good = true;
     for (const Case& c : chosen) {
         Verdict v;

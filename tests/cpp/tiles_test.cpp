@@ -125,7 +125,6 @@ TEST(AttentionTiles, BlocksKeepToTheThreadsTheirKernelsAreCompiledFor) {
                 }
             }
         }
-        EXPECT_LE(attention::cls_threads(heads, 132), attention::kClsMostThreads);
     }
 }
 
@@ -192,17 +191,6 @@ TEST(AttentionTiles, VectorsNeedEveryAddressAligned) {
     EXPECT_FALSE(attention::vectors_fit(256, 9216, 64, 2304, 60, 2));
     EXPECT_TRUE(attention::vectors_fit(256, 9216, 60, 2304, 60, 4));
     EXPECT_FALSE(attention::vectors_fit(256, 0, 0, 0, 0, 2)) << "nothing to address";
-}
-
-TEST(AttentionTiles, ClsChunksFit) {
-    EXPECT_EQ(attention::cls_chunk(12, 197, 64 * 1024), 197) << "one pass";
-    EXPECT_EQ(attention::cls_chunk(16, 3000, 227 * 1024), 3000);
-    EXPECT_EQ(attention::cls_chunk(0, 5, 64 * 1024), 5);
-    for (int64_t heads : {1, 16, 500, 20000, 100000}) {
-        const int64_t chunk = attention::cls_chunk(heads, 100000, 99 * 1024);
-        EXPECT_EQ(chunk > 0, heads <= 500) << heads;
-        EXPECT_TRUE(chunk == 0 || attention::cls_shared_bytes(heads, chunk) <= 99 * 1024) << heads;
-    }
 }
 
 }  // namespace

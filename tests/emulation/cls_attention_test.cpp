@@ -75,10 +75,16 @@ Array on_cuda(const Inputs& in) {
     const int64_t count = in.shape.batch * in.shape.keys;
     Array out(DType::kFloat32, count + 2 * kGuard);
     const Array poison(DType::kFloat32, 1);
+    const ClsAttentionParams p = params_of(in, out);
+    std::vector<float> workspace(tome::cls_attention_cuda_workspace_bytes(p) / sizeof(float),
+                                 std::nanf(""));
     const int64_t before = tome_emulation::launches();
-    EXPECT_EQ(tome::cls_attention_cuda(params_of(in, out), nullptr), cudaSuccess)
-        << tome_emulation::last_failure();
-    EXPECT_EQ(tome_emulation::launches() - before, count == 0 ? 0 : 1);
+    EXPECT_LAUNCHED(tome::cls_attention_cuda(p, workspace.data(), nullptr));
+    EXPECT_EQ(tome_emulation::launches() - before, count == 0 ? 0 : in.shape.heads == 0 ? 1 : 2);
+    if (count > 0) {
+        EXPECT_TRUE(tome_emulation::neighbours().overlapping);
+        EXPECT_EQ(tome_emulation::neighbours().releasing_blocks, uint64_t(in.shape.batch));
+    }
     for (int64_t i = 0; i < kGuard; ++i) {
         EXPECT_TRUE(out.same(i, poison, 0) && out.same(count + kGuard + i, poison, 0)) << i;
     }
@@ -93,8 +99,6 @@ void expect_exact_enough(const Inputs& in) {
     }
 }
 
-constexpr int kHopperShared = 227 * 1024;
-
 class CudaClsAttentionTest : public PerDType {};
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaClsAttentionTest,
                          ::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
@@ -106,30 +110,30 @@ TEST_P(CudaClsAttentionTest, AgreesWithTheOracle) {
                             {2, 3, 33, 1},    {1, 2, 50, 300}, {1, 40, 7, 8}};
     for (const Shape& s : shapes) {
         SCOPED_TRACE(::testing::Message() << s.heads << "x" << s.keys << "x" << s.dim);
-        for (int multiprocessors : {1, 200}) {
-            const tome_emulation::UseOptions use(
-                {static_cast<uint32_t>(s.keys), multiprocessors, kHopperShared});
-            expect_exact_enough(random_inputs(GetParam(), s));
-        }
+        expect_exact_enough(random_inputs(GetParam(), s));
         expect_exact_enough(random_inputs(GetParam(), s, 1));  // off alignment
     }
 }
 
-TEST_P(CudaClsAttentionTest, KeysWhoseLogitsDontFitPassTwice) {
-    const Shape s{2, 3, 70, 40};
-    for (int fit : {64, 17, 5, 1}) {
-        SCOPED_TRACE(fit);
-        const tome_emulation::UseOptions use({static_cast<uint32_t>(fit), 4, 4 * 3 * (fit + 2)});
-        ASSERT_LT(tome::attention_tiles::cls_chunk(3, 70, 4 * 3 * (fit + 2)), 70);
-        Inputs in = random_inputs(GetParam(), s);
-        expect_exact_enough(in);
-        for (int64_t n = 0; n < 40; ++n) in.size[size_t(n)] = 0;  // whole chunks hidden
-        expect_exact_enough(in);
+TEST_P(CudaClsAttentionTest, MoreKeysThanAreLoadedAtOnceAndThreads) {
+    const Shape s{1, 2, 600, 16};
+    Inputs in = random_inputs(GetParam(), s);
+    expect_exact_enough(in);
+    for (int64_t n = 0; n < 300; ++n) in.size[size_t(n)] = 0;  // all of the first ones hidden
+    expect_exact_enough(in);
+}
+
+TEST_P(CudaClsAttentionTest, RefusesHeadsWhoseSumsDontFit) {
+    const Inputs in = random_inputs(GetParam(), {2, 3, 20, 8});
+    std::vector<float> workspace(2 * 3 * 20);
+    const Array out(DType::kFloat32, 2 * 20 + 2 * kGuard);
+    const auto run = [&] {
+        return tome::cls_attention_cuda(params_of(in, out), workspace.data(), nullptr);
+    };
+    for (int fit : {2, 3}) {
+        const tome_emulation::UseOptions use({1, 4, fit * 8});
+        EXPECT_EQ(run(), fit == 3 ? cudaSuccess : cudaErrorInvalidConfiguration);
     }
-    const tome_emulation::UseOptions use({1, 4, 4 * 3 * 2});
-    const Array out(DType::kFloat32, 2 * 70 + 2 * kGuard);
-    EXPECT_EQ(tome::cls_attention_cuda(params_of(random_inputs(GetParam(), s), out), nullptr),
-              cudaErrorInvalidConfiguration);
 }
 
 TEST_P(CudaClsAttentionTest, SizesAndScales) {
@@ -153,25 +157,22 @@ TEST_P(CudaClsAttentionTest, SizesAndScales) {
 TEST_P(CudaClsAttentionTest, WhatHiddenKeysHoldChangesNothing) {
     const double values[] = {kNaN, kInf, -kInf};
     const Shape s{3, 3, 70, 40};
-    for (int64_t pad : {0, 1}) {    // on and off alignment
-        for (int fit : {70, 17}) {  // all logits at once, and in chunks
-            const tome_emulation::UseOptions use({uint32_t(fit), 4, 4 * 3 * (fit + 2)});
-            Inputs in = random_inputs(GetParam(), s, pad);
-            for (int64_t i = 0; i < s.batch * s.keys; ++i) {
-                const int64_t b = i / s.keys, n = i % s.keys;
-                const bool hidden = b == 0 ? n % 3 == 1 || n < 20 : b == 1 || n == s.keys - 1;
-                if (hidden) in.size[size_t(i)] = 0;
-            }
-            const Array want = on_cuda(in);
-            for (int64_t i = 0; i < s.batch * s.keys; ++i) {
-                if (in.size[size_t(i)] != 0) continue;
-                const int64_t at =
-                    in.k_at + i / s.keys * in.strides.batch + i % s.keys * in.strides.token;
-                for (int64_t d = 0; d < s.heads * s.dim; ++d) in.packed.set(at + d, values[i % 3]);
-            }
-            EXPECT_EQ(on_cuda(in), want);
-            expect_exact_enough(in);
+    for (int64_t pad : {0, 1}) {  // on and off alignment
+        Inputs in = random_inputs(GetParam(), s, pad);
+        for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+            const int64_t b = i / s.keys, n = i % s.keys;
+            const bool hidden = b == 0 ? n % 3 == 1 || n < 20 : b == 1 || n == s.keys - 1;
+            if (hidden) in.size[size_t(i)] = 0;
         }
+        const Array want = on_cuda(in);
+        for (int64_t i = 0; i < s.batch * s.keys; ++i) {
+            if (in.size[size_t(i)] != 0) continue;
+            const int64_t at =
+                in.k_at + i / s.keys * in.strides.batch + i % s.keys * in.strides.token;
+            for (int64_t d = 0; d < s.heads * s.dim; ++d) in.packed.set(at + d, values[i % 3]);
+        }
+        EXPECT_EQ(on_cuda(in), want);
+        expect_exact_enough(in);
     }
 }
 
@@ -195,10 +196,9 @@ TEST_P(CudaClsAttentionTest, DegenerateShapes) {
 
 TEST_P(CudaClsAttentionTest, TheSameBitsInAnyOrder) {
     const Inputs in = random_inputs(GetParam(), {3, 4, 90, 64});
-    const tome_emulation::UseOptions first({1, 1, kHopperShared});
     const Array want = on_cuda(in);
     for (uint32_t seed = 2; seed < 5; ++seed) {
-        const tome_emulation::UseOptions use({seed, seed == 3 ? 1 : 500, kHopperShared});
+        const tome_emulation::UseOptions use({seed});
         EXPECT_EQ(on_cuda(in), want);
     }
 }
@@ -206,7 +206,9 @@ TEST_P(CudaClsAttentionTest, TheSameBitsInAnyOrder) {
 TEST(CudaClsAttention, RefusesFloat64) {
     const Inputs in = random_inputs(DType::kFloat64, {1, 1, 2, 2});
     const Array out(DType::kFloat64, 2 + 2 * kGuard);
-    EXPECT_EQ(tome::cls_attention_cuda(params_of(in, out), nullptr), cudaErrorInvalidValue);
+    float workspace[4];
+    EXPECT_EQ(tome::cls_attention_cuda(params_of(in, out), workspace, nullptr),
+              cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -437,6 +437,7 @@ void async_copy_4(void* shared, const void* global) {
         fail("cp_async_4 from %p to %p: not aligned to 4 bytes", global, shared);
     }
     check_waited(global);
+    note_access(shared, 4, Access::kWrite);
     fibers[static_cast<size_t>(current)].copies.back().push_back({shared, global, 4, 4});
 }
 

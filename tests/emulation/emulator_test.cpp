@@ -183,6 +183,7 @@ TEST(WrongKernels, WriteWithoutBarrier) {
 
 TEST(WrongKernels, AsynchronousCopyOverWhatIsRead) {
     expect_failure(copies_over_what_is_read, 1, 64, "data race");
+    expect_failure(copies_four_bytes_over_what_is_read, 1, 64, "data race");
 }
 
 TEST(WrongKernels, ReadOfAnotherBlock) {

@@ -130,19 +130,35 @@ __global__ void forgets_to_wait_for_copies(const __grid_constant__ Ints p) {
     for (int i = 0; i < 4; ++i) out[i] = 2 * shared[i];
 }
 
-__global__ void copies_over_what_is_read(const __grid_constant__ Ints p) {
-    int* shared = shared_ints();
-    int* mine = p.out + 4 * threadIdx.x;
-    cp_async_16(shared + 4 * threadIdx.x, mine);
-    cp_async_commit();
+// Each thread copies `kInts` of its own and reads a neighbour warp's.
+template <int kInts>
+__device__ void copy_over_what_is_read(const Ints& p) {
+    int* mine = p.out + kInts * threadIdx.x;
+    const auto copy = [&] {
+        int* to = shared_ints() + kInts * threadIdx.x;
+        if constexpr (kInts == 4) {
+            cp_async_16(to, mine);
+        } else {
+            cp_async_4(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(mine));
+        }
+        cp_async_commit();
+    };
+    copy();
     cp_async_wait<0>();
     __syncthreads();
-    const int seen = shared[4 * (threadIdx.x ^ 32)];
-    cp_async_16(shared + 4 * threadIdx.x, mine);
-    cp_async_commit();
+    const int seen = shared_ints()[kInts * (threadIdx.x ^ 32)];
+    copy();
     __syncthreads();
     cp_async_wait<0>();
     mine[0] = seen;
+}
+
+__global__ void copies_over_what_is_read(const __grid_constant__ Ints p) {
+    copy_over_what_is_read<4>(p);
+}
+
+__global__ void copies_four_bytes_over_what_is_read(const __grid_constant__ Ints p) {
+    copy_over_what_is_read<1>(p);
 }
 
 __global__ void passes_the_end_of_shared_memory(const __grid_constant__ Ints p) {

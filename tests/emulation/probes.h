@@ -29,6 +29,7 @@ void forgets_a_barrier(Ints p);
 void returns_before_a_barrier(Ints p);
 void forgets_to_wait_for_copies(Ints p);  // out as async_copies
 void copies_over_what_is_read(Ints p);    // by a neighbour warp, with the barrier behind the copies
+void copies_four_bytes_over_what_is_read(Ints p);
 void passes_the_end_of_shared_memory(Ints p);
 void returns_before_waiting(Ints p);  // these three if they may overlap
 void reads_before_waiting(Ints p);

@@ -132,7 +132,8 @@ struct Heads {
     tome::HeadStrides strides;
 };
 
-enum class Layout { kPacked, kHeads, kOdd };  // one of three in qkv, contiguous, off 16 bytes
+// One of three in qkv, contiguous, off 16 bytes; of attention also each of its tensors another.
+enum class Layout { kPacked, kHeads, kOdd, kMixed };
 
 inline Heads random_heads(DType dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t dim,
                           Layout layout, Random& random) {

@@ -31,10 +31,12 @@ inline void spoil_hidden(const Case& c, AttentionData& x) {
 }
 
 inline std::shared_ptr<AttentionData> attention_data(const Case& c, Random& random) {
-    const auto heads = [&](int64_t tokens) {
-        return random_heads(c.dtype, c.batch, c.heads, tokens, c.dim, c.layout, random);
+    const auto heads = [&](int64_t tokens, Layout mixed) {
+        const Layout layout = c.layout == Layout::kMixed ? mixed : c.layout;
+        return random_heads(c.dtype, c.batch, c.heads, tokens, c.dim, layout, random);
     };
-    Heads q = heads(c.queries), k = heads(c.tokens), v = heads(c.tokens);
+    Heads q = heads(c.queries, Layout::kHeads), k = heads(c.tokens, Layout::kPacked);
+    Heads v = heads(c.tokens, Layout::kOdd);
     auto x = std::make_shared<AttentionData>(AttentionData{std::move(q), std::move(k), std::move(v),
                                                            random_sizes(c, random),
                                                            1.0 / std::sqrt(double(c.dim))});
@@ -104,7 +106,8 @@ inline void set_up_attention(const Case& c, Trial& t, Random& random) {
 inline void set_up_attention_backward(const Case& c, Trial& t, Random& random) {
     auto x = attention_data(c, random);
     auto grad = std::make_shared<Heads>(
-        random_heads(c.dtype, c.batch, c.heads, c.queries, c.dim, Layout::kHeads, random));
+        random_heads(c.dtype, c.batch, c.heads, c.queries, c.dim,
+                     c.layout == Layout::kOdd ? Layout::kOdd : Layout::kHeads, random));
     auto want = std::make_shared<Reference>(c, *x);
     auto out = std::make_shared<Array>(c.dtype, want->out.count());  // as a forward rounds it
     for (int64_t i = 0; i < out->count(); ++i) out->set(i, want->out[i]);
@@ -148,7 +151,9 @@ inline void set_up_cls_attention(const Case& c, Trial& t, Random& random) {
     p.k_strides = x->k.strides, p.size = x->size.empty() ? nullptr : t.put(x->size);
     p.scale = x->scale;
     p.out = t.out("out", Type::kFloat, DType::kFloat32, c.batch * c.tokens);
-    t.run = [p] { return tome::cls_attention_cuda(p, nullptr); };
+    t.workspace =
+        std::make_unique<Memory>(std::max<size_t>(tome::cls_attention_cuda_workspace_bytes(p), 1));
+    t.run = [p, &t] { return tome::cls_attention_cuda(p, t.workspace->data(), nullptr); };
     t.judge = [&c, &t, p, x](Verdict& v) {
         Array q = x->q.memory.exact(), k = x->k.memory.exact();
         Array want(DType::kFloat32, c.batch * c.tokens);

@@ -19,7 +19,8 @@ enum class Op {
     kMergeBackward,
     kMergeAddNorm,
     kUnmerge,
-    kChain,  // match, merge, merge_add_norm and unmerge one behind the other, as in a block
+    kChain,  // match, merge, merge_add_norm and unmerge one behind the other, as in a block; with
+             // `fuse` select in place of match
     kAttention,
     kAttentionBackward,
     kClsAttention,
@@ -29,8 +30,9 @@ inline constexpr const char* kOpNames[] = {
     "merge_add_norm", "unmerge", "chain", "attention", "attention_backward",
     "cls_attention"};
 
-// kZeros: one token in four hidden; all of one image. kSpoiled, of attention: others, and hidden
-// keys and values hold NaN and infinities.
+// kNone: of merge_add_norm also no scale, weight or bias. kZeros: one token in four hidden; all of
+// one image. kSpoiled, of attention: others, and hidden keys and values hold NaN and infinities; of
+// match: some tokens hold them, and some are too large or small for the squares of their elements.
 enum class Sizes { kNone, kSome, kZeros, kSpoiled };
 
 inline constexpr unsigned kAll = 1, kSanitizer = 2, kRepeats = 4, kEmulator = 8;  // sets of cases
@@ -47,6 +49,7 @@ struct Case {
     bool keep_norms = false;
     bool targets = false;  // match: one token in three is what others merge into
     bool near = false;     // match: all pairs from a similarity on merge, and r others
+    bool costs = false;    // match: pairs rank by sizes and importance, too
     unsigned sets = kAll;
 };
 
@@ -69,7 +72,7 @@ inline std::string name_of(const Case& c) {
     if (attention && c.op != Op::kClsAttention && c.queries != c.tokens) number("M", c.queries);
     if (!attention) number("r", c.r);
     if (c.prefix > 0) number("p", c.prefix);
-    constexpr const char* kLayouts[] = {"", ":heads", ":odd"};
+    constexpr const char* kLayouts[] = {"", ":heads", ":odd", ":mixed"};
     name += kLayouts[int(c.layout)];
     constexpr const char* kSizes[] = {":none", "", ":zeros", ":spoiled"};
     name += kSizes[int(c.sizes)];
@@ -79,6 +82,7 @@ inline std::string name_of(const Case& c) {
     if (c.keep_norms) name += ":norms";
     if (c.targets) name += ":targets";
     if (c.near) name += ":near";
+    if (c.costs) name += ":costs";
     return name;
 }
 
@@ -115,6 +119,36 @@ inline std::vector<Case> match_cases() {
     }
     add(kBF16, 150, 12, 197, 64, 13, 1, Layout::kPacked);  // more images than multiprocessors
 
+    // One head, as guided merging has it: a block an image, or several, and rows of many parts.
+    for (DType dtype : {kBF16, kF32, kF16, kF64}) {
+        const unsigned watched = dtype == kBF16 || dtype == kF32 ? kSanitizer : 0u;
+        add(dtype, 2, 1, 50, 136, 20, 1, Layout::kHeads, kAll | kEmulator | watched);
+        add(dtype, 1, 1, 197, 768, 13, 1, Layout::kHeads, kAll | (dtype == kBF16 ? kRepeats : 0u));
+        add(dtype, 2, 1, 577, 1024, 23, 1, Layout::kHeads);
+        if (dtype == kF64) continue;
+        add(dtype, 192, 1, 197, 768, 13, 1, Layout::kHeads,
+            kAll | (dtype == kBF16 ? kRepeats : 0u));
+    }
+    // Pairs that rank by what merging them costs, and tokens that are no numbers, or huge.
+    for (DType dtype : {kBF16, kF32, kF16, kF64}) {
+        for (Sizes sizes : {Sizes::kSome, Sizes::kSpoiled}) {
+            const size_t first = all.size();
+            const unsigned watched = dtype == kBF16 ? kSanitizer : 0u;
+            add(dtype, 3, 5, 50, 80, 24, 2, Layout::kPacked, kAll | kEmulator | watched);
+            add(dtype, 3, 1, 50, 136, 20, 1, Layout::kHeads, kAll | kEmulator | watched);
+            add(dtype, 4, 12, 197, 64, 13, 1, Layout::kPacked);
+            add(dtype, 1, 12, 197, 64, 13, 1, Layout::kPacked);
+            add(dtype, 1, 1, 197, 768, 13, 1, Layout::kHeads);
+            add(dtype, 192, 1, 197, 192, 13, 1, Layout::kHeads);
+            add(dtype, 2, 16, 577, 64, 150, 1, Layout::kPacked);
+            add(dtype, 2, 1, 577, 1024, 150, 1, Layout::kHeads);
+            add(dtype, 1, 1, 1100, 40, 300, 0, Layout::kOdd);
+            for (size_t i = first; i < all.size(); ++i) {
+                all[i].sizes = sizes, all[i].costs = sizes == Sizes::kSome;
+            }
+        }
+    }
+
     // Hidden tokens, targets other than the odd positions, another number of merges in each image.
     struct Form {
         Sizes sizes;
@@ -131,6 +165,7 @@ inline std::vector<Case> match_cases() {
             add(dtype, 4, 12, 197, 64, 13, 1, Layout::kPacked,
                 kAll | watched | (dtype == kBF16 ? kRepeats : 0u));
             add(dtype, 2, 16, 577, 64, 150, 1, Layout::kPacked);
+            add(dtype, 3, 1, 50, 136, 20, 1, Layout::kHeads, kAll | kEmulator);
             if (!form.near) add(dtype, 2, 1, 4096, 64, 1500, 0, Layout::kHeads);
         }
         for (size_t i = first; i < all.size(); ++i) {
@@ -178,7 +213,8 @@ inline std::vector<Case> merge_cases() {
         {2, 33, 72, 30, Layout::kOdd, kAll},
         {1, 130, 1280, 64, Layout::kHeads, kAll},
         {1, 4096, 320, 2048, Layout::kHeads, kAll},
-        {1, 17, 2500, 5, Layout::kHeads, kAll},  // more channels than most blocks have lanes
+        {1, 17, 2500, 5, Layout::kHeads, kAll},    // more channels than most blocks have lanes
+        {192, 197, 64, 13, Layout::kHeads, kAll},  // a warp takes two rows of merge
     };
     for (DType dtype : {kBF16, kF32, kF16, kF64}) {
         for (const Shape& s : shapes) {
@@ -192,9 +228,12 @@ inline std::vector<Case> merge_cases() {
                 all.push_back(c);
                 if (op == Op::kUnmerge) continue;
                 if (s.tokens == 50 || s.tokens == 197) {
+                    c.sets = s.sets & ~kSanitizer;
+                    for (Sizes sizes : {Sizes::kNone, Sizes::kZeros}) {
+                        c.sizes = sizes;
+                        all.push_back(c);
+                    }
                     c.sets = kAll;
-                    c.sizes = Sizes::kNone;
-                    all.push_back(c);
                     c.sizes = Sizes::kSome;
                     if (op == Op::kMergeAddNorm) {
                         c.keep_norms = true;
@@ -218,11 +257,28 @@ inline std::vector<Case> merge_cases() {
             c.sets = kAll | (dtype == kBF16 ? kRepeats : 0u) | (batch == 1 ? kSanitizer : 0u);
             if (batch == 1 || dtype == kBF16) all.push_back(c);
         }
-        Case c;
-        c.op = Op::kChain, c.dtype = dtype, c.batch = 2, c.heads = 2, c.tokens = 33, c.dim = 20;
-        c.r = 9, c.prefix = 1, c.sets = kAll | kEmulator;
-        all.push_back(c);
+        // Behind every kernel that lets the next one begin.
+        for (int form = 0; form < 6; ++form) {
+            Case c;
+            c.op = Op::kChain, c.dtype = dtype, c.batch = 2, c.heads = 2, c.tokens = 33, c.dim = 20;
+            c.r = 9, c.prefix = 1, c.sets = kAll | kEmulator;
+            if (form == 1) c.heads = 1, c.dim = 136;
+            if (form == 2) c.sizes = Sizes::kZeros;
+            if (form == 3) c.targets = true;
+            if (form == 4) c.heads = 1, c.dim = 136, c.costs = true;
+            if (form == 5) c.fuse = true;
+            all.push_back(c);
+            if (form == 0 || dtype != kBF16) continue;
+            c.batch = 64, c.tokens = 197, c.heads = form == 1 || form == 4 ? 1 : 12;
+            c.dim = c.heads == 1 ? 768 : 64, c.r = 13, c.sets = kAll | kRepeats;
+            all.push_back(c);
+        }
     }
+    // What a ViT-B merges at 192 images, by pairs of rows.
+    Case c;
+    c.op = Op::kMerge, c.batch = 192, c.tokens = 197, c.dim = 768, c.r = 13;
+    c.layout = Layout::kHeads, c.sets = kAll | kRepeats;
+    all.push_back(c);
     return all;
 }
 
@@ -270,6 +326,12 @@ inline std::vector<Case> attention_cases() {
             }
         }
         add(dtype, 16, 12, 197, 197, 64, Layout::kPacked, Sizes::kSome);
+        // So many heads that a block takes all queries of one.
+        if (dtype == kBF16) add(dtype, 32, 12, 197, 197, 64, Layout::kPacked, Sizes::kSome);
+        for (int64_t n : {50, 197, 577}) {
+            add(dtype, 2, 2, n, n, 64, Layout::kMixed, Sizes::kSome,
+                kAll | (n == 50 ? kEmulator : 0u));
+        }
         add(dtype, 2, 2, 128, 577, 80, Layout::kHeads, Sizes::kZeros);
         // Every kernel; of 64 channels also those in which keys pass in stages.
         for (int64_t dim : {32, 64, 72, 80, 96, 128, 17}) {
@@ -288,7 +350,8 @@ inline std::vector<Case> attention_cases() {
         }
         for (int64_t n : {1, 5, 50, 197, 577, 1025, 4096}) {
             Case c;
-            c.op = Op::kClsAttention, c.dtype = dtype, c.batch = 2, c.heads = n == 4096 ? 16 : 3;
+            c.op = Op::kClsAttention, c.dtype = dtype, c.heads = n == 4096 ? 16 : n == 197 ? 12 : 3;
+            c.batch = n == 197 ? 64 : 2;  // more blocks than fit a GPU at once
             c.queries = 1, c.tokens = n, c.dim = n == 50 ? 80 : 64;
             c.sizes = n == 577 ? Sizes::kZeros : n == 1025 ? Sizes::kNone : Sizes::kSome;
             c.sets = kAll | (n == 50 ? kEmulator | watched : 0u) | (n == 197 ? repeated : 0);

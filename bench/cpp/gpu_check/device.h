@@ -36,6 +36,7 @@ inline cudaError_t device_wait() { return cudaSuccess; }
 inline std::string error_text(cudaError_t error) {
     return std::string(cudaGetErrorString(error)) + ": " + tome_emulation::last_failure();
 }
+inline std::string device_name() { return "emulator"; }
 // Another order of threads and blocks every time.
 inline void choose_order(int run) { tome_emulation::options().seed = static_cast<uint32_t>(run); }
 #else
@@ -54,6 +55,10 @@ inline cudaError_t download(void* to, const void* from, size_t bytes) {
 inline cudaError_t device_wait() { return cudaDeviceSynchronize(); }
 inline std::string error_text(cudaError_t error) {
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+inline std::string device_name() {
+    cudaDeviceProp about{};
+    return cudaGetDeviceProperties(&about, 0) == cudaSuccess ? about.name : "no GPU";
 }
 inline void choose_order(int) {}
 #endif

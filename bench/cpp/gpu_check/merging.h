@@ -63,7 +63,7 @@ inline std::vector<std::vector<double>> exact_scores(const Case& c, const Heads&
             }
             square += mean[size_t(d)] * mean[size_t(d)];
         }
-        for (double& x : mean) x /= std::sqrt(square);
+        for (double& x : mean) x /= std::sqrt(square);  // NaN where a token holds no numbers
         return mean;
     };
     std::vector<std::vector<double>> units, scores;
@@ -74,7 +74,7 @@ inline std::vector<std::vector<double>> exact_scores(const Case& c, const Heads&
         for (const std::vector<double>& w : units) {
             double sum = 0;
             for (size_t d = 0; d < u.size(); ++d) sum += u[d] * w[d];
-            scores.back().push_back(sum);
+            scores.back().push_back(std::isnan(sum) ? -HUGE_VAL : sum);
         }
     }
     return scores;
@@ -83,14 +83,39 @@ inline std::vector<std::vector<double>> exact_scores(const Case& c, const Heads&
 // What a match works on, in the host's memory.
 struct Matching {
     Heads keys;
-    Floats weight;  // empty: nothing is hidden
-    Ints targets;   // empty: the odd positions
+    Floats weight;            // empty: nothing is hidden
+    Ints targets;             // empty: the odd positions
+    Floats size, importance;  // empty: pairs rank by similarity
 
     explicit Matching(const Case& c, Random& random)
         : keys(random_heads(c.dtype, c.batch, c.heads, c.tokens, c.dim, c.layout, random)) {
         if (c.sizes == Sizes::kZeros) weight = random_sizes(c, random);
         for (int64_t n = c.prefix; c.targets && n < c.tokens; ++n) {
             if (random.below(3) == 0) targets.push_back(static_cast<int32_t>(n));
+        }
+        if (c.costs) {
+            size = random_sizes(c, random);
+            for (int64_t i = 0; i < c.batch * c.tokens; ++i) {
+                importance.push_back(static_cast<float>(0.1 + std::fabs(random.normal())));
+            }
+        }
+        if (c.sizes == Sizes::kSpoiled) spoil(c);
+    }
+
+    // Of every seven tokens one holds NaN or an infinity, one is huge and one tiny: as far as
+    // float32 and bfloat16 go, beyond what float32 has of their squares.
+    void spoil(const Case& c) {
+        const double values[] = {std::nan(""), HUGE_VAL, -HUGE_VAL};
+        const bool narrow = c.dtype == DType::kFloat16;
+        for (int64_t i = 0; i < c.batch * c.heads * c.tokens; ++i) {
+            const int64_t b = i / c.heads / c.tokens, h = i / c.tokens % c.heads, n = i % c.tokens;
+            const int64_t at = keys.offset + b * keys.strides.batch + h * keys.strides.head +
+                               n * keys.strides.token;
+            if (n % 7 == 3 && h == 0) keys.memory.set(at + n % c.dim, values[n % 3]);
+            if (narrow || (n % 7 != 5 && n % 7 != 6)) continue;
+            for (int64_t d = at; d < at + c.dim; ++d) {
+                keys.memory.set(d, keys.memory[d] * (n % 7 == 5 ? 0x1p90 : 0x1p-90));
+            }
         }
     }
     bool is_target(int64_t n) const {
@@ -103,14 +128,27 @@ struct Matching {
 // up to rounding.
 inline bool is_a_tie(const Case& c, const Matching& m, int64_t image, const int32_t* got,
                      int64_t r) {
-    const Heads& keys = m.keys;
     std::vector<int64_t> a, b;
     for (int64_t n = c.prefix; n < c.tokens; ++n) (m.is_target(n) ? b : a).push_back(n);
     const auto num_a = static_cast<int64_t>(a.size()), num_b = static_cast<int64_t>(b.size());
     const int64_t first_b_row = c.prefix + num_a - r;
     const double tolerance =
         c.dtype == DType::kFloat64 ? 1e-12 : 2 * (7e-7 + double(c.dim) * 0x1p-24);
-    const auto scores = exact_scores(c, keys, image, a, b);
+    const auto scores = exact_scores(c, m.keys, image, a, b);
+    // What a pair ranks by, greatest first, and how far off that may be.
+    struct Rank {
+        double value, off;
+    };
+    const auto rank = [&](int64_t i, int64_t j) -> Rank {
+        const double score = scores[size_t(i)][size_t(j)];
+        if (m.size.empty()) return {score, tolerance / 2};
+        const auto at = [&](const Floats& x, int64_t n) {
+            return double(x[size_t(image * c.tokens + n)]);
+        };
+        const double size_a = at(m.size, a[size_t(i)]), size_b = at(m.size, b[size_t(j)]);
+        const double factor = size_a * size_b / (size_a + size_b) * at(m.importance, a[size_t(i)]);
+        return {(score - 1) * factor, (tolerance / 2 + 0x1p-21) * factor};
+    };
     int64_t row = c.prefix, merged = 0;
     double least_merged = HUGE_VAL, most_kept = -HUGE_VAL;
     for (int64_t n = 0; n < c.prefix; ++n) {
@@ -122,32 +160,40 @@ inline bool is_a_tie(const Case& c, const Matching& m, int64_t image, const int3
     for (int64_t i = 0; i < num_a; ++i) {
         const std::vector<double>& mine = scores[size_t(i)];
         const double best = *std::max_element(mine.begin(), mine.end());
-        const int64_t to = got[a[size_t(i)]];
-        if (to < first_b_row) {
-            if (to != row++) return false;
-            most_kept = std::max(most_kept, best);
+        const auto near = [&](int64_t j) { return mine[size_t(j)] >= best - tolerance; };
+        const int64_t to = got[a[size_t(i)]] - first_b_row;
+        if (to < 0) {
+            if (got[a[size_t(i)]] != row++) return false;
+            double least = HUGE_VAL;  // whichever of those near the best it was compared by
+            for (int64_t j = 0; j < num_b; ++j) {
+                if (near(j)) least = std::min(least, rank(i, j).value - rank(i, j).off);
+            }
+            most_kept = std::max(most_kept, least);
             continue;
         }
-        if (to >= first_b_row + num_b || mine[size_t(to - first_b_row)] < best - tolerance) {
-            return false;
-        }
+        if (to >= num_b || !near(to)) return false;
         ++merged;
-        least_merged = std::min(least_merged, best);
+        least_merged = std::min(least_merged, rank(i, to).value + rank(i, to).off);
     }
-    return merged == r && least_merged >= most_kept - tolerance;
+    return merged == r && least_merged >= most_kept;
 }
 
-inline tome::MatchParams match_params(const Case& c, const Matching& m, const void* keys,
-                                      const float* weight, const int32_t* targets) {
+// A match's inputs where it runs; null where there are none.
+struct MatchInputs {
+    const void* keys;
+    const float* weight;
+    const int32_t* targets;
+    const float *size, *importance;
+};
+
+inline tome::MatchParams match_params(const Case& c, const Matching& m, const MatchInputs& in) {
     tome::MatchParams p{};
-    p.metric = keys, p.dtype = c.dtype;
+    p.metric = in.keys, p.dtype = c.dtype;
     p.batch = c.batch, p.heads = c.heads, p.tokens = c.tokens, p.dim = c.dim;
     p.stride_batch = m.keys.strides.batch, p.stride_head = m.keys.strides.head;
     p.stride_token = m.keys.strides.token, p.r = c.r, p.num_prefix_tokens = c.prefix;
-    if (!m.weight.empty()) p.weight = weight;
-    if (!m.targets.empty()) {
-        p.targets = targets, p.num_targets = static_cast<int64_t>(m.targets.size());
-    }
+    p.weight = in.weight, p.size = in.size, p.importance = in.importance;
+    p.targets = in.targets, p.num_targets = static_cast<int64_t>(m.targets.size());
     if (c.near) p.threshold = 0.25;  // which some of random keys are
     return p;
 }
@@ -155,8 +201,10 @@ inline tome::MatchParams match_params(const Case& c, const Matching& m, const vo
 // The plan that a device wrote: consistent, and the CPU's up to ties (none where tokens are hidden,
 // or a threshold counts: how many an image removes, and so its order of rows, is then its own).
 inline void judge_match(Verdict& v, const Case& c, Matching& m, const Trial& t) {
-    tome::MatchParams p =
-        match_params(c, m, m.keys.memory.at(m.keys.offset), m.weight.data(), m.targets.data());
+    const auto host = [](auto& x) { return x.empty() ? nullptr : x.data(); };
+    tome::MatchParams p = match_params(c, m,
+                                       {m.keys.memory.at(m.keys.offset), host(m.weight),
+                                        host(m.targets), host(m.size), host(m.importance)});
     const int64_t r = tome::cut_r(p), rows = c.tokens - r;
     const Output& assign = t["assign"];
     const Plan own =
@@ -237,7 +285,9 @@ inline void judge_merge_add_norm(Verdict& v, const Case& c, const Rows& x, const
     p.batch = c.batch, p.tokens = c.tokens, p.rows = plan.rows, p.channels = c.dim;
     p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
     p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
-    p.scale = exact[0].data(), p.weight = exact[1].data(), p.bias = exact[2].data();
+    if (!exact.empty()) {
+        p.scale = exact[0].data(), p.weight = exact[1].data(), p.bias = exact[2].data();
+    }
     p.eps = 1e-6, p.keep_norms = c.keep_norms;
     p.size = size.empty() ? nullptr : size.data();
     p.members = plan.members.data(), p.offsets = plan.offsets.data();
@@ -261,8 +311,9 @@ inline void judge_merge_add_norm(Verdict& v, const Case& c, const Rows& x, const
         }
         for (int64_t d = 0; d < c.dim; ++d) {
             const auto i = static_cast<size_t>(row * c.dim + d);
-            const double scaled = (got[int64_t(i)] - mean) / std::sqrt(square + 1e-6) * exact[1][d];
-            want[i] = scaled + exact[2][d];
+            const double plain = (got[int64_t(i)] - mean) / std::sqrt(square + 1e-6);
+            const double scaled = exact.empty() ? plain : plain * exact[1][d];
+            want[i] = exact.empty() ? scaled : scaled + exact[2][d];
             limit[i] = roundoff(c.dtype) * std::fabs(want[i]) * 1.01 +
                        unit * (64 + 64 * std::fabs(scaled) + double(c.dim));
         }
@@ -282,7 +333,9 @@ inline tome::MergeAddNormParams merge_add_norm_params(const Case& c, Trial& t, c
     p.batch = c.batch, p.tokens = c.tokens, p.rows = rows, p.channels = c.dim;
     p.x_stride_batch = x.stride_batch, p.x_stride_token = x.stride_row;
     p.branch_stride_batch = branch.stride_batch, p.branch_stride_token = branch.stride_row;
-    p.scale = t.put(vectors[0]), p.weight = t.put(vectors[1]), p.bias = t.put(vectors[2]);
+    if (!vectors.empty()) {
+        p.scale = t.put(vectors[0]), p.weight = t.put(vectors[1]), p.bias = t.put(vectors[2]);
+    }
     p.eps = 1e-6, p.keep_norms = c.keep_norms;
     p.size = size, p.members = members, p.offsets = offsets;
     p.out = t.out("sum", Type::kFloat, c.dtype, c.batch * rows * c.dim);
@@ -293,7 +346,9 @@ inline tome::MergeAddNormParams merge_add_norm_params(const Case& c, Trial& t, c
 
 inline void set_up_match(const Case& c, Trial& t, Random& random) {
     auto m = std::make_shared<Matching>(c, random);
-    tome::MatchParams p = match_params(c, *m, t.put(m->keys), t.put(m->weight), t.put(m->targets));
+    const auto put = [&t](auto& x) { return x.empty() ? nullptr : t.put(x); };
+    tome::MatchParams p = match_params(
+        c, *m, {t.put(m->keys), put(m->weight), put(m->targets), put(m->size), put(m->importance)});
     const int64_t rows = c.tokens - tome::cut_r(p);
     p.assign = t.out_ints("assign", c.batch * c.tokens);
     p.members = t.out_ints("members", c.batch * c.tokens);
@@ -305,7 +360,8 @@ inline void set_up_match(const Case& c, Trial& t, Random& random) {
 }
 
 inline void set_up_select(const Case& c, Trial& t, Random& random) {
-    auto scores = std::make_shared<Array>(c.dtype, c.batch * c.tokens);
+    const DType dtype = c.dtype == DType::kFloat64 ? c.dtype : DType::kFloat32;
+    auto scores = std::make_shared<Array>(dtype, c.batch * c.tokens);
     for (int64_t i = 0; i < scores->count(); ++i) {
         // With `fuse` few different scores, so that there are ties, and a NaN.
         scores->set(i, c.fuse ? double(random.below(7)) - 3.0 : random.normal());
@@ -314,7 +370,7 @@ inline void set_up_select(const Case& c, Trial& t, Random& random) {
     const int64_t keep = c.tokens - c.prefix - c.r;
     const int64_t rows = tome::select_rows(c.tokens, keep, c.prefix, c.fuse);
     tome::SelectParams p{};
-    p.scores = t.put(*scores), p.dtype = c.dtype, p.batch = c.batch, p.tokens = c.tokens;
+    p.scores = t.put(*scores), p.dtype = dtype, p.batch = c.batch, p.tokens = c.tokens;
     p.stride_batch = c.tokens, p.keep = keep, p.num_prefix_tokens = c.prefix, p.fuse = c.fuse;
     p.assign = t.out_ints("assign", c.batch * c.tokens);
     p.members = t.out_ints("members", c.batch * c.tokens);
@@ -432,7 +488,9 @@ inline void set_up_merge_add_norm(const Case& c, Trial& t, Random& random) {
     auto branch = std::make_shared<Rows>(random_rows(c, c.tokens, random));
     auto size = std::make_shared<Floats>(random_sizes(c, random));
     auto vectors = std::make_shared<std::vector<Array>>();
-    for (int i = 0; i < 3; ++i) vectors->push_back(random_array(c.dtype, c.dim, random));
+    for (int i = 0; i < 3 && !size->empty(); ++i) {
+        vectors->push_back(random_array(c.dtype, c.dim, random));
+    }
     const float* sizes = size->empty() ? nullptr : t.put(*size);
     const int32_t *members = t.put(plan->members), *offsets = t.put(plan->offsets);
     const tome::MergeAddNormParams p =
@@ -446,12 +504,12 @@ inline void set_up_merge_add_norm(const Case& c, Trial& t, Random& random) {
 // A block's kernels with nothing to wait for between them, where an overlap that lets one begin too
 // early would show. Channels of x: heads * dim.
 inline void set_up_chain(const Case& c, Trial& t, Random& random) {
-    set_up_match(c, t, random);
+    c.fuse ? set_up_select(c, t, random) : set_up_match(c, t, random);
     const auto match = t.run;
     const auto judge = t.judge;
     auto flat = std::make_shared<Case>(c);
     flat->dim = c.heads * c.dim, flat->layout = Layout::kHeads;
-    const int64_t rows = c.tokens - tome::cut_r(c.tokens, c.r, c.prefix);
+    const int64_t rows = t["offsets"].count / c.batch - 1;
     auto x = std::make_shared<Rows>(random_rows(*flat, c.tokens, random));
     auto branch = std::make_shared<Rows>(random_rows(*flat, c.tokens, random));
     auto size = std::make_shared<Floats>(random_sizes(c, random));
@@ -505,7 +563,8 @@ inline void set_up_chain(const Case& c, Trial& t, Random& random) {
         judge_merge_add_norm(v, *flat, *x, *branch, *vectors, *size, plan, t);
         const auto source = [&](int64_t i) {
             const int64_t n = i / flat->dim, b = n / flat->tokens;
-            return out[(b * rows + plan.assign[size_t(n)]) * flat->dim + i % flat->dim];
+            const int64_t row = plan.assign[size_t(n)];
+            return row < 0 ? 0.0 : out[(b * rows + row) * flat->dim + i % flat->dim];
         };
         compare(v, t["unmerged"], source, [](int64_t) { return 1e-30; });
     };

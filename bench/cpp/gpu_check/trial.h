@@ -93,6 +93,7 @@ struct Trial {
 
     void* put(const void* data, size_t bytes) {
         inputs.push_back(std::make_unique<Memory>(std::max<size_t>(bytes, 1)));
+        inputs.back()->poison(0xff);  // around it: NaN of every dtype, -1
         if (bytes > 0) check(upload(inputs.back()->data(), data, bytes), "cudaMemcpy");
         return inputs.back()->data();
     }

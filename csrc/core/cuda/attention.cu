@@ -363,6 +363,12 @@ cudaError_t launch_tile(const AttentionArgs& m, cudaStream_t stream) {
 }  // namespace
 }  // namespace attention_cuda_detail
 
+const char* attention_cuda_form() {
+    device::Chip chip;
+    const bool known = device::current_chip(chip) == cudaSuccess;
+    return known && attention_cuda_detail::has_hopper_kernels(chip) ? "hopper" : "mma";
+}
+
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
     if (p.dtype == DType::kFloat64 || p.dim > kMaxCudaHeadDim) return cudaErrorInvalidValue;
     if (p.batch == 0 || p.heads == 0 || p.queries == 0) return cudaSuccess;

@@ -540,12 +540,16 @@ cudaError_t launch_of(const HopperArgs& args, dim3 grid, int warpgroups, size_t 
 
 }  // namespace
 
-bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4 * kHopperKeys;
-    return chip.capability == 90 && m.p.dim == kHopperDim && m.p.keys > 0 && m.p.keys <= kMost &&
-           m.p.queries <= kMost && m.vector_q && m.vector_k && m.vector_v && m.vector_out &&
+bool has_hopper_kernels(const device::Chip& chip) {
+    return chip.capability == 90 &&
            device::takes_blocks_of(attention_resident_kernel<device::BFloat, kHopperKeys>,
                                    kWarpgroup);
+}
+
+bool hopper_takes(const AttentionArgs& m, const device::Chip& chip) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4 * kHopperKeys;
+    return has_hopper_kernels(chip) && m.p.dim == kHopperDim && m.p.keys > 0 && m.p.keys <= kMost &&
+           m.p.queries <= kMost && m.vector_q && m.vector_k && m.vector_v && m.vector_out;
 }
 
 cudaError_t launch_attention_hopper(const AttentionArgs& m, const device::Chip& chip,

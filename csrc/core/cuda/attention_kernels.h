@@ -19,6 +19,7 @@ struct AttentionArgs {
 cudaError_t launch_attention_plain(const AttentionArgs& m, cudaStream_t stream);
 
 // float16 and bfloat16 on Hopper's warpgroups. Takes what hopper_takes says it does.
+bool has_hopper_kernels(const device::Chip& chip);
 bool hopper_takes(const AttentionArgs& m, const device::Chip& chip);
 cudaError_t launch_attention_hopper(const AttentionArgs& m, const device::Chip& chip,
                                     cudaStream_t stream);

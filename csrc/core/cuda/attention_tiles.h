@@ -297,33 +297,16 @@ constexpr int64_t plain_shared_bytes(int padded) {
 
 // --- cls_attention -----------------------------------------------------------------------------
 
-// A warp takes 16 keys of a head: 8 lanes of 16 bytes for each, a whole line where a head has 64
-// channels of 16 bits; 4 keys to a load, and 4 loads in flight.
-inline constexpr int kClsLanes = 8;
-inline constexpr int kClsUnroll = 4;
-inline constexpr int kClsKeys = 32 / kClsLanes * kClsUnroll;
+// Groups of 16 keys that a warp multiplies by tensor cores: with two, each of the four lanes of a
+// row ends with a key of its own, and a head of 64 channels is 8 loads of 16 bytes on their way.
+inline constexpr int kClsGroups = 2;
 
-// A block owns an image, since the mean over heads needs all of them and blocks can't meet without
-// memory to meet in. Two blocks of 12 warps have 48 KiB in flight on a multiprocessor, above
-// latency times bandwidth; with fewer images than multiprocessors, one block of 24 warps makes the
-// most of the one it has. More would leave a thread fewer than the 80 registers that the loads
-// want.
-inline constexpr int kClsMostThreads = 768;
-constexpr int cls_threads(int64_t batch, int multiprocessors) {
-    return batch < multiprocessors ? kClsMostThreads : kClsMostThreads / 2;
-}
+// Small blocks, so that one image has many (12 heads of 197 keys: 21), and as many of them on a
+// multiprocessor as leave a thread 72 registers: 112 KiB on their way, several times latency times
+// bandwidth, since a block that begins or ends has none.
+inline constexpr int kClsWarps = 4, kClsBlocks = 7;
 
-// Logits of as many keys as fit are held for all heads; all keys if possible, in which case they
-// are read once, else twice.
-//   logits (heads, chunk) | maxima (heads) | sums (heads), float32
-constexpr int64_t cls_shared_bytes(int64_t heads, int64_t chunk) { return 4 * heads * (chunk + 2); }
-
-// 0 if not even one key fits.
-constexpr int64_t cls_chunk(int64_t heads, int64_t keys, int64_t shared_per_block) {
-    if (heads == 0) return keys;
-    const int64_t fit = shared_per_block / (4 * heads) - 2;
-    if (fit >= keys) return keys;
-    return fit >= kClsKeys ? fit / kClsKeys * kClsKeys : fit > 0 ? fit : 0;
-}
+// A warp for each of up to 16 heads at once, then a thread for each key.
+inline constexpr int kClsMeanThreads = 512;
 
 }  // namespace tome::attention_tiles

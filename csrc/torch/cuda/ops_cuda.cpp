@@ -120,7 +120,8 @@ cudaError_t start(const AttentionBackwardCall& call, cudaStream_t stream) {
 }
 cudaError_t start(const ClsAttentionCall& call, cudaStream_t stream) {
     check_cuda_dtype(call.params.dtype, call.q);
-    return cls_attention_cuda(call.params, stream);
+    const Tensor space = workspace(call.q, cls_attention_cuda_workspace_bytes(call.params));
+    return cls_attention_cuda(call.params, space.mutable_data_ptr(), stream);
 }
 
 struct Cuda {

@@ -44,6 +44,10 @@ constexpr int64_t kMaxCudaHeadDim = 128;
 
 cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
 
+// Which kernels this build has of attention for the current device: "hopper", those of compute
+// capability 9.0 alone, for 16-bit heads of 64 channels whose addresses fit; or "mma", for all.
+const char* attention_cuda_form();
+
 // Device memory that attention_backward_cuda needs besides its outputs, O(batch * heads * queries).
 size_t attention_backward_cuda_workspace_bytes(const AttentionBackwardParams& params);
 
@@ -51,6 +55,11 @@ size_t attention_backward_cuda_workspace_bytes(const AttentionBackwardParams& pa
 cudaError_t attention_backward_cuda(const AttentionBackwardParams& params, void* workspace,
                                     cudaStream_t stream);
 
-cudaError_t cls_attention_cuda(const ClsAttentionParams& params, cudaStream_t stream);
+// Device memory that cls_attention_cuda needs besides its output, O(batch * heads * keys).
+size_t cls_attention_cuda_workspace_bytes(const ClsAttentionParams& params);
+
+// `workspace`: that many bytes, aligned to 256.
+cudaError_t cls_attention_cuda(const ClsAttentionParams& params, void* workspace,
+                               cudaStream_t stream);
 
 }  // namespace tome
