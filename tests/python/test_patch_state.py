@@ -125,6 +125,10 @@ def test_an_export_of_two_views_is_refused() -> None:
     torch.testing.assert_close(program.module()(*inputs), views(*inputs))
     with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
         torch.export.export(Views(two_views), inputs, strict=False)
+    # What an export has left, which is fake, is nothing to a compiled head.
+    features = views.model.forward_features(inputs[0])
+    head = torch.compile(views.model.forward_head, backend="eager")
+    torch.testing.assert_close(head(features), views.model(inputs[0]))
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -72,7 +72,7 @@ class Trail:
         reader: what reads the tower's tokens: "tokens", the user or what knows of sizes; "mean", a
             mean over all of them; "grid", what needs every original token at its place.
         local: what each thread keeps: ``call``, of the block whose attention runs now; ``runs``,
-            whether the tower's forward does; the tokens that its last ``forward``,
+            whether the forward of a tower with pools does; the tokens that its last ``forward``,
             ``recomputation`` and ``export`` ended with; and ``returned``, while compiling, with the
             tensor that ``finish`` has returned last.
         used: per layer, by what its last call computed attention; None if not called since the
@@ -140,7 +140,7 @@ class Trail:
     def forget(self) -> None:
         """Forget the tokens of this thread's last forward."""
         setattr(self.local, _slot(), None)
-        self.local.returned = None
+        setattr(self.local, _returned(), None)
 
     @property
     def call(self) -> Any:
@@ -157,14 +157,6 @@ class Trail:
             return run(*args, **kwargs)
         finally:
             self.local.call = None
-
-    def running(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``run(*args, **kwargs)`` of the tower, in which its pools find the tokens it has made."""
-        self.local.runs = True
-        try:
-            return run(*args, **kwargs)
-        finally:
-            self.local.runs = False
 
     def enter(self, layer: int, x: Tensor) -> Tokens:
         """Begin a block: what is known about its tokens ``x`` (B, M, C)."""
@@ -227,7 +219,7 @@ class Trail:
         if not torch.compiler.is_compiling():
             record_on_storage(x, RECORD, tokens)
         elif sized:
-            self.local.returned = (x, tokens)
+            setattr(self.local, _returned(), (x, tokens))
         return x
 
     def merged(self, x: Tensor) -> Tokens | None:
@@ -238,7 +230,7 @@ class Trail:
         Raises:
             RuntimeError: they are called by others, and it is not known what ``x`` are.
         """
-        tokens = self.current if getattr(self.local, "runs", False) else self._returned(x)
+        tokens = self.current if getattr(self.local, "runs", False) else self._known(x)
         if tokens is None or not tokens.fit(x):
             if self._all_count_once():
                 return None
@@ -247,11 +239,11 @@ class Trail:
 
     def same(self, x: Tensor, y: Tensor) -> None:
         """Say that ``y`` (B, M, C), made of ``x`` outside of the tower, are the same tokens."""
-        tokens = self._returned(x)
+        tokens = self._known(x)
         if tokens is None:
             return
         if torch.compiler.is_compiling():
-            self.local.returned = (y, tokens)
+            setattr(self.local, _returned(), (y, tokens))
         else:
             record_on_storage(y, RECORD, tokens)
 
@@ -261,14 +253,14 @@ class Trail:
         Raises:
             RuntimeError: it is not known what ``x`` are.
         """
-        tokens = self._returned(x)
+        tokens = self._known(x)
         if tokens is not None and tokens.fit(x):
             return tokens.size
         if self._all_count_once():
             return None
         raise self._unknown(x)
 
-    def _returned(self, x: Tensor) -> Tokens | None:
+    def _known(self, x: Tensor) -> Tokens | None:
         """What the tokens ``x`` are that a tower has returned.
 
         While compiling, nothing can be recorded on a tensor: known is the one that this tower has
@@ -276,7 +268,7 @@ class Trail:
         """
         if not torch.compiler.is_compiling():
             return recorded(x)
-        last: tuple[Tensor, Tokens] | None = getattr(self.local, "returned", None)
+        last: tuple[Tensor, Tokens] | None = getattr(self.local, _returned(), None)
         if last is not None and last[0] is x:
             return last[1]
         return _recorded_between(x) if torch.compiler.is_dynamo_compiling() else None
@@ -390,6 +382,11 @@ class Trail:
 def _recorded_between(x: Tensor) -> Tokens | None:
     """:func:`recorded`, of a tensor that a graph was given or has returned."""
     return recorded(x)
+
+
+def _returned() -> str:
+    """Where :meth:`Trail.finish` puts what it returns while compiling; an export's are fake."""
+    return f"{_slot()}_returned"
 
 
 def _slot() -> str:

@@ -407,8 +407,11 @@ class TransformersTower(PatchedModel):
         as_dict = kwargs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
-        own = super().forward  # type: ignore[misc]
-        out = trail.running(own, *args, return_dict=True, **kwargs)
+        trail.local.runs = True
+        try:
+            out = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
+        finally:
+            trail.local.runs = False
         if not self._tome_finished:
             out.last_hidden_state = trail.finish(out.last_hidden_state, sized=False)
         states = getattr(out, "hidden_states", None)
