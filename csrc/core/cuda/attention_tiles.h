@@ -302,9 +302,9 @@ constexpr int64_t plain_shared_bytes(int padded) {
 inline constexpr int kClsGroups = 2;
 
 // Small blocks, so that one image has many (12 heads of 197 keys: 21), and as many of them on a
-// multiprocessor as leave a thread 72 registers: 112 KiB on their way, several times latency times
+// multiprocessor as leave a thread 80 registers: 96 KiB on their way, several times latency times
 // bandwidth, since a block that begins or ends has none.
-inline constexpr int kClsWarps = 4, kClsBlocks = 7;
+inline constexpr int kClsWarps = 4, kClsBlocks = 6;
 
 // A warp for each of up to 16 heads at once, then a thread for each key.
 inline constexpr int kClsMeanThreads = 512;
