@@ -472,7 +472,7 @@ def test_rows_of_bench_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     given = program(tmp_path / "bench_cuda", BENCH_CUDA)
     run = a_run(tmp_path, "cpp", bench_binary=given)
     monkeypatch.setattr(gpu_run, "CPP_ROWS", ("works", "silent", "dies", "hangs"))
-    monkeypatch.setattr(gpu_run, "CPP_SECONDS", 1)
+    monkeypatch.setattr(gpu_run, "CPP_SECONDS", 5)
     gpu_run.cpp(run)
     monkeypatch.setattr(gpu_run, "CPP_ROWS", ("late",))
     run.began -= 60 * run.args.minutes

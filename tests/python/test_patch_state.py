@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import threading
 from typing import Any
 
@@ -172,6 +174,25 @@ def test_a_copy_has_a_trail_of_its_own_whichever_part_is_copied_first() -> None:
     model(images(side=24))
     assert (model.tome.num_tokens, twin(images(side=24)).shape) == (37 - 8, (2, 3))
     assert twin.tome.num_tokens == 37
+
+
+def test_a_copy_leaves_patched_models_inside_it_their_own_trails() -> None:
+    student = tome_ext.patch.timm(tiny(), r=4)
+    student.teacher = tome_ext.patch.timm(tiny(depth=DEPTH + 2), r=9)
+    for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        twin.r = 0
+        assert (twin.teacher.r, student.r) == (9, 4)
+        twin.teacher(images())
+        assert twin.teacher.tome.num_tokens == 65 - 9 * (DEPTH + 2)
+
+
+def test_a_copied_block_that_stays_is_the_one_that_follows() -> None:
+    model = tome_ext.patch.timm(tiny(), r=4)
+    model.blocks[1] = copy.deepcopy(model.blocks[1])
+    gc.collect()
+    model.blocks[1] = copy.deepcopy(model.blocks[1])
+    gc.collect()
+    assert model._tome.following(0, model.blocks[0]) is model.blocks[1]
 
 
 def test_attach_refuses_other_tokens() -> None:

@@ -349,11 +349,57 @@ def test_a_pool_of_kept_tokens_never_takes_other_sizes(name: str) -> None:
     tokens, expected = out.last_hidden_state, out.pooler_output
     model(images(seed=5))
     torch.testing.assert_close(pool(tokens), expected, rtol=0, atol=0)
-    for other in (tokens[:1], tokens.flip(0), tokens.clone()):
+    for other in (tokens[:1], tokens.flip(0), tokens.clone(), tokens[:1].expand(2, -1, -1)):
         with pytest.raises(RuntimeError, match="the sizes of these tokens are not known"):
             pool(other)
     model.r = 0
     torch.testing.assert_close(pool(tokens[:1]), pool(tokens.clone())[:1])  # nothing merges now
+
+
+@pytest.mark.parametrize("name", [*POOLS, "V-JEPA 2"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_pools_compile_as_one_graph_where_nothing_merges(name: str, strict: bool) -> None:
+    if name == "V-JEPA 2":
+        config: Any = hf.VJEPA2Config
+        model = made(hf.VJEPA2ForVideoClassification, config, **VJEPA2, **LABELS)
+        inputs = videos()
+    else:
+        model, inputs = POOLS[name][0](), images()
+    with torch.no_grad():
+        expected = model(inputs)[-1 if name != "V-JEPA 2" else 0]
+        patched(model, r=0)
+        model(inputs)
+        if strict:
+            run: Any = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            run = torch.export.export(model, (inputs,), strict=False).module()
+        torch.testing.assert_close(run(inputs)[-1 if name != "V-JEPA 2" else 0], expected)
+
+
+def test_a_pool_called_while_its_tower_runs_takes_what_its_tokens_are() -> None:
+    model = patched(POOLS["SigLIP"][0]())
+    pool = next(m for n, m in model.named_modules() if n.split(".")[-1] == "head")
+    out = model(images(), output_hidden_states=True)
+    kept, expected = out.last_hidden_state, out.pooler_output
+    seen: list[Any] = []
+    encoder = next(m for n, m in model.named_modules() if n.split(".")[-1] == "encoder")
+    encoder.register_forward_hook(lambda *_: seen.append(pool(kept)))
+    model(images(seed=5))
+    assert torch.equal(seen[0], expected)
+
+
+def test_an_attention_pool_with_a_parametrization() -> None:
+    model = POOLS["SigLIP"][0]()
+    pool = next(m for n, m in model.named_modules() if n.split(".")[-1] == "head")
+
+    class Halved(nn.Module):
+        def forward(self, weight: Any) -> Any:
+            return weight / 2
+
+    nn.utils.parametrize.register_parametrization(pool.attention, "in_proj_weight", Halved())
+    expected = model(images()).pooler_output
+    patched(model, threshold=1.0, r=0)
+    torch.testing.assert_close(model(images()).pooler_output, expected)
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -371,7 +417,7 @@ def test_adapters_of_a_pool_take_part_where_tokens_have_merged() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["head.attention"], r=2, init_lora_weights=False)
     make = POOLS["SigLIP"][0]
-    with pytest.raises(ValueError, match="adapters of whole modules of that class have to come af"):
+    with pytest.raises(ValueError, match="if that is an adapter, add it after the patch"):
         patched(peft.get_peft_model(make(), config))
     model = peft.get_peft_model(patched(make()), config).eval()
     y = model(images()).pooler_output

@@ -356,6 +356,12 @@ inline std::vector<Case> attention_cases() {
             c.sizes = n == 577 ? Sizes::kZeros : n == 1025 ? Sizes::kNone : Sizes::kSome;
             c.sets = kAll | (n == 50 ? kEmulator | watched : 0u) | (n == 197 ? repeated : 0);
             all.push_back(c);
+            if (n != 50 && n != 197) continue;
+            c.batch = n == 50 ? 2 : 1, c.sets = kAll | (n == 50 ? kEmulator : repeated);
+            for (int64_t dim : {24, 64, 136}) {  // less than a lane's share of loads, and more
+                c.dim = dim;
+                if (n == 50 || dim == 64) all.push_back(c);
+            }
         }
     }
     return all;

@@ -139,8 +139,7 @@ inline bool is_a_tie(const Case& c, const Matching& m, int64_t image, const int3
     struct Rank {
         double value, off;
     };
-    const auto rank = [&](int64_t i, int64_t j) -> Rank {
-        const double score = scores[size_t(i)][size_t(j)];
+    const auto rank = [&](int64_t i, int64_t j, double score) -> Rank {
         if (m.size.empty()) return {score, tolerance / 2};
         const auto at = [&](const Floats& x, int64_t n) {
             return double(x[size_t(image * c.tokens + n)]);
@@ -166,14 +165,17 @@ inline bool is_a_tie(const Case& c, const Matching& m, int64_t image, const int3
             if (got[a[size_t(i)]] != row++) return false;
             double least = HUGE_VAL;  // whichever of those near the best it was compared by
             for (int64_t j = 0; j < num_b; ++j) {
-                if (near(j)) least = std::min(least, rank(i, j).value - rank(i, j).off);
+                // The score that it computed of that one was no less than the best, but for this.
+                const Rank its = rank(i, j, best);
+                if (near(j)) least = std::min(least, its.value - its.off);
             }
             most_kept = std::max(most_kept, least);
             continue;
         }
         if (to >= num_b || !near(to)) return false;
         ++merged;
-        least_merged = std::min(least_merged, rank(i, to).value + rank(i, to).off);
+        const Rank its = rank(i, to, mine[size_t(to)]);
+        least_merged = std::min(least_merged, its.value + its.off);
     }
     return merged == r && least_merged >= most_kept;
 }

@@ -303,7 +303,7 @@ inline constexpr int kClsGroups = 2;
 
 // Small blocks, so that one image has many (12 heads of 197 keys: 21), and as many of them on a
 // multiprocessor as leave a thread 80 registers: 96 KiB on their way, several times latency times
-// bandwidth, since a block that begins or ends has none.
+// bandwidth, since blocks that are starting or ending have no loads in flight.
 inline constexpr int kClsWarps = 4, kClsBlocks = 6;
 
 // A warp for each of up to 16 heads at once, then a thread for each key.

@@ -16,6 +16,7 @@ from ...attention import proportional_attention
 from ...reference import accumulate_dtype
 from .block_call import BlockCall
 from .class_swap import Swapped
+from .refusals import class_name
 from .trail import Trail
 
 __all__ = [
@@ -60,10 +61,13 @@ def _projections(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple
 
 def check_multihead(attn: Any) -> None:
     """Refuse what is no nn.MultiheadAttention, or one whose keys are not all tokens."""
-    if type(attn) is not nn.MultiheadAttention:
+    if (
+        not isinstance(attn, nn.MultiheadAttention)
+        or type(attn).forward is not nn.MultiheadAttention.forward
+    ):
         raise ValueError(
-            f"model: expected an nn.MultiheadAttention, got {type(attn).__name__} in its place; "
-            "adapters of whole modules of that class have to come after the patch"
+            f"model: expected an nn.MultiheadAttention, got {class_name(attn)} in its place; if "
+            "that is an adapter, add it after the patch"
         )
     if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
         raise ValueError(

@@ -6,7 +6,6 @@ modules, as in CLIP. Both are of classes that derive from :class:`PatchedModel`,
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,12 +63,13 @@ class PatchedModel(Swapped):
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         trail: Trail = self._tome
-        trail.holders.append(weakref.ref(self))
+        trail.add_holder(self)
+        origin = None if trail.origin is None else trail.origin()
         for module in self.modules():
             # A part that was copied before this was known to be copied, too, has the old trail.
-            if isinstance(module, Swapped):
+            if origin is not None and isinstance(module, Swapped) and module._tome is origin:
                 module._tome = trail
-            if isinstance(module, TomeBlock):
+            if isinstance(module, TomeBlock) and module._tome is trail:
                 trail.hold(module, module._tome_layer)
 
     @property
@@ -263,7 +263,8 @@ def patch_model(
     for layer, (block, block_mixin) in enumerate(tower.blocks):
         swap(block, block_mixin, _tome=trail, _tome_layer=layer, **tower.block_attributes)
         trail.hold(block, layer)
-    trail.holders = [weakref.ref(tower.module), weakref.ref(model)]
+    trail.add_holder(tower.module)
+    trail.add_holder(model)
     part = tower.module is not model
     swap(tower.module, tower.mixin, _tome_part=part, **held, **tower.module_attributes)
     if tower.module is not model:

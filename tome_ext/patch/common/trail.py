@@ -74,11 +74,12 @@ class Trail:
         local: what each thread keeps: ``call``, of the block whose attention runs now; ``runs``,
             whether the forward of a tower with pools does; the tokens that its last ``forward``,
             ``recomputation`` and ``export`` ended with; and ``returned``, while compiling, with the
-            tensor that ``finish`` has returned last.
+            tensor that ``finish`` has returned last, which stays until the next one.
         used: per layer, by what its last call computed attention; None if not called since the
             rules were made.
         blocks: weak references to the tower's blocks, which each block makes when it is copied.
         holders: weak references to the tower and the model that was patched, likewise.
+        origin: a weak reference to the trail that this is a copy of; None if it is none.
     """
 
     def __init__(self, rules: Rules, reader: Reader = "tokens") -> None:
@@ -87,6 +88,7 @@ class Trail:
         self.rules = rules
         self.blocks: list[weakref.ref[Any] | None] = [None] * len(rules.layers)
         self.holders: list[weakref.ref[Any]] = []
+        self.origin: weakref.ref[Trail] | None = None
 
     @property
     def rules(self) -> Rules:
@@ -108,15 +110,24 @@ class Trail:
         self.__init__(**state)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trail:
-        # A part that is copied without its tower, as PEFT does with modules_to_save, works on in
-        # it: settings and tokens are the tower's. deepcopy knows what it is copying by its id.
-        if not any(id(holder()) in memo for holder in self.holders):
+        # A part that is copied without its tower, as PEFT does with modules_to_save, stays a part
+        # of it: settings and tokens are the tower's. deepcopy knows what it is copying by its id.
+        holders = [holder for ref in self.holders if (holder := ref()) is not None]
+        if holders and not any(id(holder) in memo for holder in holders):
             return self
-        return Trail(self._rules, self.reader)
+        copied = Trail(self._rules, self.reader)
+        copied.origin = weakref.ref(self)
+        return copied
+
+    def add_holder(self, model: Any) -> None:
+        """Say that ``model`` is the tower, or the model that was patched, or a copy of either."""
+        self.holders = [ref for ref in self.holders if ref() is not None]
+        self.holders.append(weakref.ref(model))
 
     def hold(self, block: Any, layer: int) -> None:
-        """Say that ``block`` is number ``layer``; its first one stays, whose copies are others."""
-        if self.blocks[layer] is None:
+        """Say that ``block`` is number ``layer``; the first one is, as long as it lives."""
+        held = self.blocks[layer]
+        if held is None or held() is None:
             self.blocks[layer] = weakref.ref(block)
 
     def following(self, layer: int, block: object) -> Any:
@@ -230,7 +241,10 @@ class Trail:
         Raises:
             RuntimeError: they are called by others, and it is not known what ``x`` are.
         """
-        tokens = self.current if getattr(self.local, "runs", False) else self._known(x)
+        runs = getattr(self.local, "runs", False)
+        tokens = self.current if runs and torch.compiler.is_compiling() else self._known(x)
+        if runs and tokens is None:
+            tokens = self.current
         if tokens is None or not tokens.fit(x):
             if self._all_count_once():
                 return None
@@ -267,10 +281,14 @@ class Trail:
         returned last. Of others torch.compile asks in between, when they are tensors again.
         """
         if not torch.compiler.is_compiling():
-            return recorded(x)
+            repeated = x.shape[0] > 1 and x.stride(0) == 0  # one image's, expanded
+            return None if repeated else recorded(x)
         last: tuple[Tensor, Tokens] | None = getattr(self.local, _returned(), None)
         if last is not None and last[0] is x:
             return last[1]
+        before = self.current
+        if self._rules.idle and (before is None or not before.reduced):
+            return None  # nothing merges, nor has in the last forward
         return _recorded_between(x) if torch.compiler.is_dynamo_compiling() else None
 
     def _all_count_once(self) -> bool:
@@ -377,7 +395,7 @@ class Trail:
 @torch.compiler.disable(
     reason="these are not the tokens that this model's tower has returned last, and what others "
     "are is recorded on tensors, which a graph cannot read: expected a head right behind its own "
-    "tower, or torch.compile without fullgraph"
+    "tower, or torch.compile without fullgraph of what model.tome.attach was told before"
 )
 def _recorded_between(x: Tensor) -> Tokens | None:
     """:func:`recorded`, of a tensor that a graph was given or has returned."""

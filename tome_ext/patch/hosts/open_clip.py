@@ -247,6 +247,8 @@ def find_tower(model: Any) -> Tower:
             if type(pool) is not AttentionalPooler:
                 raise ValueError(f"model: expected AttentionalPooler, got {class_name(pool)}")
             check_multihead(pool.attn)
+            if not pool.attn.batch_first:
+                raise ValueError(f"model: got {name} with a pool without batch_first; expected one")
             others.append((pool, OpenClipPooler, {}))
             others.append((pool.attn, TomeMultiheadAttention, {}))
     others.append((tower.transformer, OpenClipTransformer, {}))
