@@ -482,7 +482,7 @@ def test_rows_of_bench_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "works": None,
         "silent": "no figures",
         "dies": "exit status 3",
-        "hangs": "stopped after 1 s",
+        "hangs": "stopped after 5 s",
         "late": gpu_report.NO_TIME,
     }
 
