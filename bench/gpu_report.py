@@ -26,6 +26,7 @@ OURS = (  # contenders of ours: that one of them can't run is a fault, unlike a 
     *("match", "guided match", "merge", "both", "unmerge", "select"),
     *("merge_add_norm", "merge_add_norm, norms kept", "tome", "cls_attention", "guided"),
 )
+# What an earlier build may have made: options of gpu.sh, and what a page calls them.
 GIVEN = {"wheel": "wheel", "check_binary": "gpu_check", "bench_binary": "bench_cuda"}
 MOST_CASES = 40  # of the wrong ones, on the page
 CPP_TOLERANCE = 0.1  # of bench_cuda's figures against those from Python

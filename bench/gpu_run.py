@@ -34,7 +34,6 @@ OPTIONAL = ("compiled",)  # torch.compile takes minutes
 CHECK_SHARE = 0.42  # of the time, for what does not time anything, if figures follow
 TEST_SECONDS = 60
 CPP_SECONDS = 20
-GIVEN = ("wheel", "check_binary", "bench_binary")  # what an earlier build may have made
 BUILT_FROM = ("csrc", "tome_ext", "bench/cpp")
 TEST_FILES = ("test_cuda.py", "test_cuda_hosts.py", "test_run_modes.py", "test_bench.py")
 CPP_ROWS = ("layer:vit_b", "layer:vit_l384", "layer:single", "layer:single_l384")
@@ -60,7 +59,7 @@ def arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")
     args.given = {}  # by hash: what is built here is known by its commit
-    for name in GIVEN:
+    for name in gpu_report.GIVEN:
         path = getattr(args, name)
         if path is not None and not path.is_file():
             parser.error(f"--{name.replace('_', '-')}: no file {path}")

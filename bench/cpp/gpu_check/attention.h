@@ -1,7 +1,7 @@
 // Attention, its gradient and the class token's: how each is set up and judged.
 #pragma once
 
-#include "merging.h"
+#include "plans.h"
 
 namespace gpu_check {
 
@@ -121,9 +121,8 @@ inline void set_up_attention_backward(const Case& c, Trial& t, Random& random) {
     p.grad_q = t.out("grad_q", Type::kFloat, c.dtype, c.batch * c.queries * row);
     p.grad_k = t.out("grad_k", Type::kFloat, c.dtype, c.batch * c.tokens * row);
     p.grad_v = t.out("grad_v", Type::kFloat, c.dtype, c.batch * c.tokens * row);
-    t.workspace = std::make_unique<Memory>(
-        std::max<size_t>(tome::attention_backward_cuda_workspace_bytes(p), 1));
-    t.run = [p, &t] { return tome::attention_backward_cuda(p, t.workspace->data(), nullptr); };
+    void* space = t.work(tome::attention_backward_cuda_workspace_bytes(p));
+    t.run = [p, space] { return tome::attention_backward_cuda(p, space, nullptr); };
     t.judge = [&c, &t, x, grad, want, out, row](Verdict& v) {
         Array g = grad->memory.exact(), rounded = out->exact();
         Array grad_q(DType::kFloat32, c.batch * c.queries * row);
@@ -151,9 +150,8 @@ inline void set_up_cls_attention(const Case& c, Trial& t, Random& random) {
     p.k_strides = x->k.strides, p.size = x->size.empty() ? nullptr : t.put(x->size);
     p.scale = x->scale;
     p.out = t.out("out", Type::kFloat, DType::kFloat32, c.batch * c.tokens);
-    t.workspace =
-        std::make_unique<Memory>(std::max<size_t>(tome::cls_attention_cuda_workspace_bytes(p), 1));
-    t.run = [p, &t] { return tome::cls_attention_cuda(p, t.workspace->data(), nullptr); };
+    void* space = t.work(tome::cls_attention_cuda_workspace_bytes(p));
+    t.run = [p, space] { return tome::cls_attention_cuda(p, space, nullptr); };
     t.judge = [&c, &t, p, x](Verdict& v) {
         Array q = x->q.memory.exact(), k = x->k.memory.exact();
         Array want(DType::kFloat32, c.batch * c.tokens);

@@ -115,6 +115,10 @@ struct Trial {
                            {}});
         return outputs.back().memory->data();
     }
+    void* work(size_t bytes) {
+        workspace = std::make_unique<Memory>(std::max<size_t>(bytes, 1));
+        return workspace->data();
+    }
     int32_t* out_ints(const char* name, int64_t count) {
         return static_cast<int32_t*>(out(name, Type::kInt32, DType::kFloat32, count));
     }

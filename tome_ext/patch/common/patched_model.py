@@ -64,13 +64,15 @@ class PatchedModel(Swapped):
         super().__setstate__(state)  # type: ignore[misc]
         trail: Trail = self._tome
         trail.add_holder(self)
-        origin = None if trail.origin is None else trail.origin()
+        if trail.origin is None:
+            return
+        # A part that was copied before this was known to be copied, too, has the old trail.
+        origin = trail.origin()
         for module in self.modules():
-            # A part that was copied before this was known to be copied, too, has the old trail.
-            if origin is not None and isinstance(module, Swapped) and module._tome is origin:
+            if isinstance(module, Swapped) and module._tome is origin:
                 module._tome = trail
-            if isinstance(module, TomeBlock) and module._tome is trail:
-                trail.hold(module, module._tome_layer)
+                if isinstance(module, TomeBlock):
+                    trail.hold(module, module._tome_layer)
 
     @property
     def r(self) -> Schedule:

@@ -242,14 +242,11 @@ class Trail:
             RuntimeError: they are called by others, and it is not known what ``x`` are.
         """
         runs = getattr(self.local, "runs", False)
-        tokens = self.current if runs and torch.compiler.is_compiling() else self._known(x)
+        tokens = None if runs and torch.compiler.is_compiling() else self._known(x)
         if runs and tokens is None:
             tokens = self.current
-        if tokens is None or not tokens.fit(x):
-            if self._all_count_once():
-                return None
-            raise self._unknown(x)
-        return tokens if tokens.reduced else None
+        tokens = self._fitting(tokens, x)
+        return tokens if tokens is not None and tokens.reduced else None
 
     def same(self, x: Tensor, y: Tensor) -> None:
         """Say that ``y`` (B, M, C), made of ``x`` outside of the tower, are the same tokens."""
@@ -267,12 +264,8 @@ class Trail:
         Raises:
             RuntimeError: it is not known what ``x`` are.
         """
-        tokens = self._known(x)
-        if tokens is not None and tokens.fit(x):
-            return tokens.size
-        if self._all_count_once():
-            return None
-        raise self._unknown(x)
+        tokens = self._fitting(self._known(x), x)
+        return None if tokens is None else tokens.size
 
     def _known(self, x: Tensor) -> Tokens | None:
         """What the tokens ``x`` are that a tower has returned.
@@ -291,14 +284,19 @@ class Trail:
             return None  # nothing merges, nor has in the last forward
         return _recorded_between(x) if torch.compiler.is_dynamo_compiling() else None
 
-    def _all_count_once(self) -> bool:
-        """Whether tokens that are not known can only be such as count once each."""
-        return self._rules.idle or not self._rules.method.sized
+    def _fitting(self, tokens: Tokens | None, x: Tensor) -> Tokens | None:
+        """``tokens``, if ``x`` can be these; None if it can only be such as count once each.
 
-    def _unknown(self, x: Tensor) -> RuntimeError:
+        Raises:
+            RuntimeError: neither.
+        """
+        if tokens is not None and tokens.fit(x):
+            return tokens
+        if self._rules.idle or not self._rules.method.sized:
+            return None
         last = self.current
         found = "none" if last is None else f"{(last.batch_size, last.num_tokens)}"
-        return RuntimeError(
+        raise RuntimeError(
             "the sizes of these tokens are not known: expected what this model's tower returned, "
             f"(batch, tokens) of this thread's last forward = {found}, got {describe(x)}; if x was "
             "made from that (a clone, a cast, the output of a compiled function), say so with "
